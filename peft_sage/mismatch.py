@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far the images a class was trained on are from the images it will meet: the mismatch delta of `SageLoss`.
+
+The abstract of Sage (arXiv 2507.12807) says that the class-conditional distributions of training and target data
+differ and that a compensation factor corrects it. Both estimators of that factor in this file are ours: they measure,
+in nats, how much better a class fits its own training images than images it has not seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+
+_CHUNK_ELEMENTS = 2**18  # 1 MiB in float32: a chunk of features stays in the processor's cache between the steps
+
+
+def mismatch_from_counts(class_counts: Sequence[int] | torch.Tensor, effective_dim: float = 8.0) -> torch.Tensor:
+    """Expected mismatch of a class of which only the number of training images is known.
+
+    For Gaussian class conditionals with a shared covariance and a mean estimated from `n_k` images, the expected
+    divergence from the true class is `effective_dim / (2 n_k)`; this is its bounded, posterior-predictive form:
+
+        delta_k = (effective_dim / 2) * log(1 + 1 / n_k)
+
+    Args:
+        class_counts: (K,) numbers of training images. A class without images counts as one with a single image.
+        effective_dim: number of directions in which an estimated class mean really errs; far below the embedding
+            width.
+
+    Returns:
+        (K,) float32, in nats; falls with the count and tends to 0.
+
+    Raises:
+        ValueError: `class_counts` is no (K,) list of whole numbers, or `effective_dim` is not positive and finite.
+
+    Reference: ours.
+    """
+    if not (math.isfinite(effective_dim) and effective_dim > 0):
+        raise ValueError(f"`effective_dim` must be a positive, finite number, got {effective_dim}.")
+    counts = check_class_counts(class_counts).double().clamp(min=1)
+    return (effective_dim / 2 * torch.log1p(1 / counts)).float()
+
+
+@torch.no_grad()
+def estimate_mismatch(
+    features: torch.Tensor, labels: torch.Tensor, num_classes: int, scale: float, shrinkage: float = 10.0
+) -> torch.Tensor:
+    """Measured mismatch: how much closer images are to their class mean because they took part in it.
+
+    With unit features `f_i`, the sum `S_k` of a class, its direction `m_k = S_k / |S_k|` and the direction
+    `m_{k,-i}` of `S_k - f_i`, in which image i had no part, the optimism of class k is
+
+        o_k = mean_i [ cos(f_i, m_k) - cos(f_i, m_{k,-i}) ]
+        cos(f_i, m_k)      = a_i / |S_k|                                  where a_i = f_i . S_k
+        cos(f_i, m_{k,-i}) = (a_i - 1) / sqrt(|S_k|^2 - 2 a_i + 1)
+
+    so that two passes over the features suffice. A few images say little about the dispersion of their class, and one
+    image says nothing. So `o_k` is drawn towards the optimism of `n_k` images with the pooled within-class dispersion
+    `1 - c`, `c` being the mean cosine of two images of one class:
+
+        o(n, c) = sqrt((1 + (n - 1) c) / n) - c sqrt(m / (1 + (m - 1) c)),   m = max(n - 1, 1);   o(1, c) = 1 - c
+        delta_k = scale * [ w_k o_k + (1 - w_k) o(n_k, c) ],                 w_k = (n_k - 1) / (n_k - 1 + shrinkage)
+
+    Under several processes, pass the features and labels gathered from all of them: sums over a part of a class give
+    another result than their mean. To follow the adapted tower, measure anew each epoch and hand the result to
+    `SageLoss.set_mismatch`.
+
+    Args:
+        features: (N, d) image features of the training images, of any floating type; normalised here. Beyond the
+            features, memory is one (K, d) sum of float32.
+        labels: (N,) class indices.
+        num_classes: K. A class without images counts as one with a single image.
+        scale: the scale by which the head multiplies its cosines, which turns cosines into nats.
+        shrinkage: the number of images that the pooled dispersion is worth; 0 trusts each class's own from two images.
+
+    Returns:
+        (K,) float32, in nats, on the device of the features.
+
+    Raises:
+        ValueError: a shape, a label or a number is out of range, a feature is zero or not finite, or no class has two
+            images, so that there is no dispersion to measure.
+        TypeError: the features are not floating-point, or the labels are not integers.
+
+    Reference: ours.
+    """
+    if features.ndim != 2 or labels.shape != features.shape[:1]:
+        raise ValueError(
+            "`features` must have shape (N, d) and `labels` shape (N,), "
+            f"got {tuple(features.shape)} and {tuple(labels.shape)}."
+        )
+    if not features.is_floating_point():
+        raise TypeError(f"`features` must be floating-point, got {features.dtype}.")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"`scale` must be a positive, finite number, got {scale}.")
+    if not (math.isfinite(shrinkage) and shrinkage >= 0):
+        raise ValueError(f"`shrinkage` must be a finite number, at least 0, got {shrinkage}.")
+    check_label_range(labels, num_classes)
+
+    labels = labels.to(features.device, torch.long)
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    rows = max(1, _CHUNK_ELEMENTS // max(1, features.shape[1]))
+    chunks = list(zip(features.split(rows), labels.split(rows), strict=True))
+
+    sums = features.new_zeros(num_classes, features.shape[1], dtype=dtype)
+    norms = []
+    for chunk, label in chunks:
+        norm = torch.linalg.vector_norm(chunk, dim=1, keepdim=True, dtype=dtype)
+        sums.index_add_(0, label, chunk / norm)
+        norms.append(norm.squeeze(1))
+    norm = torch.cat(norms)
+    if not (norm.isfinite() & (norm > 0)).all():
+        raise ValueError("`features` must be finite and no row may be zero.")
+    own = torch.cat([torch.linalg.vecdot(chunk.to(dtype), sums[label]) for chunk, label in chunks]) / norm
+
+    # The two cosines differ by O(1 / n): their difference is taken in float64, which costs nothing at size (N,).
+    a, squares = own.double(), sums.double().square().sum(1)
+    square = squares[labels]
+    with_self = a / square.clamp(min=1e-12).sqrt()
+    without_self = (a - 1) / (square - 2 * a + 1).clamp(min=1e-12).sqrt()
+    counts = torch.bincount(labels, minlength=num_classes).double()
+    total = torch.zeros_like(squares).index_add_(0, labels, with_self - without_self)
+    optimism = total / counts.clamp(min=1)
+
+    degrees = (counts - 1).clamp(min=0)
+    if not degrees.any():
+        raise ValueError('`labels` hold no class with two images; use `mismatch="counts"`, which needs none.')
+    cosine = ((squares - counts) / counts.clamp(min=1)).sum() / degrees.sum()
+    pooled = _expected_optimism(counts.clamp(min=1), cosine.clamp(0, 1))
+    weight = torch.where(degrees > 0, degrees / (degrees + shrinkage), 0.0)
+    return (scale * torch.lerp(pooled, optimism, weight).clamp(min=0)).float()
+
+
+def _expected_optimism(n: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """Optimism `o(n, c)` of a class of `n` images any two of which have the cosine `c`."""
+    m = (n - 1).clamp(min=1)  # a lone image is compared with one other image of its class
+    return ((1 + (n - 1) * c) / n).sqrt() - c * (m / (1 + (m - 1) * c)).sqrt()
+
+
+def check_class_counts(class_counts: Sequence[int] | torch.Tensor) -> torch.Tensor:
+    """Reads numbers of training images as a (K,) int64 tensor on the CPU, or says what is wrong with them."""
+    try:
+        counts = torch.as_tensor(class_counts).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"`class_counts` must be a (K,) tensor or list of numbers, got {class_counts!r}.") from error
+    if counts.ndim != 1 or len(counts) == 0:
+        raise ValueError(f"`class_counts` must have shape (K,), one number a class, got shape {tuple(counts.shape)}.")
+    if counts.is_complex() or counts.dtype == torch.bool:
+        raise TypeError(f"`class_counts` must hold numbers, got {counts.dtype}.")
+    counts = counts.double()
+    wrong = ~((counts >= 0) & (counts == counts.round()) & counts.isfinite())
+    if wrong.any():
+        k = int(wrong.nonzero()[0])
+        raise ValueError(
+            "`class_counts` must hold whole numbers of images, at least 0 (counts, not frequencies), "
+            f"got {counts[k].item()} for class {k}."
+        )
+    if not counts.any():
+        raise ValueError("`class_counts` are all zero; at least one class must have training images.")
+    return counts.long()
+
+
+def check_label_range(
+    labels: torch.Tensor, num_classes: int, ignore_index: int | None = None, name: str = "labels"
+) -> None:
+    """Raises unless the class indices in `labels` are integers in [0, num_classes) or equal to `ignore_index`.
+
+    The range is checked on the CPU only: on an accelerator it would make the host wait for the device at every step,
+    and the kernels that use the labels there assert it themselves.
+    """
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"`{name}` must be integer class indices, got {labels.dtype}.")
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = (labels < 0) | (labels >= num_classes)
+    if ignore_index is not None:
+        wrong &= labels != ignore_index
+    if wrong.any():
+        raise ValueError(
+            f"`{name}` must lie in [0, {num_classes}), got {labels[wrong][0].item()} at {int(wrong.nonzero()[0])}."
+        )
