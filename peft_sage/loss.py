@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The distribution-mismatch-aware loss of Sage (arXiv 2507.12807): a drop-in for `torch.nn.CrossEntropyLoss`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .mismatch import check_class_counts, check_label_range, mismatch_from_counts
+
+
+class SageLoss(nn.Module):
+    """Cross-entropy for long-tailed training data, corrected for the class prior and the distribution mismatch.
+
+    With the training prior `pi_k = n_k / n`, the target prior `q_k` and the mismatch `delta_k >= 0` of a class,
+
+        L(z, y) = -log softmax_y( z + adjustment ),    adjustment_k = tau (log pi_k - log q_k) - lambda delta_k
+
+    A class of few images is known through those few only, so its logit ends too low on new images, on average by
+    `delta_k` (an optimism in nats, as in AIC). Taking `lambda delta_k` away during training makes the learned logit
+    end higher by as much. At test time the logits are used as they are. Special cases: `tau = lambda = 0` is
+    cross-entropy; `tau = 1, lambda = 0` the logit-adjusted loss (Menon et al. 2021) or balanced softmax (Ren et al.
+    2020).
+
+    The loss is computed in float32 (float64 for float64 logits), whatever the type of the logits, and follows the
+    logits to their device. `adjustment` stays float32 under `.half()` and `.bfloat16()`, and belongs to the state
+    dict, so that a resumed run goes on with the mismatch that was measured last.
+
+    It can be handed to `transformers.Trainer` as it is: `Trainer(..., compute_loss_func=SageLoss(class_counts))`.
+
+    Args:
+        class_counts: (K,) numbers of training images. A class without images counts as one with a single image.
+        tau: strength of the prior correction.
+        compensation: lambda, strength of the mismatch compensation.
+        mismatch: `"counts"` for `mismatch_from_counts(class_counts, effective_dim)`, or a (K,) tensor of mismatches in
+            nats, such as `estimate_mismatch` gives.
+        target_prior: (K,) class probabilities of the target data; uniform when None.
+        label_smoothing: share of the target that is spread evenly over the classes, in [0, 1].
+        ignore_index: label of the images that do not count.
+        reduction: `"mean"`, `"sum"` or `"none"`.
+        effective_dim: effective dimension of the estimate from counts; without effect when `mismatch` is a tensor.
+
+    Attributes:
+        adjustment: (K,) float32 buffer, what is added to the logits.
+
+    Raises:
+        ValueError: an argument has a wrong value or shape.
+        TypeError: an argument has a wrong type.
+
+    Reference: the compensation is the paper's (arXiv 2507.12807); its formula, restated above, is ours.
+
+    Example:
+        >>> loss = SageLoss([500, 50, 5])
+        >>> loss(torch.zeros(2, 3), torch.tensor([0, 2])).shape
+        torch.Size([])
+    """
+
+    adjustment: torch.Tensor
+    prior_adjustment: torch.Tensor
+
+    def __init__(
+        self,
+        class_counts: Sequence[int] | torch.Tensor,
+        tau: float = 1.0,
+        compensation: float = 1.0,
+        mismatch: Literal["counts"] | torch.Tensor = "counts",
+        target_prior: Sequence[float] | torch.Tensor | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: Literal["mean", "sum", "none"] = "mean",
+        effective_dim: float = 8.0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("tau", tau), ("compensation", compensation)):
+            if not math.isfinite(value):
+                raise ValueError(f"`{name}` must be a finite number, got {value}.")
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"`label_smoothing` must lie in [0, 1], got {label_smoothing}.")
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f'`reduction` must be "mean", "sum" or "none", got {reduction!r}.')
+        if isinstance(mismatch, str) and mismatch != "counts":
+            raise ValueError(f'`mismatch` must be "counts" or a (K,) tensor, got {mismatch!r}.')
+        self.tau = tau
+        self.compensation = compensation
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+
+        counts = check_class_counts(class_counts).double().clamp(min=1)
+        log_prior = (counts / counts.sum()).log()
+        log_target = _check_target_prior(target_prior, len(counts)).log()
+        # Kept apart, and out of the state dict, for `set_mismatch`.
+        self.register_buffer("prior_adjustment", (tau * (log_prior - log_target)).float(), persistent=False)
+        self.register_buffer("adjustment", self.prior_adjustment.clone())
+        self.set_mismatch(mismatch_from_counts(class_counts, effective_dim) if isinstance(mismatch, str) else mismatch)
+
+    @classmethod
+    def from_labels(cls, labels: Sequence[int] | torch.Tensor, num_classes: int, **kwargs: Any) -> SageLoss:
+        """Counts the training labels and builds the loss.
+
+        Args:
+            labels: (N,) class indices of the training images.
+            num_classes: K.
+            **kwargs: the other arguments of `SageLoss`.
+
+        Raises:
+            ValueError: a label is out of range, or `labels` is not one-dimensional.
+            TypeError: the labels are not integers.
+        """
+        labels = torch.as_tensor(labels).cpu()
+        if labels.ndim != 1:
+            raise ValueError(f"`labels` must have shape (N,), got {tuple(labels.shape)}.")
+        check_label_range(labels, num_classes)
+        return cls(torch.bincount(labels, minlength=num_classes), **kwargs)
+
+    def set_mismatch(self, mismatch: torch.Tensor) -> None:
+        """Replaces the mismatch, for example by one measured anew on the adapted features after each epoch.
+
+        Args:
+            mismatch: (K,) in nats, finite and not negative.
+
+        Raises:
+            ValueError: another shape, or a value that is negative or not finite.
+        """
+        delta = torch.as_tensor(mismatch).detach().to(self.prior_adjustment)
+        if delta.shape != self.prior_adjustment.shape:
+            raise ValueError(
+                f"`mismatch` must have shape {tuple(self.prior_adjustment.shape)}, one value a class, "
+                f"got {tuple(delta.shape)}."
+            )
+        if not (delta.isfinite() & (delta >= 0)).all():
+            raise ValueError(f"`mismatch` must be finite and not negative, got {delta}.")
+        self.adjustment = self.prior_adjustment - self.compensation * delta
+
+    def forward(
+        self,
+        outputs: torch.Tensor | Mapping[str, Any] | Sequence[Any],
+        labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Computes the loss.
+
+        Args:
+            outputs: (B, K) logits, or what a model returned: a `ModelOutput` or mapping with `logits`, or a tuple that
+                starts with them.
+            labels: (B,) class indices, or (B, K) probabilities (mixup, soft labels). On the CPU an index out of range
+                raises; on an accelerator the kernel asserts it, since a check here would stall every step.
+            num_items_in_batch: Trainer's number of label elements in all batches of an optimizer step (so `B * K` for
+                probabilities). If given, the sum of the losses is divided by the number of images that it stands for,
+                whatever the `reduction`; with gradient accumulation that gives the loss of the whole batch.
+
+        Returns:
+            A scalar, or (B,) for `reduction="none"`; float32, or float64 for float64 logits.
+
+        Raises:
+            ValueError: logits or labels of another shape or number of classes, or a label out of range.
+            TypeError: no tensor of logits or labels, or labels of the wrong type.
+        """
+        logits = _logits(outputs)
+        num_classes = len(self.adjustment)
+        if logits.ndim != 2 or logits.shape[1] != num_classes:
+            raise ValueError(f"`logits` must have shape (B, {num_classes}), got {tuple(logits.shape)}.")
+        if not isinstance(labels, torch.Tensor):
+            raise TypeError(f"`labels` must be a tensor, got {type(labels).__name__}.")
+        soft = labels.is_floating_point() and labels.shape == logits.shape
+        if not soft:
+            if labels.shape != logits.shape[:1]:
+                raise ValueError(
+                    f"`labels` must be {len(logits)} class indices or probabilities of shape {tuple(logits.shape)}, "
+                    f"got {labels.dtype} of shape {tuple(labels.shape)}."
+                )
+            check_label_range(labels, num_classes, self.ignore_index)
+
+        if self.adjustment.device != logits.device and not torch.compiler.is_compiling():
+            self.to(logits.device)  # Trainer moves the model, but not its loss
+        # At least float32 by type promotion, without a float32 copy of the logits beside the sum.
+        adjusted = logits + self.adjustment.to(logits.device)
+        loss = F.cross_entropy(
+            adjusted,
+            labels.to(adjusted.device, adjusted.dtype if soft else torch.long),
+            ignore_index=-100 if soft else self.ignore_index,
+            reduction=self.reduction if num_items_in_batch is None else "sum",
+            label_smoothing=self.label_smoothing,
+        )
+        if num_items_in_batch is None:
+            return loss
+        if isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        return loss * (num_classes if soft else 1) / num_items_in_batch
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SageLoss:
+        # Follow `.to(device)`, but keep float32: rounding the adjustment would bias every logit of a class alike.
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_classes={len(self.adjustment)}, tau={self.tau}, compensation={self.compensation}, "
+            f"label_smoothing={self.label_smoothing}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
+        )
+
+
+def _logits(outputs: torch.Tensor | Mapping[str, Any] | Sequence[Any]) -> torch.Tensor:
+    """Takes the logits out of what a model returned."""
+    if isinstance(outputs, Mapping):
+        if "logits" not in outputs:
+            raise ValueError(f"`outputs` must have `logits`, got only {sorted(outputs)}.")
+        outputs = outputs["logits"]
+    elif isinstance(outputs, (tuple, list)) and outputs:
+        outputs = outputs[0]
+    if not isinstance(outputs, torch.Tensor) or not outputs.is_floating_point():
+        kind = outputs.dtype if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+        raise TypeError(f"`logits` must be a floating-point tensor, got {kind}.")
+    return outputs
+
+
+def _check_target_prior(target_prior: Sequence[float] | torch.Tensor | None, num_classes: int) -> torch.Tensor:
+    """Reads the target prior as (K,) float64 probabilities on the CPU, or says what is wrong with it."""
+    if target_prior is None:
+        return torch.full((num_classes,), 1 / num_classes, dtype=torch.float64)
+    prior = torch.as_tensor(target_prior).detach().cpu().double()
+    if prior.shape != (num_classes,):
+        raise ValueError(f"`target_prior` must have shape ({num_classes},), got {tuple(prior.shape)}.")
+    if not (prior > 0).all() or abs(prior.sum() - 1) > 1e-4:
+        raise ValueError(
+            "`target_prior` must be positive probabilities that sum to 1 (give a class that may be absent a small "
+            f"one), got a sum of {prior.sum():.6g} and a smallest value of {prior.min():.6g}."
+        )
+    return prior
