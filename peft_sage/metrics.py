@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accuracy as long-tailed recognition reports it. Needs torchmetrics: `pip install peft_sage[examples]`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .mismatch import check_class_counts, check_label_range
+
+
+try:
+    from torchmetrics import Metric
+except ImportError as error:
+    raise ImportError("`LongTailAccuracy` needs torchmetrics: pip install peft_sage[examples]") from error
+
+
+class LongTailAccuracy(Metric):
+    """Accuracies over all classes and over those with many, a medium number of and few training images.
+
+    Group accuracies are unweighted means over classes, as in the long-tail literature. A class that does not occur in
+    the evaluation counts nowhere. All accuracies are fractions in [0, 1]. Right under several processes: the states
+    are sums over images, which torchmetrics adds up before `compute`.
+
+    Args:
+        class_counts: (K,) numbers of *training* images, which decide the groups.
+        many: a class with more training images than this has many.
+        few: a class with fewer training images than this has few; all others are medium.
+        **kwargs: passed to `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: `class_counts` is no (K,) list of whole numbers, or `few` lies above `many`.
+
+    Example:
+        >>> accuracy = LongTailAccuracy([500, 50, 5])
+        >>> accuracy.update(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 2]))
+        >>> accuracy.compute()["few"]
+        tensor(0.)
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    class_counts: torch.Tensor
+    correct: torch.Tensor
+    total: torch.Tensor
+
+    def __init__(
+        self, class_counts: Sequence[int] | torch.Tensor, many: int = 100, few: int = 20, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        counts = check_class_counts(class_counts)
+        if not 0 <= few <= many:
+            raise ValueError(f"`few` must be at least 0 and at most `many`, got few={few} and many={many}.")
+        self.many = many
+        self.few = few
+        self.register_buffer("class_counts", counts, persistent=False)
+        self.add_state("correct", torch.zeros_like(counts), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros_like(counts), dist_reduce_fx="sum")
+
+    def update(self, preds: torch.Tensor, labels: torch.Tensor) -> None:
+        """Counts a batch.
+
+        Args:
+            preds: (B, K) logits or probabilities, or (B,) predicted class indices.
+            labels: (B,) class indices.
+
+        Raises:
+            ValueError: a shape is wrong, or a class index out of range (checked on the CPU only).
+            TypeError: class indices that are not integers.
+        """
+        num_classes = len(self.class_counts)
+        if preds.ndim == 2:
+            if preds.shape[1] != num_classes:
+                raise ValueError(f"`preds` must have {num_classes} classes, got shape {tuple(preds.shape)}.")
+            preds = preds.argmax(dim=1)
+        if labels.ndim != 1 or preds.shape != labels.shape:
+            raise ValueError(
+                f"`preds` must have shape (B, {num_classes}) or (B,) and `labels` (B,), "
+                f"got {tuple(preds.shape)} and {tuple(labels.shape)}."
+            )
+        check_label_range(labels, num_classes)
+        check_label_range(preds, num_classes, name="preds")
+        labels = labels.long()
+        self.total.index_add_(0, labels, torch.ones_like(labels))
+        self.correct.index_add_(0, labels, (preds == labels).long())
+
+    def compute(self) -> dict[str, torch.Tensor]:
+        """Returns the accuracies of all batches so far.
+
+        Returns:
+            `overall` (over images), `macro` (over classes), `many`, `medium`, `few`, `worst` (class), `harmonic_mean`
+            (over classes; 0 as soon as one class is never right), `per_class` (K,), each in [0, 1] and NaN where
+            there is nothing to average; and the numbers of evaluated classes in the groups, `num_many`, `num_medium`
+            and `num_few`.
+        """
+        seen = self.total > 0
+        per_class = self.correct / self.total  # 0 / 0 is NaN: the class did not occur
+        accuracy = per_class[seen]
+        counts = self.class_counts[seen]
+        groups = {"many": counts > self.many, "few": counts < self.few}
+        groups["medium"] = ~(groups["many"] | groups["few"])
+        return {
+            "overall": self.correct.sum() / self.total.sum(),
+            "macro": accuracy.mean(),
+            **{name: accuracy[groups[name]].mean() for name in ("many", "medium", "few")},
+            "worst": accuracy.min() if len(accuracy) else accuracy.mean(),
+            "harmonic_mean": 1 / (1 / accuracy).mean(),
+            "per_class": per_class,
+            **{f"num_{name}": groups[name].sum() for name in ("many", "medium", "few")},
+        }

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+import math
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+pytest.importorskip("torchmetrics")
+
+from peft_sage.metrics import LongTailAccuracy  # noqa: E402
+
+
+COUNTS = [500, 101, 100, 20, 19, 0]  # many, many, medium, medium, few, few
+LABELS = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3, 3, 4])  # class 5 does not occur
+PREDS = torch.tensor([0, 0, 0, 1, 1, 0, 2, 3, 5, 0])  # right: 3/4, 1/2, 1, 1/2, 0
+
+
+def result(counts: list[int], preds: torch.Tensor, labels: torch.Tensor, **kwargs) -> dict[str, torch.Tensor]:
+    accuracy = LongTailAccuracy(counts, **kwargs)
+    accuracy.update(preds, labels)
+    return accuracy.compute()
+
+
+def check(got: dict[str, torch.Tensor]) -> None:
+    want = {
+        "overall": 6 / 10,
+        "macro": (0.75 + 0.5 + 1 + 0.5 + 0) / 5,
+        "many": (0.75 + 0.5) / 2,
+        "medium": (1 + 0.5) / 2,
+        "few": 0.0,
+        "worst": 0.0,
+        "harmonic_mean": 0.0,
+        "num_many": 2,
+        "num_medium": 2,
+        "num_few": 1,
+    }
+    assert {name: value.item() for name, value in got.items() if name != "per_class"} == pytest.approx(want)
+    expected = torch.tensor([0.75, 0.5, 1, 0.5, 0, math.nan])
+    torch.testing.assert_close(got["per_class"], expected, equal_nan=True)
+
+
+def test_every_number_by_hand():
+    check(result(COUNTS, PREDS, LABELS))
+
+
+def test_logits_and_several_batches():
+    logits = torch.nn.functional.one_hot(PREDS, 6).half() - 0.5
+    accuracy = LongTailAccuracy(COUNTS)
+    for part in torch.arange(10).split(3):
+        accuracy.update(logits[part], LABELS[part])
+    check(accuracy.compute())
+    accuracy.reset()
+    accuracy.update(logits, LABELS)
+    check(accuracy.compute())
+
+
+def test_harmonic_mean():
+    got = result([5, 5], torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 1, 1]))
+    assert got["harmonic_mean"].item() == pytest.approx(2 / (1 / 0.5 + 1 / 1))
+    assert got["worst"].item() == 0.5
+
+
+def test_thresholds():
+    got = result(COUNTS, PREDS, LABELS, many=500, few=101)
+    assert [got[f"num_{group}"].item() for group in ("many", "medium", "few")] == [0, 2, 3]
+
+
+def test_empty_group_is_nan():
+    got = result([500, 5], torch.tensor([0, 1]), torch.tensor([0, 1]))
+    assert math.isnan(got["medium"]) and got["num_medium"] == 0
+    assert got["macro"] == got["few"] == got["many"] == 1
+    nothing = result([500, 5], torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))
+    assert math.isnan(nothing["overall"]) and math.isnan(nothing["worst"])
+
+
+def _evaluate_half(rank: int, store: str, results) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    accuracy = LongTailAccuracy(COUNTS)
+    part = slice(0, 7) if rank == 0 else slice(7, 10)  # parts of unequal size and of other classes
+    accuracy.update(PREDS[part], LABELS[part])
+    results[rank] = {name: value.tolist() for name, value in accuracy.compute().items()}
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available() or sys.platform == "win32", reason="needs gloo")
+def test_two_processes_see_all_images(tmp_path):
+    with mp.get_context("spawn").Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_evaluate_half, args=(tmp_path / "store", results), nprocs=2)
+        for rank in range(2):
+            check({name: torch.tensor(value) for name, value in results[rank].items()})
+
+
+@pytest.mark.parametrize(
+    ("preds", "labels", "error", "match"),
+    [
+        (torch.zeros(2, 5), torch.tensor([0, 1]), ValueError, r"6 classes, got shape \(2, 5\)"),
+        (torch.zeros(3, dtype=torch.long), torch.tensor([0, 1]), ValueError, r"\(3,\) and \(2,\)"),
+        (torch.zeros(2, 6), torch.zeros(2, 6), ValueError, r"\(2, 6\)"),
+        (torch.zeros(2, 6), torch.tensor([0, 6]), ValueError, "`labels` .* got 6 at 1"),
+        (torch.tensor([0, -1]), torch.tensor([0, 1]), ValueError, "`preds` .* got -1 at 1"),
+        (torch.zeros(2), torch.tensor([0, 1]), TypeError, "`preds` .* torch.float32"),
+        (torch.zeros(2, 6), torch.zeros(2), TypeError, "`labels` .* torch.float32"),
+    ],
+)
+def test_wrong_input_changes_nothing(preds, labels, error, match):
+    accuracy = LongTailAccuracy(COUNTS)
+    with pytest.raises(error, match=match):
+        accuracy.update(preds, labels)
+    assert not accuracy.total.any() and not accuracy.correct.any()
+
+
+def test_wrong_settings():
+    with pytest.raises(ValueError, match="all zero"):
+        LongTailAccuracy([0, 0])
+    with pytest.raises(ValueError, match="few=50 and many=20"):
+        LongTailAccuracy(COUNTS, many=20, few=50)
