@@ -102,21 +102,19 @@ def estimate_mismatch(
     labels = labels.to(features.device, torch.long)
     dtype = torch.promote_types(features.dtype, torch.float32)
     rows = max(1, _CHUNK_ELEMENTS // max(1, features.shape[1]))
-    chunks = list(zip(features.split(rows), labels.split(rows), strict=True))
-
     sums = features.new_zeros(num_classes, features.shape[1], dtype=dtype)
-    norms = []
-    for chunk, label in chunks:
-        norm = torch.linalg.vector_norm(chunk, dim=1, keepdim=True, dtype=dtype)
-        sums.index_add_(0, label, chunk / norm)
-        norms.append(norm.squeeze(1))
-    norm = torch.cat(norms)
+    norm, own = features.new_empty(2, len(features), dtype=dtype)  # |f_i|, and a_i = f_i . S_k
+    chunks = list(zip(*(tensor.split(rows) for tensor in (features, labels, norm, own)), strict=True))
+    for chunk, label, length, _ in chunks:
+        length.copy_(torch.linalg.vector_norm(chunk, dim=1, dtype=dtype))
+        sums.index_add_(0, label, chunk / length[:, None])
     if not (norm.isfinite() & (norm > 0)).all():
         raise ValueError("`features` must be finite and no row may be zero.")
-    own = torch.cat([torch.linalg.vecdot(chunk.to(dtype), sums[label]) for chunk, label in chunks]) / norm
+    for chunk, label, length, dot in chunks:
+        torch.div(torch.linalg.vecdot(chunk.to(dtype), sums[label]), length, out=dot)
 
     # The two cosines differ by O(1 / n): their difference is taken in float64, which costs nothing at size (N,).
-    a, squares = own.double(), sums.double().square().sum(1)
+    a, squares = own.double(), torch.linalg.vecdot(sums, sums).double()
     square = squares[labels]
     with_self = a / square.clamp(min=1e-12).sqrt()
     without_self = (a - 1) / (square - 2 * a + 1).clamp(min=1e-12).sqrt()
