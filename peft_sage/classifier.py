@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An image classifier that starts as zero-shot CLIP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from . import towers
+from .config import check_guidance
+
+
+class CosineHead(nn.Module):
+    """Bias-free cosine classifier: `scale * cos(x, w_k)`.
+
+    Args:
+        weight: Initial weights (K, e).
+        scale: Factor of the cosines; fixed.
+
+    Reference: the head of LIFT (arXiv 2309.10019), with scale 25.
+    """
+
+    def __init__(self, weight: torch.Tensor, scale: float = 25.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().clone())
+        self.scale = scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits (..., K) for features (..., e)."""
+        return self.scale * F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
+
+    def extra_repr(self) -> str:
+        """Describe the head in one line."""
+        classes, features = self.weight.shape
+        return f"in_features={features}, out_features={classes}, scale={self.scale}"
+
+
+class ZeroShotClassifier(nn.Module):
+    """The image tower of a CLIP-style model with a cosine head that starts from class embeddings.
+
+    Untrained, it is zero-shot CLIP. With `get_peft_model(classifier, SageConfig(..., modules_to_save=["head"]))`,
+    adapter and head are trained and saved together.
+
+    Args:
+        clip: A model with an image tower and, where it has one, a projection to the space of the texts.
+        class_embeddings: One text embedding a class (K, e), as from [`encode_class_descriptions`]; or the number of
+            classes K, for a head that is to be loaded or trained from a random start.
+        scale: Factor of the cosines. It does not change the predictions before training, but the loss.
+
+    Raises:
+        ValueError: If the embeddings are not of shape (K, e), or not finite.
+        TypeError: If they are not a floating-point tensor or a number of classes.
+    """
+
+    main_input_name = "pixel_values"
+
+    def __init__(self, clip: nn.Module, class_embeddings: torch.Tensor | int, scale: float = 25.0) -> None:
+        super().__init__()
+        if isinstance(class_embeddings, int):
+            class_embeddings = torch.randn(class_embeddings, _embedding_width(clip))
+        check_guidance(class_embeddings, "class_embeddings")
+        if not scale > 0:
+            raise ValueError(f"`scale` must be positive, got {scale!r}.")
+        self.model = clip
+        weight = F.normalize(class_embeddings.float(), dim=-1).to(next(clip.parameters()).device)
+        self.head = CosineHead(weight, scale)
+        # Where PEFT looks for the base model's name.
+        self.name_or_path = getattr(clip, "name_or_path", "")
+
+    def forward(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any
+    ) -> ImageClassifierOutput:
+        """Classify images.
+
+        Args:
+            pixel_values: Images (B, C, H, W) from the model's image processor.
+            labels: Class indices (B,), or probabilities (B, K), for a cross-entropy loss.
+            **kwargs: Passed to the image tower.
+
+        Returns:
+            `logits` (B, K) and, with `labels`, `loss`.
+        """
+        features = towers.encode_image(self.model, pixel_values, **kwargs)
+        logits = self.head(features.to(self._active_head.weight.dtype))
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+    def set_class_embeddings(self, class_embeddings: torch.Tensor) -> None:
+        """Replace the classes of the active head: open-vocabulary use, without training.
+
+        Args:
+            class_embeddings: One text embedding a class (K, e); K may differ from before.
+
+        Raises:
+            ValueError: If the embeddings are not of shape (K, e) with the head's e, or not finite.
+            TypeError: If they are not a floating-point tensor.
+        """
+        check_guidance(class_embeddings, "class_embeddings")
+        head = self._active_head
+        if class_embeddings.shape[1] != head.weight.shape[1]:
+            raise ValueError(
+                f"`class_embeddings` must have the shape (K, {head.weight.shape[1]}), got "
+                f"{tuple(class_embeddings.shape)}."
+            )
+        weight = F.normalize(class_embeddings.detach().float(), dim=-1).to(head.weight)
+        head.weight = nn.Parameter(weight, requires_grad=head.weight.requires_grad)
+
+    @property
+    def _active_head(self) -> CosineHead:
+        if isinstance(self.head, ModulesToSaveWrapper) and self.head.active_adapters:
+            return self.head.modules_to_save[self.head.active_adapters[0]]
+        return self.head
+
+
+@torch.no_grad()
+def _embedding_width(clip: nn.Module) -> int:
+    """Width of the image embedding, from a blank image: no field of the configurations tells it reliably."""
+    config = getattr(clip, "config", None)
+    config = getattr(config, "vision_config", config)
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
+    if not isinstance(size, int):
+        raise ValueError("`class_embeddings` cannot be a number for this model: its image size is not known.")
+    parameter = next(clip.parameters())
+    blank = torch.zeros(1, channels, size, size, dtype=parameter.dtype, device=parameter.device)
+    return towers.encode_image(clip, blank).shape[-1]

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user may say about a Sage adapter."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftType
+
+from .descriptions import DEFAULT_TEMPLATES, check_templates, normalise_descriptions
+from .registration import PEFT_TYPE_NAME, add_peft_type
+
+
+add_peft_type(PEFT_TYPE_NAME)
+
+
+@dataclass
+class SageConfig(PeftConfig):
+    """Configuration of a [`SageModel`]: a semantic-guided adapter in the blocks of a vision tower.
+
+    The class descriptions (or a tensor of their embeddings) are the guidance that the adapter attends to. With neither,
+    the adapter is an AdaptFormer without attention.
+
+    Args:
+        class_descriptions (`list[str]`, `list[list[str]]` or `dict[str, str | list[str]]`, *optional*):
+            What the classes look like, in the order of the class indices. A list of strings holds class names, which
+            are put into `text_templates`; a list of lists, or a dictionary from class name to one or more texts, holds
+            written descriptions, which are used as they are. Encoded by the model's own text tower.
+        class_names (`list[str]`, *optional*):
+            Names of the classes; filled in from `class_descriptions` where that has names.
+        guidance (`torch.Tensor`, *optional*):
+            A float tensor (M, e) with one embedding a class, instead of encoding texts. Rows are L2-normalised. A
+            run-time field: it is saved with the weights of the adapter, not in the configuration file.
+        guidance_shape (`list[int]`, *optional*):
+            (M, e) of the adapter that a saved configuration belongs to. Filled in; not to be given.
+        text_templates (`list[str]`, *optional*):
+            Templates with one `{}` each, used for classes that have only a name. Default `["a photo of a {}."]`.
+        tokenizer_name_or_path (`str`, *optional*):
+            Tokenizer for the texts; default: where the base model came from.
+        r (`int`, *optional*):
+            Width of the bottleneck. Default: from the number of classes C and of adapted blocks L as in LIFT,
+            2^max(0, floor(log2(C / (2 L)))), but at least 8.
+        num_heads (`int`):
+            Attention heads; `r` must be divisible by it.
+        scaling (`float`):
+            Factor of the adapter's output; where it starts if `learnable_scaling`.
+        learnable_scaling (`bool`):
+            Whether the factor is a trained scalar in each block. It then starts at `scaling` divided by the mean
+            absolute LayerScale of the block, where the block has one, so that the adapter is not born dead.
+        dropout (`float`):
+            Dropout on the bottleneck while training.
+        target_modules (`str` or `list[str]`, *optional*):
+            Modules to adapt, as in PEFT: a regular expression (full match) or a list of name endings. Each must map
+            (..., d) to (..., d). Default: the MLP of every block of the vision tower; it stays `None` in the saved
+            configuration so that the adapter loads on every class that holds the same tower.
+        exclude_modules (`str` or `list[str]`, *optional*):
+            Modules that are left out, in the same two forms.
+        layers_to_transform (`int` or `list[int]`, *optional*):
+            Only these blocks. With the default targets, the depth of the block in the vision tower (negative: from the
+            end); with a list of names, the number in the name, as in PEFT. Not allowed with a regular expression.
+        layers_pattern (`str` or `list[str]`, *optional*):
+            Name of the list of blocks in front of that number, as in PEFT; only with a list of names.
+        modules_to_save (`list[str]`, *optional*):
+            Further modules that are trained and saved with the adapter, such as `["head"]`.
+        init_weights (`bool`):
+            `True`: the up-projection starts at zero, so that the wrapped model equals the base model. `False`: all
+            projections start random (for tests).
+
+    Raises:
+        ValueError: For values that are out of range or do not go together.
+        TypeError: For values of the wrong type.
+
+    Reference: arXiv 2507.12807 for guidance by class descriptions through attention; the form of the layer is ours
+    (see [`SageLayer`]).
+    """
+
+    class_descriptions: list[str] | list[list[str]] | dict[str, str | list[str]] | None = field(
+        default=None, metadata={"help": "Class names (list of str) or written descriptions (list of lists, or dict)."}
+    )
+    class_names: list[str] | None = field(default=None, metadata={"help": "Names of the classes, in index order."})
+    guidance: torch.Tensor | None = field(
+        default=None,
+        repr=False,
+        compare=False,
+        metadata={"help": "Embeddings (M, e) of the class descriptions, instead of texts. Not serialised."},
+    )
+    guidance_shape: list[int] | None = field(
+        default=None, metadata={"help": "(M, e) of the saved guidance. Filled in by the tuner."}
+    )
+    text_templates: list[str] | None = field(
+        default=None, metadata={"help": f"Templates for classes that have only a name; default {DEFAULT_TEMPLATES}."}
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer for the texts; default: where the base model came from."}
+    )
+    r: int | None = field(default=None, metadata={"help": "Width of the bottleneck; default: from the class count."})
+    num_heads: int = field(default=1, metadata={"help": "Attention heads; must divide `r`."})
+    scaling: float = field(default=1.0, metadata={"help": "Factor of the adapter's output (its start, if learnable)."})
+    learnable_scaling: bool = field(default=True, metadata={"help": "Train the factor, one scalar a block."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the bottleneck while training."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules to adapt; default: the MLP of every block of the vision tower."}
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules that are left out."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Only these blocks."})
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of blocks; only with a list of names in `target_modules`."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules that are trained and saved with the adapter."}
+    )
+    init_weights: bool = field(default=True, metadata={"help": "Start as the identity (up-projection zero)."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType[PEFT_TYPE_NAME]
+        if self.class_descriptions is not None:
+            if isinstance(self.class_descriptions, Mapping) and self.class_names is not None:
+                raise ValueError("`class_names` must not be given when `class_descriptions` is a dict with names.")
+            names, self.class_descriptions = normalise_descriptions(self.class_descriptions)
+            self.class_names = names if self.class_names is None else self.class_names
+        self._check_classes()
+        self._check_layer()
+        self._check_targets()
+
+    @property
+    def saved(self) -> bool:
+        """Whether this is the configuration of a saved adapter, whose guidance comes from its weights file."""
+        return self._saved
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what goes into the configuration file: everything but the run-time tensor `guidance`."""
+        names = [entry.name for entry in fields(self) if entry.name != "guidance"]
+        config = {name: copy.deepcopy(getattr(self, name)) for name in names}
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+
+    def _check_classes(self) -> None:
+        if self.text_templates is not None:
+            self.text_templates = check_templates(self.text_templates)
+        if self.guidance_shape is not None:
+            shape = self.guidance_shape
+            if not (isinstance(shape, (list, tuple)) and len(shape) == 2 and all(_is_int(n) and n >= 0 for n in shape)):
+                raise ValueError(f"`guidance_shape` must be a list of two integers (M, e), got {shape!r}.")
+            self.guidance_shape = list(shape)
+        # Set here and not where the tuner fills the shape in: so a user's own object can be used twice.
+        self._saved = self.guidance_shape is not None
+        if self.guidance is not None:
+            check_guidance(self.guidance)
+        count = self.num_classes
+        if self.class_names is not None and count and len(self.class_names) != count:
+            raise ValueError(f"`class_names` has {len(self.class_names)} entries, but there are {count} classes.")
+        if self.guidance is not None and self.class_descriptions is not None:
+            if len(self.class_descriptions) != len(self.guidance):
+                raise ValueError(
+                    f"`guidance` has {len(self.guidance)} rows, but `class_descriptions` has "
+                    f"{len(self.class_descriptions)} classes; give one row a class, or only one of the two."
+                )
+
+    def _check_layer(self) -> None:
+        if not _is_int(self.num_heads) or self.num_heads < 1:
+            raise ValueError(f"`num_heads` must be a positive integer, got {self.num_heads!r}.")
+        if self.r is not None:
+            if not _is_int(self.r) or self.r < 1:
+                raise ValueError(f"`r` must be a positive integer or None, got {self.r!r}.")
+            if self.r % self.num_heads:
+                raise ValueError(f"`r` must be divisible by `num_heads`, got r={self.r}, num_heads={self.num_heads}.")
+        if not _is_finite(self.scaling):
+            raise ValueError(f"`scaling` must be a finite number, got {self.scaling!r}.")
+        if not _is_finite(self.dropout) or not 0 <= self.dropout < 1:
+            raise ValueError(f"`dropout` must be in [0, 1), got {self.dropout!r}.")
+
+    def _check_targets(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if value is None or isinstance(value, str):
+                continue
+            if not isinstance(value, (list, tuple, set)) or not all(isinstance(entry, str) for entry in value):
+                raise TypeError(f"`{name}` must be a str or a list of str, got {value!r}.")
+            setattr(self, name, set(value))
+        layers = self.layers_to_transform
+        if layers is not None:
+            layers = [layers] if _is_int(layers) else layers
+            if not isinstance(layers, (list, tuple)) or not layers or not all(_is_int(layer) for layer in layers):
+                raise ValueError(f"`layers_to_transform` must be an integer or a list of them, got {layers!r}.")
+            if isinstance(self.target_modules, str):
+                raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
+            if self.target_modules is not None and min(layers) < 0:
+                raise ValueError(f"`layers_to_transform` must not be negative with `target_modules`, got {layers!r}.")
+        if self.layers_pattern is not None and not isinstance(self.target_modules, set):
+            raise ValueError("`layers_pattern` can only be used when `target_modules` is a list of names.")
+
+    @property
+    def num_classes(self) -> int:
+        """Number of rows of the guidance, M; 0 without guidance."""
+        if self.guidance is not None:
+            return len(self.guidance)
+        if self.class_descriptions is not None:
+            return len(self.class_descriptions)
+        return self.guidance_shape[0] if self.guidance_shape else 0
+
+
+def check_guidance(guidance: torch.Tensor, name: str = "guidance") -> None:
+    """Check that a tensor can serve as guidance.
+
+    Args:
+        guidance: What the user gave.
+        name: The argument's name, for the message.
+
+    Raises:
+        TypeError: If it is no floating-point tensor.
+        ValueError: If it is not of shape (M, e), or holds NaN, infinity or a row of zeros.
+    """
+    if not isinstance(guidance, torch.Tensor) or not guidance.is_floating_point():
+        kind = guidance.dtype if isinstance(guidance, torch.Tensor) else type(guidance).__name__
+        raise TypeError(f"`{name}` must be a floating-point tensor (M, e), got {kind}.")
+    if guidance.ndim != 2 or guidance.shape[1] == 0:
+        raise ValueError(f"`{name}` must have the shape (M, e), got {tuple(guidance.shape)}.")
+    if guidance.is_meta:
+        return
+    if not torch.isfinite(guidance).all():
+        rows = (~torch.isfinite(guidance).all(dim=1)).nonzero().flatten().tolist()
+        raise ValueError(f"`{name}` must be finite, got NaN or infinity in rows {rows[:10]}.")
+    if (guidance == 0).all(dim=1).any():
+        rows = (guidance == 0).all(dim=1).nonzero().flatten().tolist()
+        raise ValueError(f"`{name}` must have no rows of zeros, got them in rows {rows[:10]}.")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")

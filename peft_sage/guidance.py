@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From class descriptions to guidance: one unit vector a class."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer
+
+from . import towers
+from .config import SageConfig, check_guidance
+from .descriptions import Descriptions, expand
+
+
+@torch.no_grad()
+def encode_class_descriptions(
+    model: nn.Module,
+    tokenizer: Any,
+    descriptions: Descriptions,
+    templates: Sequence[str] | None = None,
+    batch_size: int = 256,
+    progress_bar: bool | None = None,
+) -> torch.Tensor:
+    """Encode class descriptions with the model's own text tower.
+
+    Each text is encoded and normalised; the mean over a class's texts is normalised again.
+
+    Args:
+        model: A model with a text tower; wrapped ones will do.
+        tokenizer: Its tokenizer.
+        descriptions: A list of class names; or one list of written descriptions a class; or a dictionary from class
+            name to one or more written descriptions.
+        templates: For bare class names, texts with one `{}` each. Default: "a photo of a {}.".
+        batch_size: Texts a batch.
+        progress_bar: Whether to show one. Default: with more than 20 batches, on the main process.
+
+    Returns:
+        A float32 tensor (M, e) on the model's device with one L2-normalised row a class.
+
+    Raises:
+        ValueError: If a description is empty, `batch_size` is not positive, the model has no text tower, or all rows
+            come out identical, which happens when the tokenizer does not fit the model.
+    """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be positive, got {batch_size!r}.")
+    texts_of_class = expand(descriptions, templates)
+    if not towers.has_text_tower(model):
+        raise ValueError(f"`model` ({type(model).__name__}) has no text tower to encode class descriptions with.")
+    unique = list(dict.fromkeys(text for texts in texts_of_class for text in texts))
+    row_of_text = {text: row for row, text in enumerate(unique)}
+    embeddings = F.normalize(_encode_texts(model, tokenizer, unique, batch_size, progress_bar), dim=-1)
+
+    index = torch.tensor([row_of_text[text] for texts in texts_of_class for text in texts], device=embeddings.device)
+    owner = torch.tensor([i for i, texts in enumerate(texts_of_class) for _ in texts], device=embeddings.device)
+    sums = embeddings.new_zeros(len(texts_of_class), embeddings.shape[1]).index_add_(0, owner, embeddings[index])
+    guidance = F.normalize(sums, dim=-1)
+    _check_rows_differ(guidance, texts_of_class)
+    return guidance
+
+
+def make_guidance(model: nn.Module, config: SageConfig, on_meta: bool = False) -> torch.Tensor | None:
+    """Return the guidance that a new adapter starts with.
+
+    Args:
+        model: The model to adapt.
+        config: The adapter's configuration.
+        on_meta: Whether guidance that is still to be loaded goes on the meta device.
+
+    Returns:
+        A float32 tensor (M, e) with L2-normalised rows; NaN where it is still to be loaded, so that it cannot be used
+        by mistake; `None` without guidance.
+
+    Raises:
+        ValueError: If the class descriptions cannot be encoded.
+    """
+    if config.guidance is not None:
+        return encode_for(model, config, config.guidance) if len(config.guidance) else None
+    if config.saved:
+        shape = tuple(config.guidance_shape)
+        return torch.full(shape, torch.nan, device="meta" if on_meta else None) if all(shape) else None
+    if config.class_descriptions is not None:
+        return encode_for(model, config, config.class_descriptions)
+    return None
+
+
+def encode_for(model: nn.Module, config: SageConfig, source: torch.Tensor | Descriptions) -> torch.Tensor:
+    """Return normalised guidance from a tensor, or from class descriptions by the model's own text tower.
+
+    Args:
+        model: The model to adapt.
+        config: The configuration that names the tokenizer and the templates.
+        source: A tensor (M, e) or class descriptions.
+
+    Returns:
+        A float32 tensor (M, e) with L2-normalised rows.
+
+    Raises:
+        TypeError: If the tensor is not of floating point.
+        ValueError: If the tensor is not fit to be guidance, or the descriptions cannot be encoded.
+    """
+    if isinstance(source, torch.Tensor):
+        check_guidance(source)
+        return F.normalize(source.detach().float(), dim=-1)
+    if not towers.has_text_tower(model):
+        raise ValueError(
+            f"{type(model).__name__} has no text tower to encode `class_descriptions` with. Either wrap the full model, "
+            "such as CLIPModel instead of CLIPVisionModel, or encode them elsewhere (`encode_class_descriptions`) and "
+            "pass the tensor as `guidance`."
+        )
+    return encode_class_descriptions(model, _load_tokenizer(model, config), source, config.text_templates)
+
+
+def _load_tokenizer(model: nn.Module, config: SageConfig) -> Any:
+    name = config.tokenizer_name_or_path or getattr(model, "name_or_path", None)
+    if not name:
+        raise ValueError(
+            "`class_descriptions` need a tokenizer, and the model does not say where it came from. Set "
+            "`tokenizer_name_or_path`, or encode them (`encode_class_descriptions`) and pass the tensor as `guidance`."
+        )
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`class_descriptions` need a tokenizer, and none could be loaded from {name!r} "
+            f"(`tokenizer_name_or_path`={config.tokenizer_name_or_path!r}): {error}"
+        ) from error
+
+
+def _encode_texts(
+    model: nn.Module, tokenizer: Any, texts: list[str], batch_size: int, progress_bar: bool | None
+) -> torch.Tensor:
+    """Return raw float32 text embeddings (n, e), in the order of `texts`."""
+    ids = _tokenize(model, tokenizer, texts)
+    # Batches of equal length waste no padding.
+    order = sorted(range(len(texts)), key=lambda i: len(ids[i]), reverse=True)
+    device = next(model.parameters()).device
+    batches = range(0, len(texts), batch_size)
+    hide = not (len(batches) > 20 and _is_main_process()) if progress_bar is None else not progress_bar
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    encoded = []
+    try:
+        for start in tqdm(batches, desc="Encoding class descriptions", disable=hide):
+            batch = {"input_ids": [ids[i] for i in order[start : start + batch_size]]}
+            batch = tokenizer.pad(batch, return_tensors="pt", **_padding(model, tokenizer)).to(device)
+            encoded.append(towers.encode_text(model, dict(batch)).float())
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    rows = torch.cat(encoded)
+    return rows[torch.tensor(order, device=rows.device).argsort()]
+
+
+def _tokenize(model: nn.Module, tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    limit = _max_length(model, tokenizer)
+    full = tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
+    cut = sum(len(ids) > limit for ids in full)
+    if not cut:
+        return full
+    warnings.warn(
+        f"{cut} of {len(texts)} class descriptions are longer than the text tower's limit of {limit} tokens and were "
+        "truncated; write shorter ones, several a class if need be.",
+        stacklevel=4,
+    )
+    return tokenizer(texts, padding=False, truncation=True, max_length=limit)["input_ids"]
+
+
+def _max_length(model: nn.Module, tokenizer: Any) -> int:
+    config = getattr(model, "config", None)
+    text_config = getattr(config, "text_config", config)
+    positions = getattr(text_config, "max_position_embeddings", None) or tokenizer.model_max_length
+    return min(positions, tokenizer.model_max_length)
+
+
+def _padding(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
+    # SigLIP was trained on texts padded to the full length, without an attention mask, and reads the last position.
+    if str(getattr(getattr(model, "config", None), "model_type", "")).startswith("siglip"):
+        return {"padding": "max_length", "max_length": _max_length(model, tokenizer), "return_attention_mask": False}
+    return {"padding": "longest"}
+
+
+def _check_rows_differ(guidance: torch.Tensor, texts_of_class: list[list[str]]) -> None:
+    if len(guidance) < 2 or len({tuple(texts) for texts in texts_of_class}) < 2:
+        return
+    if torch.allclose(guidance, guidance[:1].expand_as(guidance), atol=1e-6):
+        raise ValueError(
+            "All class descriptions have the same embedding. The tokenizer does not fit the text tower: the token that "
+            "the tower pools (`eos_token_id` of its config) does not occur in the tokenizer's output."
+        )
+
+
+def _is_main_process() -> bool:
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank())

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arithmetic of the semantic-guided adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .config import SageConfig
+
+
+class SageLayer(nn.Module, BaseTunerLayer):
+    """A block of a vision tower with semantic-guided adapters in parallel.
+
+    With `x` (..., d) the block's input and `G` (M, e) the guidance, one row a class:
+
+        z = LN(x) W_down                                  (..., r)
+        a = softmax(z (G W_k)^T / sqrt(r / h)) (G W_v)    (..., r), h heads
+        y = block(x) + s * GELU(z + a) W_up               (..., d)
+
+    `z` is its own query: `W_down` already is the query projection. Every token attends to the rows of `G` on its own,
+    so any number of leading dimensions in any order will do. Without guidance (M = 0) the layer is AdaptFormer's.
+
+    All blocks share one guidance tensor. It is a buffer of the first adapted block, its owner, so that it is saved
+    once; the other blocks hold a reference to the owner's `BufferDict`, never to the tensor, which loading may replace.
+
+    Args:
+        base_layer: The block, a module from (..., d) to (..., d).
+        width: d.
+        input_index: The positional argument of the block's forward that holds `x`.
+
+    Reference: arXiv 2507.12807 for class descriptions that reach the visual encoder through attention. The form of the
+    layer is ours; without guidance it is AdaptFormer (arXiv 2205.13535) with a LayerNorm and GELU.
+    """
+
+    adapter_layer_names = (
+        "peft_sage_norm",
+        "peft_sage_down",
+        "peft_sage_key",
+        "peft_sage_value",
+        "peft_sage_up",
+        "peft_sage_scaling",
+    )
+
+    def __init__(self, base_layer: nn.Module, width: int, input_index: int = 0) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features = self.out_features = width
+        self.input_index = input_index
+        self.peft_sage_norm = nn.ModuleDict()
+        self.peft_sage_down = nn.ModuleDict()
+        self.peft_sage_key = nn.ModuleDict()
+        self.peft_sage_value = nn.ModuleDict()
+        self.peft_sage_up = nn.ModuleDict()
+        self.peft_sage_scaling = nn.ParameterDict()
+        self.peft_sage_dropout = nn.ModuleDict()
+        self.peft_sage_guidance = BufferDict(persistent=True)
+        self.fixed_scaling: dict[str, float] = {}
+        self.num_heads: dict[str, int] = {}
+        # A plain dict, so that what other layers own is not registered here as well.
+        self._guidance: dict[str, BufferDict] = {}
+
+    def update_layer(
+        self, adapter_name: str, config: SageConfig, guidance: BufferDict | None, scaling: float = 1.0
+    ) -> None:
+        """Add an adapter.
+
+        Args:
+            adapter_name: Its name.
+            config: Its configuration, with `r` set.
+            guidance: The owner's dictionary that holds this adapter's guidance (M, e); `None` for no guidance.
+            scaling: Where a learnable scaling starts.
+        """
+        width, r = self.in_features, config.r
+        self.num_heads[adapter_name] = config.num_heads
+        self.peft_sage_norm[adapter_name] = nn.LayerNorm(width)
+        self.peft_sage_down[adapter_name] = nn.Linear(width, r)
+        self.peft_sage_up[adapter_name] = nn.Linear(r, width)
+        self.peft_sage_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        if config.learnable_scaling:
+            self.peft_sage_scaling[adapter_name] = nn.Parameter(torch.full((1,), scaling))
+        else:
+            self.fixed_scaling[adapter_name] = scaling
+        if guidance is not None:
+            dim = guidance[adapter_name].shape[1]
+            self._guidance[adapter_name] = guidance
+            self.peft_sage_key[adapter_name] = nn.Linear(dim, r, bias=False)
+            self.peft_sage_value[adapter_name] = nn.Linear(dim, r, bias=False)
+        self.reset_adapter_parameters(adapter_name, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters)
+
+    def reset_adapter_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
+        """Initialise the projections.
+
+        Args:
+            adapter_name: The adapter's name.
+            init_weights: Whether the up-projection is zero, which makes the adapter the identity.
+        """
+        down, up = self.peft_sage_down[adapter_name], self.peft_sage_up[adapter_name]
+        nn.init.kaiming_uniform_(down.weight, a=5**0.5)
+        nn.init.zeros_(down.bias)
+        if init_weights:
+            nn.init.zeros_(up.weight)
+            nn.init.zeros_(up.bias)
+        if adapter_name in self.peft_sage_key:
+            # A unit row of the guidance becomes a key and a value with components of unit variance.
+            nn.init.normal_(self.peft_sage_key[adapter_name].weight)
+            nn.init.normal_(self.peft_sage_value[adapter_name].weight)
+
+    def guidance(self, adapter_name: str) -> torch.Tensor | None:
+        """Return the guidance (M, e) that an adapter attends to, `None` without guidance."""
+        source = self._guidance.get(adapter_name)
+        return None if source is None else source[adapter_name]
+
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> torch.Tensor:
+        """Return the block's output (..., d) with the active adapters' updates added.
+
+        Args:
+            *args: The block's arguments.
+            adapter_names: The adapter of each sample of a mixed batch, `"__base__"` for none; samples along the first
+                dimension. Given by PEFT.
+            **kwargs: The block's keyword arguments.
+        """
+        result = self.base_layer(*args, **kwargs)
+        if self.disable_adapters:
+            return result
+        x = args[self.input_index]
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, result, adapter_names)
+        for name in self.active_adapters:
+            if name in self.peft_sage_down:
+                result = result + self.update(x, name).to(result.dtype)
+        return result
+
+    def update(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """Return what an adapter adds to the block's output.
+
+        Args:
+            x: The block's input (..., d).
+            adapter_name: The adapter's name.
+
+        Returns:
+            A tensor (..., d) in the adapter's precision.
+        """
+        down = self.peft_sage_down[adapter_name]
+        x = self._cast_input_dtype(x, down.weight.dtype)
+        z = down(self.peft_sage_norm[adapter_name](x))
+        if adapter_name in self._guidance:
+            z = z + self.attend(z, adapter_name)
+        update = self.peft_sage_up[adapter_name](self.peft_sage_dropout[adapter_name](F.gelu(z)))
+        if adapter_name in self.peft_sage_scaling:
+            return update * self.peft_sage_scaling[adapter_name]
+        return update * self.fixed_scaling[adapter_name]
+
+    def attend(self, z: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """Return the attention of queries to the guidance.
+
+        Args:
+            z: Queries (..., r).
+            adapter_name: The adapter's name.
+
+        Returns:
+            A tensor (..., r). The matrix of all weights is never kept (`scaled_dot_product_attention`).
+        """
+        key, value = self.peft_sage_key[adapter_name], self.peft_sage_value[adapter_name]
+        guidance = self.guidance(adapter_name).to(key.weight.dtype)
+        # The tokens of all images share their keys and values: one sequence of queries, a batch of one.
+        query, keys, values = (
+            t.reshape(1, -1, self.num_heads[adapter_name], t.shape[-1] // self.num_heads[adapter_name]).transpose(1, 2)
+            for t in (z, key(guidance), value(guidance))
+        )
+        attended = F.scaled_dot_product_attention(query, keys, values)
+        return attended.transpose(1, 2).reshape(z.shape)
+
+    def _mixed_batch_forward(self, x: torch.Tensor, result: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+        if len(adapter_names) != len(x):
+            raise ValueError(
+                f"`adapter_names` must have one entry for each of the {len(x)} samples that reach the block along its "
+                f"first dimension, got {len(adapter_names)}."
+            )
+        result = result.clone()
+        for name in dict.fromkeys(adapter_names):
+            if name in self.peft_sage_down:
+                index = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
+                result[index] += self.update(x[index], name).to(result.dtype)
+        return result
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter from the layer, with its guidance where this layer owns it."""
+        super().delete_adapter(adapter_name)
+        for entries in (self._guidance, self.fixed_scaling, self.num_heads):
+            entries.pop(adapter_name, None)
+        for entries in (self.peft_sage_guidance, self.peft_sage_dropout):
+            if adapter_name in entries:
+                del entries[adapter_name]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raise: the adapter is not linear in the block's input."""
+        raise NotImplementedError(MERGE_ERROR)
+
+    def unmerge(self) -> None:
+        """Raise: nothing was merged."""
+        raise NotImplementedError(MERGE_ERROR)
+
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device | None, torch.dtype | None]:
+        # A block has no `weight` of its own; quantised ones hold integers beside the floats that tell the precision.
+        parameters = [*base_layer.parameters(), *base_layer.buffers()]
+        if not parameters:
+            return None, None
+        floating = [parameter.dtype for parameter in parameters if parameter.is_floating_point()]
+        return parameters[0].device, floating[0] if floating else None
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        # The guidance is data and keeps its precision: only the device follows.
+        device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        if device is not None and adapter_name in self.peft_sage_guidance:
+            guidance = self.peft_sage_guidance[adapter_name]
+            if not guidance.is_meta:
+                self.peft_sage_guidance[adapter_name] = guidance.to(device)
+
+    def __getattr__(self, name: str) -> Any:
+        # Some models look into a block from outside, as open_clip does at `mlp.c_fc.weight`.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+
+MERGE_ERROR = (
+    "Sage adapters cannot be merged into the base model, because they are not linear. Use `unload()` to get the base "
+    "model back without the adapter, or keep the adapter in place."
+)

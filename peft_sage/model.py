@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the adapter is injected, and how it is saved and loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from . import checkpoint, towers
+from .config import SageConfig
+from .descriptions import Descriptions, normalise_descriptions
+from .guidance import encode_for, make_guidance
+from .layer import MERGE_ERROR, SageLayer
+from .registration import PREFIX
+from .targeting import find_targets, is_excluded
+
+
+class SageModel(BaseTuner):
+    """A model whose vision tower holds semantic-guided adapters.
+
+    Not made directly but by `get_peft_model(model, SageConfig(...))`, `PeftModel.from_pretrained`, or a transformers
+    model's own `add_adapter` and `load_adapter`.
+
+    Args:
+        model (`torch.nn.Module`): The model to adapt; only its vision tower is touched.
+        config (`SageConfig`): The configuration.
+        adapter_name (`str`): The adapter's name.
+        low_cpu_mem_usage (`bool`): Create the adapter's weights on the meta device, to be loaded.
+
+    Raises:
+        ValueError: Before anything is changed, if the model has no vision tower that can be adapted, no module matches
+            the targets, a target does not map (..., d) to (..., d), or the guidance cannot be had.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = SageLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Inject an adapter. What may fail is done first, before the model or the configuration is changed."""
+        config: SageConfig = self.peft_config[adapter_name]
+        self._targets = find_targets(model, config, state_dict)
+        r = config.r or default_r(config.num_classes, len(self._targets))
+        if r % config.num_heads:
+            raise ValueError(f"`num_heads` must divide `r`={r} (from the number of classes), got {config.num_heads}.")
+        guidance = make_guidance(model, config, on_meta=low_cpu_mem_usage)
+
+        config.r = r
+        self._guidance = None
+        if guidance is not None:
+            config.guidance_shape = list(guidance.shape)
+            # Its owner is the first adapted block, see `SageLayer`.
+            self._guidance = BufferDict({adapter_name: guidance}, persistent=True)
+        self._awaits_loading(adapter_name, guidance is not None and config.saved and config.guidance is None)
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+
+    def set_guidance(self, guidance: torch.Tensor | Descriptions, adapter_name: str | None = None) -> None:
+        """Give a trained adapter another set of classes, without training.
+
+        Attention is over a set, so the number of classes may change. A head is not touched: see
+        [`ZeroShotClassifier.set_class_embeddings`].
+
+        Args:
+            guidance: A float tensor (M, e) with the width e that the adapter was trained with, or class descriptions
+                for the model's own text tower, in any shape that [`SageConfig`] takes.
+            adapter_name: The adapter's name. Default: the active one.
+
+        Raises:
+            ValueError: If the adapter does not exist or has no guidance, or the tensor does not fit.
+            TypeError: If `guidance` is neither.
+        """
+        adapter_name = self.active_adapters[0] if adapter_name is None else adapter_name
+        config = self.peft_config.get(adapter_name)
+        if not isinstance(config, SageConfig):
+            known = [name for name, other in self.peft_config.items() if isinstance(other, SageConfig)]
+            raise ValueError(f"`adapter_name` must be one of the Sage adapters {known}, got {adapter_name!r}.")
+        if not config.guidance_shape:
+            raise ValueError(f"The adapter {adapter_name!r} was made without guidance, so it cannot be given any.")
+        if isinstance(guidance, torch.Tensor):
+            names, texts = (config.class_names if config.num_classes == len(guidance) else None), None
+        else:
+            names, texts = normalise_descriptions(guidance)
+        guidance = encode_for(self.model, config, guidance)
+        if not len(guidance) or guidance.shape[1] != config.guidance_shape[1]:
+            raise ValueError(
+                f"`guidance` must have the shape (M, {config.guidance_shape[1]}) with at least one row, as the adapter "
+                f"{adapter_name!r} was trained with this width, got {tuple(guidance.shape)}."
+            )
+        for layer in self.modules():
+            if isinstance(layer, SageLayer) and adapter_name in layer.peft_sage_guidance:
+                layer.peft_sage_guidance[adapter_name] = guidance.to(layer.peft_sage_guidance[adapter_name])
+        config.class_names, config.class_descriptions = names, texts
+        config.guidance, config.guidance_shape = None, list(guidance.shape)
+        self._awaits_loading(adapter_name, False)
+
+    def _prepare_adapter_config(self, peft_config: SageConfig, model_config: dict) -> SageConfig:
+        # `target_modules=None` stays: it means the blocks of whatever class holds the tower when the adapter is loaded.
+        return peft_config
+
+    def _check_target_module_exists(self, peft_config: SageConfig, key: str) -> bool | _ExcludedModule:
+        return _ExcludedModule() if is_excluded(peft_config, key) else key in self._targets
+
+    def _create_and_replace(
+        self,
+        peft_config: SageConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        layer = target
+        if not isinstance(layer, SageLayer):
+            layer = SageLayer(target, towers.block_width(target), towers.block_input_index(target))
+        if current_key == self._targets[0] and self._guidance is not None:
+            layer.peft_sage_guidance[adapter_name] = self._guidance[adapter_name]
+            self._guidance = layer.peft_sage_guidance
+        scaling = peft_config.scaling
+        if peft_config.learnable_scaling:
+            scaling /= _mean_layer_scale(self.model, current_key)
+        layer.update_layer(adapter_name, peft_config, self._guidance, scaling)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's own version reads `child.weight`, which a block does not have. The layer moved itself.
+        setattr(parent, child_name, new_module)
+
+    def _check_merge_allowed(self) -> None:
+        raise NotImplementedError(MERGE_ERROR)
+
+    def _awaits_loading(self, adapter_name: str, waits: bool) -> None:
+        """Note whether an adapter's guidance is still to come from a weights file."""
+        waiting = self.__dict__.setdefault("_waiting", set())
+        (waiting.add if waits else waiting.discard)(adapter_name)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if self._waiting:
+            raise RuntimeError(
+                f"The guidance of the adapter {sorted(self._waiting)} was not loaded. Its configuration is that of a "
+                "saved adapter: load that with `PeftModel.from_pretrained`, call `set_guidance`, or set "
+                "`config.guidance_shape = None` before the model is wrapped, to encode the class descriptions again."
+            )
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = set(adapter_names) - set(self.peft_config) - {"__base__"}
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        pre_forward = partial(_add_adapter_names, adapter_names=adapter_names)
+        handles = [
+            module.register_forward_pre_hook(pre_forward, with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, (SageLayer, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @classmethod
+    def _get_adapter_state_dict(cls, **kwargs: Any) -> dict[str, torch.Tensor]:
+        # PEFT collects every tuner layer, those of a LoRA beside Sage as well.
+        state_dict = super()._get_adapter_state_dict(**kwargs)
+        return {key: value for key, value in state_dict.items() if f".{cls.prefix}" in key}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SageConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        state_dict = checkpoint.align_block_names(model, adapter_name, state_dict)
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        checkpoint.check_complete(model, adapter_name, state_dict)
+        for module in model.modules():
+            if isinstance(module, SageModel):
+                module._awaits_loading(adapter_name, False)
+        return state_dict
+
+
+def default_r(num_classes: int, num_blocks: int) -> int:
+    """Width of the bottleneck, from the number of classes.
+
+    2^max(0, floor(log2(C / (2 L)))) as in LIFT (arXiv 2309.10019), so that all adapters together have about half as
+    many parameters as a linear head; but at least 8, as attention needs some width.
+
+    Args:
+        num_classes: C.
+        num_blocks: L, the number of adapted blocks.
+    """
+    exponent = math.floor(math.log2(num_classes / (2 * num_blocks))) if num_classes else 0
+    return max(8, 2 ** max(0, exponent))
+
+
+def _mean_layer_scale(model: nn.Module, name: str) -> float:
+    scale = towers.layer_scale(model, name)
+    mean = 1.0 if scale is None or scale.is_meta else scale.detach().abs().mean().item()
+    return mean or 1.0
+
+
+def _add_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
+    return args, {**kwargs, "adapter_names": adapter_names}

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make Sage known to PEFT in the running process.
+
+PEFT looks its methods up by a member of the enum `PeftType` and has no extension point for new members. So the one
+thing that is touched is that enum, in memory: no file of PEFT is edited and nothing else is replaced.
+"""
+
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import register_peft_method
+
+
+#: The value names this package, because a user who forgot `import peft_sage` sees nothing but this value.
+PEFT_TYPE_NAME = "PEFT_SAGE"
+
+#: The prefix of all parameters and buffers. The shorter `sage_` is part of names such as `message_encoder`.
+PREFIX = "peft_sage_"
+
+
+def add_peft_type(name: str) -> PeftType:
+    """Return the member `name` of `PeftType`, and create it if it does not exist.
+
+    Args:
+        name: Upper-case name, which is the value as well.
+
+    Returns:
+        The member. Look-up by name and by value, iteration, pickle, deepcopy and JSON work as for PEFT's own members.
+    """
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType)
+    # The metaclass forbids setting members on an enum, so its own `__setattr__` is passed by.
+    type.__setattr__(PeftType, name, member)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    return member
+
+
+def register(config_cls: type, model_cls: type) -> None:
+    """Register the method with PEFT. A second call does nothing.
+
+    Args:
+        config_cls: The configuration class.
+        model_cls: The tuner class; its `prefix` is the method's prefix.
+
+    Raises:
+        RuntimeError: If another package holds the name or the prefix.
+    """
+    peft_type = add_peft_type(PEFT_TYPE_NAME)
+    holder = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
+    if holder is config_cls:
+        return
+    if holder is not None:
+        raise RuntimeError(
+            f"The PEFT type {PEFT_TYPE_NAME!r} is already registered by {holder.__module__}.{holder.__qualname__}; "
+            "peft_sage cannot be used in the same process."
+        )
+    try:
+        register_peft_method(name=PEFT_TYPE_NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix=PREFIX)
+    except KeyError as error:
+        raise RuntimeError(f"peft_sage could not be registered with PEFT: {error.args[0]}") from error
