@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .mismatch import check_class_counts, check_label_range, mismatch_from_counts
+from .mismatch import as_numbers, check_class_counts, check_label_range, mismatch_from_counts
 
 
 class SageLoss(nn.Module):
@@ -31,7 +31,10 @@ class SageLoss(nn.Module):
     logits to their device. `adjustment` stays float32 under `.half()` and `.bfloat16()`, and belongs to the state
     dict, so that a resumed run goes on with the mismatch that was measured last.
 
-    It can be handed to `transformers.Trainer` as it is: `Trainer(..., compute_loss_func=SageLoss(class_counts))`.
+    It can be handed to `transformers.Trainer` as it is: `Trainer(..., compute_loss_func=SageLoss(class_counts))`. Note
+    that Trainer's `eval_loss` is then this loss too, adjustment included; judge a model by its accuracies.
+
+    With thousands of classes, `torch.compile(loss)` is faster: it fuses the float32 arithmetic into fewer passes.
 
     Args:
         class_counts: (K,) numbers of training images. A class without images counts as one with a single image.
@@ -112,7 +115,7 @@ class SageLoss(nn.Module):
             ValueError: a label is out of range, or `labels` is not one-dimensional.
             TypeError: the labels are not integers.
         """
-        labels = torch.as_tensor(labels).cpu()
+        labels = as_numbers(labels, "labels").cpu()
         if labels.ndim != 1:
             raise ValueError(f"`labels` must have shape (N,), got {tuple(labels.shape)}.")
         check_label_range(labels, num_classes)
@@ -126,8 +129,9 @@ class SageLoss(nn.Module):
 
         Raises:
             ValueError: another shape, or a value that is negative or not finite.
+            TypeError: `mismatch` does not hold numbers.
         """
-        delta = torch.as_tensor(mismatch).detach().to(self.prior_adjustment)
+        delta = as_numbers(mismatch, "mismatch").to(self.prior_adjustment)
         if delta.shape != self.prior_adjustment.shape:
             raise ValueError(
                 f"`mismatch` must have shape {tuple(self.prior_adjustment.shape)}, one value a class, "
@@ -222,7 +226,7 @@ def _check_target_prior(target_prior: Sequence[float] | torch.Tensor | None, num
     """Reads the target prior as (K,) float64 probabilities on the CPU, or says what is wrong with it."""
     if target_prior is None:
         return torch.full((num_classes,), 1 / num_classes, dtype=torch.float64)
-    prior = torch.as_tensor(target_prior).detach().cpu().double()
+    prior = as_numbers(target_prior, "target_prior").cpu().double()
     if prior.shape != (num_classes,):
         raise ValueError(f"`target_prior` must have shape ({num_classes},), got {tuple(prior.shape)}.")
     if not (prior > 0).all() or abs(prior.sum() - 1) > 1e-4:

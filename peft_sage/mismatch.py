@@ -28,7 +28,7 @@ def mismatch_from_counts(class_counts: Sequence[int] | torch.Tensor, effective_d
     Args:
         class_counts: (K,) numbers of training images. A class without images counts as one with a single image.
         effective_dim: number of directions in which an estimated class mean really errs; far below the embedding
-            width.
+            width. The default gives a single-image class 2.8 nats; it is an order of magnitude, not a tuned value.
 
     Returns:
         (K,) float32, in nats; falls with the count and tends to 0.
@@ -111,7 +111,7 @@ def estimate_mismatch(
     if not (norm.isfinite() & (norm > 0)).all():
         raise ValueError("`features` must be finite and no row may be zero.")
     for chunk, label, length, dot in chunks:
-        torch.div(torch.linalg.vecdot(chunk.to(dtype), sums[label]), length, out=dot)
+        torch.div(torch.linalg.vecdot(chunk.to(dtype), sums.index_select(0, label)), length, out=dot)
 
     # The two cosines differ by O(1 / n): their difference is taken in float64, which costs nothing at size (N,).
     a, squares = own.double(), torch.linalg.vecdot(sums, sums).double()
@@ -137,16 +137,22 @@ def _expected_optimism(n: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     return ((1 + (n - 1) * c) / n).sqrt() - c * (m / (1 + (m - 1) * c)).sqrt()
 
 
+def as_numbers(values: Sequence[float] | torch.Tensor, name: str) -> torch.Tensor:
+    """Reads an argument that holds one number a class as a tensor without gradient."""
+    try:
+        numbers = torch.as_tensor(values).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"`{name}` must be a (K,) tensor or list of numbers, got {values!r}.") from error
+    if numbers.is_complex() or numbers.dtype == torch.bool:
+        raise TypeError(f"`{name}` must hold real numbers, got {numbers.dtype}.")
+    return numbers
+
+
 def check_class_counts(class_counts: Sequence[int] | torch.Tensor) -> torch.Tensor:
     """Reads numbers of training images as a (K,) int64 tensor on the CPU, or says what is wrong with them."""
-    try:
-        counts = torch.as_tensor(class_counts).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"`class_counts` must be a (K,) tensor or list of numbers, got {class_counts!r}.") from error
+    counts = as_numbers(class_counts, "class_counts").cpu()
     if counts.ndim != 1 or len(counts) == 0:
         raise ValueError(f"`class_counts` must have shape (K,), one number a class, got shape {tuple(counts.shape)}.")
-    if counts.is_complex() or counts.dtype == torch.bool:
-        raise TypeError(f"`class_counts` must hold numbers, got {counts.dtype}.")
     counts = counts.double()
     wrong = ~((counts >= 0) & (counts == counts.round()) & counts.isfinite())
     if wrong.any():

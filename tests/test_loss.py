@@ -196,7 +196,7 @@ def test_state_dict_brings_a_measured_mismatch_back():
     resumed = SageLoss(COUNTS)
     resumed.load_state_dict(trained.state_dict())
     assert torch.equal(resumed.adjustment, trained.adjustment)
-    assert not list(resumed.parameters())
+    assert set(resumed.state_dict()) == {"adjustment"} and not list(resumed.parameters())
 
 
 def test_from_labels_counts():
@@ -288,6 +288,26 @@ def test_trainer_with_gradient_accumulation_takes_the_step_of_the_whole_batch(tm
 def test_wrong_settings(arguments, match):
     with pytest.raises(ValueError, match=match):
         SageLoss(**{"class_counts": [3, 1], **arguments})
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"class_counts": {"cat": 3, "dog": 1}},
+        {"class_counts": None},
+        {"class_counts": [True, False]},
+        {"mismatch": None},
+        {"target_prior": "uniform"},
+    ],
+)
+def test_settings_of_a_wrong_type(arguments):
+    with pytest.raises(TypeError, match=f"`{next(iter(arguments))}`"):
+        SageLoss(**{"class_counts": [3, 1], **arguments})
+
+
+@pytest.mark.parametrize("counts", [range(1, 4), (1, 2, 3), torch.tensor([1.0, 2, 3], dtype=torch.float16)])
+def test_counts_come_in_any_form(counts):
+    assert torch.equal(SageLoss(counts).adjustment, SageLoss([1, 2, 3]).adjustment)
 
 
 def test_a_refused_mismatch_changes_nothing():

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import importlib
 import math
 import sys
 
@@ -118,3 +119,10 @@ def test_wrong_settings():
         LongTailAccuracy([0, 0])
     with pytest.raises(ValueError, match="few=50 and many=20"):
         LongTailAccuracy(COUNTS, many=20, few=50)
+
+
+def test_without_torchmetrics_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    monkeypatch.delitem(sys.modules, "peft_sage.metrics")
+    with pytest.raises(ImportError, match=r"pip install peft_sage\[examples\]"):
+        importlib.import_module("peft_sage.metrics")
