@@ -143,22 +143,24 @@ class SageConfig(PeftConfig):
             self.text_templates = check_templates(self.text_templates)
         if self.guidance_shape is not None:
             shape = self.guidance_shape
-            if not (isinstance(shape, (list, tuple)) and len(shape) == 2 and all(_is_int(n) and n >= 0 for n in shape)):
+            if not (
+                isinstance(shape, (list, tuple)) and len(shape) == 2 and all(_is_int(n) and n >= 0 for n in shape)
+            ):
                 raise ValueError(f"`guidance_shape` must be a list of two integers (M, e), got {shape!r}.")
             self.guidance_shape = list(shape)
         # Set here and not where the tuner fills the shape in: so a user's own object can be used twice.
         self._saved = self.guidance_shape is not None
         if self.guidance is not None:
             check_guidance(self.guidance)
-        count = self.num_classes
-        if self.class_names is not None and count and len(self.class_names) != count:
-            raise ValueError(f"`class_names` has {len(self.class_names)} entries, but there are {count} classes.")
         if self.guidance is not None and self.class_descriptions is not None:
             if len(self.class_descriptions) != len(self.guidance):
                 raise ValueError(
                     f"`guidance` has {len(self.guidance)} rows, but `class_descriptions` has "
                     f"{len(self.class_descriptions)} classes; give one row a class, or only one of the two."
                 )
+        count = self.num_classes
+        if self.class_names is not None and count and len(self.class_names) != count:
+            raise ValueError(f"`class_names` has {len(self.class_names)} entries, but there are {count} classes.")
 
     def _check_layer(self) -> None:
         if not _is_int(self.num_heads) or self.num_heads < 1:

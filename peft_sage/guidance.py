@@ -190,10 +190,13 @@ def _check_rows_differ(guidance: torch.Tensor, texts_of_class: list[list[str]]) 
         return
     if torch.allclose(guidance, guidance[:1].expand_as(guidance), atol=1e-6):
         raise ValueError(
-            "All class descriptions have the same embedding. The tokenizer does not fit the text tower: the token that "
-            "the tower pools (`eos_token_id` of its config) does not occur in the tokenizer's output."
+            "All class descriptions have the same embedding. Either the tokenizer does not fit the text tower (the token "
+            "that the tower pools, `eos_token_id` of its config, does not occur in the tokenizer's output), or the texts "
+            "differ only beyond the tower's limit."
         )
 
 
 def _is_main_process() -> bool:
-    return not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank())
+    return not (
+        torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank()
+    )

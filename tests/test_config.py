@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import pytest
+import torch
+from peft import PeftConfig
+
+from peft_sage import SageConfig
+
+
+DESCRIPTIONS = {"zebra": ["a striped horse", "black and white stripes"], "ant": "a small insect"}
+
+
+def test_descriptions_keep_their_order_in_the_file(tmp_path):
+    SageConfig(class_descriptions=DESCRIPTIONS).save_pretrained(tmp_path)
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, SageConfig)
+    assert loaded.class_names == ["zebra", "ant"]
+    assert loaded.class_descriptions == [DESCRIPTIONS["zebra"], [DESCRIPTIONS["ant"]]]
+
+
+def test_round_trip_gives_an_equal_config(tmp_path):
+    config = SageConfig(
+        class_descriptions=["cat", "dog"], r=6, num_heads=3, target_modules=["mlp"], layers_to_transform=[0, 2]
+    )
+    config.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path) == config
+
+
+def test_tensor_is_not_serialised_and_stays_on_the_object(tmp_path):
+    config = SageConfig(guidance=torch.randn(3, 4))
+    config.save_pretrained(tmp_path)
+    assert "guidance" not in json.loads((tmp_path / "adapter_config.json").read_text())
+    assert "guidance" not in config.to_dict()
+    assert config.guidance.shape == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"class_descriptions": []}, ValueError, "`class_descriptions` is empty"),
+        ({"class_descriptions": "cat"}, TypeError, "got str"),
+        ({"class_descriptions": {"cat": []}}, ValueError, "'cat' is an empty list"),
+        ({"class_descriptions": {"cat": ["fur", "  "]}}, ValueError, "'cat' has an empty text"),
+        ({"class_descriptions": ["cat", ""]}, ValueError, "1 has an empty text"),
+        ({"class_descriptions": ["cat", ["dog"], 3]}, TypeError, "2 must be a str or a list"),
+        ({"class_descriptions": {"cat": "a"}, "class_names": ["cat"]}, ValueError, "`class_names` must not be given"),
+        ({"class_descriptions": [["a"], ["b"]], "class_names": ["cat"]}, ValueError, "1 entries, but there are 2"),
+        ({"guidance": [[1.0]]}, TypeError, "got list"),
+        ({"guidance": torch.ones(2, 3, dtype=torch.int64)}, TypeError, "torch.int64"),
+        ({"guidance": torch.ones(3)}, ValueError, r"shape \(M, e\), got \(3,\)"),
+        ({"guidance": torch.tensor([[1.0, 2.0], [float("nan"), 0.0]])}, ValueError, r"NaN or infinity in rows \[1\]"),
+        ({"guidance": torch.tensor([[0.0, 0.0], [1.0, 0.0]])}, ValueError, r"rows of zeros, got them in rows \[0\]"),
+        ({"guidance": torch.ones(2, 3), "class_descriptions": ["a"]}, ValueError, "2 rows, .* 1 classes"),
+        ({"text_templates": ["no place"]}, ValueError, "exactly one `{}`"),
+        ({"text_templates": []}, ValueError, "`text_templates` is empty"),
+        ({"r": 0}, ValueError, "`r` must be a positive integer or None, got 0"),
+        ({"r": 8.0}, ValueError, "got 8.0"),
+        ({"r": 6, "num_heads": 4}, ValueError, "divisible by `num_heads`, got r=6, num_heads=4"),
+        ({"num_heads": 0}, ValueError, "`num_heads`"),
+        ({"scaling": float("inf")}, ValueError, "`scaling`"),
+        ({"dropout": 1.0}, ValueError, r"`dropout` must be in \[0, 1\), got 1.0"),
+        ({"target_modules": 3}, TypeError, "`target_modules`"),
+        ({"target_modules": ".*mlp", "layers_to_transform": 1}, ValueError, "`layers_to_transform` cannot be used"),
+        ({"layers_to_transform": "last"}, ValueError, "`layers_to_transform` must be an integer"),
+        ({"layers_pattern": "layers"}, ValueError, "`layers_pattern`"),
+        ({"guidance_shape": [1, 2, 3]}, ValueError, "`guidance_shape`"),
+    ],
+)
+def test_bad_input_is_named(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        SageConfig(**kwargs)

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import CLIPTextModel, CLIPVisionModel
+
+from peft_sage import SageConfig, SageLayer, ZeroShotClassifier
+from peft_sage.model import default_r
+from tests.conftest import randomise, tiny_clip, tiny_siglip
+
+
+def features(model, pixel_values):
+    return model.get_image_features(pixel_values).pooler_output
+
+
+def adapted(model) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, SageLayer)]
+
+
+@pytest.mark.parametrize("make", [tiny_clip, tiny_siglip])
+def test_whole_life_of_an_adapter(make, pixel_values, tmp_path):
+    base = make()
+    expected = features(base, pixel_values)
+    model = get_peft_model(base, SageConfig(guidance=torch.randn(5, 24)))
+    assert adapted(base) == [f"vision_model.encoder.layers.{i}.mlp" for i in range(3)]
+    assert torch.equal(features(model, pixel_values), expected)
+    assert all("peft_sage_" in name for name, p in model.named_parameters() if p.requires_grad)
+
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):  # the up-projection is zero at first and lets nothing through
+        optimizer.zero_grad()
+        features(model, pixel_values).square().sum().backward()
+        optimizer.step()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert all(g is not None and g.isfinite().all() and g.any() for g in gradients.values())
+    trained = features(model, pixel_values)
+    assert not torch.equal(trained, expected)
+    with model.disable_adapter():
+        assert torch.equal(features(model, pixel_values), expected)
+
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(make(), tmp_path)
+    assert torch.equal(features(again, pixel_values), trained)
+    assert torch.equal(features(model.unload(), pixel_values), expected)
+
+
+def test_guidance_is_saved_once_and_loading_encodes_no_text(clip_dir, clip, pixel_values, tmp_path, monkeypatch):
+    clip = type(clip).from_pretrained(clip_dir).eval()
+    model = get_peft_model(clip, SageConfig(class_descriptions={"cat": "fur", "dog": ["bark", "tail"]}))
+    randomise(model)
+    model.save_pretrained(tmp_path / "adapter")
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert sum("guidance" in key for key in weights) == 1
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["class_names"] == ["cat", "dog"] and config["guidance_shape"] == [2, 16]
+    assert config["base_model_name_or_path"] == clip_dir
+
+    monkeypatch.setattr(CLIPTextModel, "forward", None)
+    again = PeftModel.from_pretrained(type(clip).from_pretrained(clip_dir).eval(), tmp_path / "adapter")
+    assert torch.equal(features(again, pixel_values), features(model, pixel_values))
+
+
+def test_guidance_is_shared_by_reference(clip):
+    model = get_peft_model(clip, SageConfig(guidance=torch.randn(5, 24)))
+    layers = [module for module in model.modules() if isinstance(module, SageLayer)]
+    assert len({layer.guidance("default").data_ptr() for layer in layers}) == 1
+    assert [len(layer.peft_sage_guidance) for layer in layers] == [1, 0, 0]
+    model.set_guidance(torch.randn(2, 24))
+    assert all(layer.guidance("default").shape == (2, 24) for layer in layers)
+
+
+def test_several_adapters_with_other_classes_widths_and_blocks(clip, pixel_values, tmp_path):
+    expected = features(clip, pixel_values)
+    model = get_peft_model(clip, SageConfig(guidance=torch.randn(5, 24), r=4), adapter_name="a")
+    model.add_adapter("b", SageConfig(guidance=torch.randn(3, 10), layers_to_transform=[1, -1], num_heads=2))
+    model.add_adapter("c", SageConfig(r=4))
+    randomise(model)
+    outputs = {}
+    for name in "abc":
+        model.set_adapter(name)
+        outputs[name] = features(model, pixel_values)
+        model.save_pretrained(tmp_path, selected_adapters=[name])
+        again = PeftModel.from_pretrained(tiny_clip(), tmp_path / name)
+        assert torch.equal(features(again, pixel_values), outputs[name])
+    assert len({output.sum().item() for output in [*outputs.values(), expected]}) == 4
+
+    model.delete_adapter("a")
+    model.set_adapter("b")
+    assert torch.equal(features(model, pixel_values), outputs["b"])
+    assert not any(".a" in name and "peft_sage" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "blocks"),
+    [
+        ({}, [0, 1, 2]),
+        ({"layers_to_transform": -1}, [2]),
+        ({"layers_to_transform": [0, 2]}, [0, 2]),
+        ({"exclude_modules": r".*layers\.1\.mlp"}, [0, 2]),
+        ({"target_modules": r"vision_model.*layers\.[01]\.mlp"}, [0, 1]),
+        ({"target_modules": ["vision_model.encoder.layers.1.mlp"]}, [1]),
+        ({"target_modules": ["mlp"], "exclude_modules": "text_model.*", "layers_to_transform": [1]}, [1]),
+    ],
+)
+def test_choice_of_blocks(clip, kwargs, blocks):
+    get_peft_model(clip, SageConfig(guidance=torch.randn(5, 24), **kwargs))
+    assert adapted(clip) == [f"vision_model.encoder.layers.{i}.mlp" for i in blocks]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"target_modules": ["nothing"]}, r"was matched by target_modules=\{'nothing'\}.*layers.0.mlp"),
+        ({"target_modules": ["fc1"]}, "matches 'text_model.encoder.layers.0.mlp.fc1', which cannot be adapted"),
+        ({"layers_to_transform": [3]}, r"within the 3 blocks of the vision tower, got \[3\]"),
+        ({"num_heads": 3}, "`num_heads` must divide `r`=8"),
+        ({"guidance": None, "class_descriptions": ["cat"]}, "Set `tokenizer_name_or_path`"),
+        (
+            {"guidance": None, "class_descriptions": ["cat"], "tokenizer_name_or_path": "/nowhere"},
+            "none could be loaded from '/nowhere'",
+        ),
+    ],
+)
+def test_errors_leave_the_model_alone(clip, kwargs, message):
+    before = {name: p.requires_grad for name, p in clip.named_parameters()}
+    config = SageConfig(**{"guidance": torch.randn(5, 24), **kwargs})
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(clip, config)
+    assert {name: p.requires_grad for name, p in clip.named_parameters()} == before
+    assert not hasattr(clip, "peft_config") and config.r is None
+
+
+def test_no_text_tower_says_both_ways_out(clip):
+    with pytest.raises(ValueError, match="wrap the full model.*pass the tensor as `guidance`"):
+        get_peft_model(CLIPVisionModel(clip.config.vision_config), SageConfig(class_descriptions=["cat"]))
+
+
+def test_merge_is_refused(clip):
+    model = get_peft_model(clip, SageConfig(guidance=torch.randn(5, 24)))
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(NotImplementedError, match="cannot be merged"):
+            merge()
+    assert len(adapted(model)) == 3
+
+
+def test_set_guidance_changes_the_classes(clip_dir, pixel_values, tmp_path):
+    clip = type(tiny_clip()).from_pretrained(clip_dir).eval()
+    model = get_peft_model(clip, SageConfig(class_descriptions=["cat", "dog", "cow"]))
+    randomise(model)
+    before = features(model, pixel_values)
+    model.set_guidance({"bee": "it flies", "ant": "it walks"}, adapter_name="default")
+    assert not torch.allclose(features(model, pixel_values), before)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(type(clip).from_pretrained(clip_dir).eval(), tmp_path / "adapter")
+    assert torch.equal(features(again, pixel_values), features(model, pixel_values))
+    assert again.peft_config["default"].class_names == ["bee", "ant"]
+    model.set_guidance(["cat", "dog", "cow"])
+    torch.testing.assert_close(features(model, pixel_values), before)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "adapter_name", "message"),
+    [
+        (torch.randn(2, 23), None, r"shape \(M, 24\)"),
+        (torch.randn(0, 24), None, "at least one row"),
+        (torch.full((2, 24), float("nan")), None, "NaN or infinity"),
+        (torch.randn(2, 24), "nobody", r"one of the Sage adapters \['default', 'plain'\], got 'nobody'"),
+        (torch.randn(2, 24), "plain", "made without guidance"),
+    ],
+)
+def test_set_guidance_refuses(clip, pixel_values, guidance, adapter_name, message):
+    model = get_peft_model(clip, SageConfig(guidance=torch.randn(5, 24)))
+    model.add_adapter("plain", SageConfig())
+    randomise(model)
+    before = features(model, pixel_values)
+    with pytest.raises(ValueError, match=message):
+        model.set_guidance(guidance, adapter_name)
+    assert torch.equal(features(model, pixel_values), before)
+
+
+def test_a_saved_config_alone_cannot_run(clip, pixel_values, tmp_path):
+    get_peft_model(clip, SageConfig(guidance=torch.randn(5, 24))).save_pretrained(tmp_path)
+    model = get_peft_model(tiny_clip(), SageConfig.from_pretrained(tmp_path))
+    with pytest.raises(RuntimeError, match="guidance .* was not loaded.*set_guidance"):
+        model(pixel_values=pixel_values, input_ids=torch.tensor([[1, 5, 2]]))
+    model.set_guidance(torch.randn(3, 24))
+    model(pixel_values=pixel_values, input_ids=torch.tensor([[1, 5, 2]]))
+
+
+def test_one_config_serves_two_models(pixel_values):
+    config = SageConfig(guidance=torch.randn(5, 24))
+    for _ in range(2):
+        model = get_peft_model(tiny_clip(), config)
+        randomise(model)
+        assert features(model, pixel_values).isfinite().all()
+
+
+def test_classifier_comes_back_whole_and_on_a_vision_model(pixel_values, tmp_path):
+    embeddings = torch.randn(7, 16)
+    config = SageConfig(guidance=embeddings, modules_to_save=["head"])
+    model = get_peft_model(ZeroShotClassifier(tiny_clip(), embeddings), config)
+    randomise(model)
+    with torch.no_grad():
+        model.base_model.model.head.modules_to_save["default"].weight.normal_()
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert "base_model.model.head.modules_to_save.default.weight" in trainable
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(ZeroShotClassifier(tiny_clip(), 7), tmp_path)
+    assert torch.equal(again(pixel_values).logits, model(pixel_values).logits)
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "num_blocks", "r"),
+    [(10, 12, 8), (100, 12, 8), (365, 12, 8), (1000, 12, 32), (8142, 12, 256), (0, 12, 8), (1000, 24, 16)],
+)
+def test_default_r_is_lift_with_a_floor(num_classes, num_blocks, r):
+    assert default_r(num_classes, num_blocks) == r
