@@ -79,14 +79,14 @@ def check_complete(model: nn.Module, adapter_name: str, state_dict: dict[str, to
     missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or unknown:
         raise ValueError(
-            f"The adapter's weights do not fit its configuration: missing from the file {_some(missing)}, not expected "
-            f"in it {_some(unknown)}."
+            f"The adapter's weights do not fit its configuration: missing from the file {_some(missing)}, not "
+            f"expected in it {_some(unknown)}."
         )
     for key, value in found.items():
         if value.shape != expected[key].shape:
             raise ValueError(
-                f"The adapter's weights do not fit its configuration: {key!r} has the shape {tuple(value.shape)} in the "
-                f"file, expected {tuple(expected[key].shape)}."
+                f"The adapter's weights do not fit its configuration: {key!r} has the shape {tuple(value.shape)} in "
+                f"the file, expected {tuple(expected[key].shape)}."
             )
         if not value.is_meta and not torch.isfinite(value).all():
             raise ValueError(f"The adapter's weights are damaged: {key!r} holds NaN or infinity.")

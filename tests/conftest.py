@@ -33,7 +33,7 @@ def seed():
 def tiny_clip(seed: int = 0) -> CLIPModel:
     """A `CLIPModel` with three vision blocks of width 32 and embeddings of width 16."""
     torch.manual_seed(seed)
-    text = {**TEXT, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    text = {**TEXT, "bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 0}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=16)).eval()
 
 
@@ -44,13 +44,16 @@ def tiny_siglip(seed: int = 0) -> SiglipModel:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer whose ids end with the end-of-text token 2, as the tiny CLIP's tower expects."""
+    """A byte-level tokenizer whose ids end with the end-of-text token 3, as the tiny CLIP's tower expects.
+
+    Not 2: transformers takes that for an old checkpoint and pools the highest id instead.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "<unk>", "</s>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 3)]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=40
