@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the adapter goes in a vision tower, and how a model turns text and images into embeddings.
+"""The blocks of a vision tower that adapters wrap.
 
-One structural rule covers nearly every family: a vision tower is a stack of blocks, a block holds an MLP sub-block,
-and the MLP maps `(..., d)` to `(..., d)` with the residual added outside. What breaks the rule is listed in the small
-tables at the top; a new family is one entry there and one row in `tests/test_towers.py`.
-
-Nothing here changes a model, keeps state, or imports a model library.
+One structural rule covers nearly every family: a vision tower is a stack of blocks; a block mixes tokens and holds an
+MLP sub-block that maps `(..., d)` to `(..., d)`, with the residual added outside. The names that the rule needs are
+the constants below. A family that follows the rule needs no entry anywhere.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,21 +22,21 @@ TOWER_NAMES = frozenset(
 )
 # Names of the MLP sub-block of a block.
 MLP_NAMES = frozenset({"mlp", "ffn", "feed_forward"})
-# Sub-trees inside a vision-only model that are not its encoder.
-NOT_ENCODER = frozenset({"decoder", "text_model", "text_encoder", "language_model", "qformer"})
-# The LayerScale of the MLP branch, by the name it has in a block.
+# Words in the names of sub-trees beside the encoder of a model that reads images.
+NOT_ENCODER = frozenset({"decoder", "text", "language", "qformer", "predictor", "aifi"})
+# The LayerScale of the MLP branch, by the name that it has in a block.
 LAYER_SCALE_NAMES = ("lambda_2", "layer_scale2", "ls2", "gamma_2", "ls_2", "layer_scale_2", "gamma")
 
 
 def find_blocks(model: nn.Module) -> list[str]:
-    """Find the MLP sub-blocks of the vision tower that an adapter wraps by default.
+    """Find the MLP sub-blocks of the vision tower, which an adapter wraps by default.
 
     Args:
         model: A vision-language model, a vision tower, an image classifier, or one of these inside a wrapper (PEFT,
             `ZeroShotClassifier`). Modules that already carry adapters are found as well.
 
     Returns:
-        The names of the blocks relative to `model`, from the first to the last in depth.
+        The names of the blocks relative to `model`, in depth order.
 
     Raises:
         ValueError: `model` has no vision tower (a text model, say), or its tower has no block of the right shape (a
@@ -47,60 +45,90 @@ def find_blocks(model: nn.Module) -> list[str]:
     towers = _towers(model)
     if not towers:
         raise ValueError(
-            f"`model` must have a vision tower, but {_describe(model)} has none: no sub-module named one of "
-            f"{sorted(TOWER_NAMES)}, and it does not read images itself. Pass `target_modules` to choose by hand."
+            f"`model` must have a vision tower, but {describe(model)} has none: it does not read images, and no "
+            f"sub-module is named one of {sorted(TOWER_NAMES)}. Pass `target_modules` to choose modules by hand."
         )
     blocks = [_join(tower, name) for tower in towers for name in _blocks(model.get_submodule(tower))]
     if not blocks:
+        kinds = ", ".join(f"{tower or 'itself'!r} ({type(model.get_submodule(tower)).__name__})" for tower in towers)
         raise ValueError(
-            f"`model` must have a vision tower made of transformer blocks, but {_describe(model)} has no repeated "
-            f"block with an MLP that maps (..., d) to (..., d) in {', '.join(map(repr, towers))}: a convolutional "
-            "tower cannot be adapted. Pass `target_modules` to choose modules by hand."
+            f"`model` must have a vision tower of transformer blocks, but the tower of {describe(model)}, {kinds}, has "
+            "no repeated block with an MLP of linear layers that maps (..., d) to (..., d), as convolutional towers "
+            "have none. Pass `target_modules` to choose modules by hand."
         )
     return blocks
 
 
 def candidate_modules(model: nn.Module) -> list[str]:
-    """List the names of all modules that have the shape of a block, for messages that suggest `target_modules`."""
+    """List the modules that have the place and shape of a block, in any part of the model.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        Their names relative to `model`, for messages that suggest `target_modules`.
+    """
     return list(_blocks(model, skip=frozenset()))
 
 
-def block_width(module: nn.Module) -> int:
-    """Width d of the tokens that enter and leave a block.
+def block_widths(module: nn.Module) -> tuple[int, int]:
+    """Widths of the tokens that a block reads and returns.
 
     Args:
         module: An MLP `(..., d) -> (..., d)`, or the `output` half of an `intermediate` / `output` pair. Linear layers
             may be quantised or carry adapters: only their `in_features` and `out_features` are read.
 
     Returns:
-        d, in features.
+        Both widths, in features. They are equal but for an `output` half that is not given the residual: it reads
+        the widened tokens.
 
     Raises:
-        ValueError: `module` holds no linear layer, or its input and output differ in width.
+        ValueError: `module` holds no linear layer.
     """
     linears = list(_linears(module))
     if not linears:
         raise ValueError(f"`module` must hold a linear layer, but {type(module).__name__} has none.")
     if block_input_index(module) == 1:
-        return linears[-1].out_features
+        return linears[-1].out_features, linears[-1].out_features
     width = linears[0].in_features
-    if all(linear.out_features != width for linear in linears):
+    # Gated MLPs do not always define their last linear layer last.
+    square = any(linear.out_features == width for linear in linears[1:])
+    return width, width if square else linears[-1].out_features
+
+
+def block_width(module: nn.Module) -> int:
+    """Width d of the tokens that enter and leave a block.
+
+    Args:
+        module: As in [`block_widths`].
+
+    Returns:
+        d, in features.
+
+    Raises:
+        ValueError: `module` holds no linear layer, or what it reads and what it returns differ in width.
+    """
+    width_in, width_out = block_widths(module)
+    if width_in != width_out:
         raise ValueError(
-            f"`module` must map (..., d) to (..., d), but {type(module).__name__} maps {width} features to "
-            f"{linears[-1].out_features}."
+            f"`module` must map (..., d) to (..., d), but {type(module).__name__} maps {width_in} features to "
+            f"{width_out}."
         )
-    return width
+    return width_out
 
 
 def block_input_index(module: nn.Module) -> int:
     """Which positional argument of a block carries its `(..., d)` tokens.
 
+    Args:
+        module: A block.
+
     Returns:
-        0 for an MLP; 1 for the `output(hidden_states, input_tensor)` half of an `intermediate` / `output` pair, whose
+        0 for an MLP; 1 for the half `output(hidden_states, input_tensor)` of an `intermediate` / `output` pair, whose
         first argument is the widened tensor and whose second is the residual.
     """
     parameters = list(inspect.signature(_unwrapped(module).forward).parameters)
-    return int(parameters[:2] == ["hidden_states", "input_tensor"])
+    return int(parameters[1:2] == ["input_tensor"])
 
 
 def layer_scale(model: nn.Module, name: str) -> torch.Tensor | None:
@@ -123,81 +151,35 @@ def layer_scale(model: nn.Module, name: str) -> torch.Tensor | None:
     return None
 
 
-def has_text_tower(model: nn.Module) -> bool:
-    """Whether `encode_text` works on this model."""
-    return _text_encoder(model) is not None
-
-
-def encode_text(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Embed tokenised text with the model's own text tower.
-
-    Args:
-        model: A model with a text tower; it may be wrapped.
-        inputs: What the tokenizer returned: `input_ids (n, length)` and, where the model wants it, `attention_mask`.
-            Entries that the text tower does not take are dropped.
-
-    Returns:
-        Embeddings `(n, e)` in the space shared with images: projected, not normalised.
-
-    Raises:
-        ValueError: `model` has no text tower.
-    """
-    encode = _text_encoder(model)
-    if encode is None:
-        raise ValueError(
-            f"`model` must have a text tower to encode class descriptions, but {_describe(model)} has none: encode "
-            "them with another model and pass the embeddings as `guidance`."
-        )
-    return encode(inputs)
-
-
-def encode_image(model: nn.Module, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    """Embed images with the model's vision tower.
-
-    Args:
-        model: A vision-language model or a vision tower; it may be wrapped.
-        pixel_values: Images `(B, C, H, W)` (video `(B, T, C, H, W)` for X-CLIP, patches `(B, N, p)` for NaFlex).
-        **kwargs: Further inputs of the vision tower, such as `pixel_attention_mask` and `spatial_shapes`.
-
-    Returns:
-        Embeddings `(B, e)`: projected into the space shared with text where there is one, not normalised.
-    """
-    for method in ("get_video_features", "get_image_features", "encode_image"):
-        owner = _owner(model, method)
-        if owner is not None:
-            return _pooled(getattr(owner, method)(pixel_values, **kwargs))
-    return _pooled(model(pixel_values, **kwargs))
-
-
-def logit_scale_and_bias(model: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Scale and bias of the model's own image-text logits, `scale * cos(image, text) + bias`.
-
-    Returns:
-        The scale, already exponentiated, and the bias; None for what the model does not have.
-    """
-    for module in model.modules():
-        scale = getattr(module, "logit_scale", None)
-        if isinstance(scale, torch.Tensor):
-            return scale.exp(), getattr(module, "logit_bias", None)
-    return None, None
+def describe(model: nn.Module) -> str:
+    """Name a model for an error message, by its class and its `model_type`."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return type(model).__name__ + (f" (model_type {model_type!r})" if model_type else "")
 
 
 def _towers(model: nn.Module) -> list[str]:
     """Names of the outermost vision towers in `model`; the empty name if `model` as a whole is one."""
     towers: list[str] = []
     for name, _ in model.named_modules():
-        if name.rpartition(".")[2] in TOWER_NAMES and not any(name.startswith(f"{tower}.") for tower in towers):
+        if name.rpartition(".")[2] in TOWER_NAMES and not name.startswith(tuple(f"{tower}." for tower in towers)):
             towers.append(name)
     return towers or [""] * _reads_images(model)
 
 
 def _reads_images(model: nn.Module) -> bool:
-    """Whether a model without a named tower is itself one: its main input is pixels, or it starts from patches."""
-    main_input = getattr(model, "main_input_name", None)
-    if main_input is not None:
-        return main_input == "pixel_values"
-    modules = list(model.modules())
-    return any(isinstance(m, nn.Conv2d) for m in modules) and not any(isinstance(m, nn.Embedding) for m in modules)
+    """Whether a model without a named tower is itself one: it starts from pixels and has no vocabulary."""
+    config = getattr(model, "config", None)
+    embeddings = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
+    main_inputs = getattr(model, "main_input_name", None)
+    if main_inputs is None:
+        return not embeddings and any(isinstance(module, nn.Conv2d) for module in model.modules())
+    if getattr(config, "vocab_size", None) in embeddings:
+        return False
+    main_inputs = [main_inputs] if isinstance(main_inputs, str) else main_inputs
+    # "input_ids" is what transformers assumes where a model does not say: many towers of language models do not.
+    return main_inputs[0].startswith("pixel_values") or (
+        main_inputs == ["input_ids"] and hasattr(config, "patch_size")
+    )
 
 
 def _blocks(tower: nn.Module, skip: frozenset[str] = NOT_ENCODER) -> Iterator[str]:
@@ -205,19 +187,29 @@ def _blocks(tower: nn.Module, skip: frozenset[str] = NOT_ENCODER) -> Iterator[st
     modules = dict(tower.named_modules())
     for name, module in modules.items():
         *path, last = name.split(".")
-        if len(path) < 2 or not path[-1].isdigit() or not skip.isdisjoint(path):
-            continue  # `head.mlp`, `attn_pool.mlp`: not an element of a stack
-        is_pair = last == "output" and hasattr(modules[".".join(path)], "intermediate")
-        if (last in MLP_NAMES or (is_pair and block_input_index(module) == 1)) and _is_block(module):
+        if not path or not path[-1].isdigit():
+            continue  # `head.mlp` and `attn_pool.mlp` are not in an element of a stack.
+        if not skip.isdisjoint(word for part in path for word in part.split("_")):
+            continue
+        block = modules[".".join(path)]
+        is_pair = last == "output" and hasattr(block, "intermediate")
+        if (is_pair or last in MLP_NAMES) and _fits(module, is_pair) and _mixes_tokens(block, last):
             yield name
 
 
-def _is_block(module: nn.Module) -> bool:
+def _fits(module: nn.Module, is_pair: bool) -> bool:
+    """Whether a module has linear layers, and returns the width that it reads unless it is half of a pair."""
     try:
-        block_width(module)
+        width_in, width_out = block_widths(module)
     except ValueError:
         return False
-    return True
+    return is_pair or width_in == width_out
+
+
+def _mixes_tokens(block: nn.Module, mlp: str) -> bool:
+    """Whether a block has weights outside its MLP, as attention has: a projector of tokens has not."""
+    mlp_parts = (f"{mlp}.", "intermediate.")
+    return any(weight.ndim > 1 for name, weight in block.named_parameters() if not name.startswith(mlp_parts))
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -237,34 +229,5 @@ def _linears(module: nn.Module) -> Iterator[Any]:
         yield from _linears(child)
 
 
-def _owner(model: nn.Module, method: str) -> nn.Module | None:
-    """The outermost sub-module whose class defines `method`: wrappers only forward it."""
-    return next((module for module in model.modules() if callable(getattr(type(module), method, None))), None)
-
-
-def _text_encoder(model: nn.Module) -> Callable[[dict[str, torch.Tensor]], torch.Tensor] | None:
-    """The function that embeds tokenised text, or None."""
-    if (owner := _owner(model, "get_text_features")) is not None:
-        return lambda inputs: _pooled(owner.get_text_features(**_accepted(owner.get_text_features, inputs)))
-    if (owner := _owner(model, "encode_text")) is not None:
-        return lambda inputs: owner.encode_text(inputs["input_ids"])
-    return None
-
-
-def _accepted(function: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    names = inspect.signature(function).parameters
-    return {name: value for name, value in inputs.items() if name in names}
-
-
-def _pooled(output: Any) -> torch.Tensor:
-    """The embedding in what a model returns: transformers 4 gives a tensor, transformers 5 an output object."""
-    return output if isinstance(output, torch.Tensor) else output.pooler_output
-
-
 def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
-
-
-def _describe(model: nn.Module) -> str:
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return type(model).__name__ + (f" (model_type {model_type!r})" if model_type else "")

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Embeddings of text and images in the space that the two share.
+
+Nearly every family has `get_text_features` and `get_image_features` (transformers) or `encode_text` and `encode_image`
+(open_clip and its kin); the functions below treat the rest.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .blocks import describe
+
+
+# These families' `get_text_features` returns features of a generating language model, or one vector a token for a
+# detector: no embedding that could be compared with an image's.
+NO_TEXT_EMBEDDING = frozenset({"blip-2", "sam3", "sam3_lite_text", "sam3_video"})
+
+
+def has_text_tower(model: nn.Module) -> bool:
+    """Whether [`encode_text`] works on this model."""
+    return _text_encoder(model) is not None
+
+
+def encode_text(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Embed tokenised text with the model's own text tower.
+
+    Args:
+        model: A model with a text tower; it may be wrapped, or a part of it.
+        inputs: What the tokenizer returned: `input_ids (n, length)` and, where the model wants it, `attention_mask`.
+            Entries that the text tower does not take are dropped.
+
+    Returns:
+        Embeddings `(n, e)` in the space shared with images: projected, not normalised.
+
+    Raises:
+        ValueError: `model` has no text tower.
+    """
+    encode = _text_encoder(model)
+    if encode is None:
+        raise ValueError(
+            f"`model` must have a text tower to encode class descriptions, but {describe(model)} has none: encode "
+            "them with another model and pass the embeddings as `guidance`."
+        )
+    return _embedding(encode(**_accepted(encode, inputs)), model)
+
+
+def encode_image(model: nn.Module, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """Embed images with the model's vision tower.
+
+    Args:
+        model: A vision-language model or a vision tower; it may be wrapped.
+        pixel_values: Images `(B, C, H, W)` (videos `(B, T, C, H, W)` for X-CLIP, patches `(B, N, p)` for NaFlex).
+        **kwargs: Further inputs of the vision tower, such as `pixel_attention_mask` and `spatial_shapes`.
+
+    Returns:
+        Embeddings `(B, e)`, not normalised. They are projected into the space shared with text where there is one.
+        Without one they are what the tower pools, or the mean over tokens where it does not pool.
+
+    Raises:
+        ValueError: `model` gives no single embedding an image.
+    """
+    for method in ("get_image_features", "encode_image", "get_video_features"):
+        if (owner := _owner(model, method)) is not None:
+            return _embedding(getattr(owner, method)(pixel_values, **kwargs), owner)
+    if (owner := _owner(model, "forward_head")) is not None:
+        return owner.forward_head(owner.forward_features(pixel_values), pre_logits=True)
+    # `base_model` is the tower of a transformers classifier.
+    return _embedding(getattr(model, "base_model", model)(pixel_values, **kwargs), model)
+
+
+def logit_scale_and_bias(model: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Scale and bias of the model's own image-text logits, `scale * cos(image, text) + bias`.
+
+    Args:
+        model: Any model; it may be wrapped.
+
+    Returns:
+        The scale, already exponentiated, and the bias; None for what the model does not have.
+    """
+    owner = _owner(model, "get_text_features") or _owner(model, "encode_text") or model
+    scale, bias = getattr(owner, "logit_scale", None), getattr(owner, "logit_bias", None)
+    if isinstance(scale, torch.Tensor):
+        limit = getattr(owner, "max_log_logit_scale", None)
+        return (scale if limit is None else scale.clamp(0.0, limit)).exp(), bias
+    if isinstance(temperature := getattr(owner, "temperature", None), torch.Tensor):
+        return 1 / temperature, bias
+    return None, bias
+
+
+def _text_encoder(model: nn.Module) -> Callable[..., Any] | None:
+    """The function that embeds tokenised text, or None."""
+    owner = _owner(model, "get_text_features")
+    if owner is not None and _model_type(owner) not in NO_TEXT_EMBEDDING:
+        return owner.get_text_features
+    if (owner := _owner(model, "encode_text")) is not None:
+        return lambda input_ids: owner.encode_text(input_ids)
+    if type(model).__name__.endswith("TextModelWithProjection"):
+        return model.forward
+    return None
+
+
+def _owner(model: nn.Module, method: str) -> Any | None:
+    """The outermost sub-module whose class defines `method`: wrappers only forward it."""
+    return next((module for module in model.modules() if callable(getattr(type(module), method, None))), None)
+
+
+def _model_type(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
+def _accepted(function: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    names = inspect.signature(function).parameters
+    return {name: value for name, value in inputs.items() if name in names}
+
+
+def _embedding(output: Any, model: nn.Module) -> torch.Tensor:
+    """The embedding (B, e) in what a model returns: a tensor or, in transformers, an output object."""
+    if not isinstance(output, torch.Tensor):
+        for name in ("text_embeds", "image_embeds", "pooler_output"):
+            if (embedding := getattr(output, name, None)) is not None:
+                output = embedding
+                break
+        else:
+            output = output.last_hidden_state.mean(dim=1)
+    if isinstance(output, torch.Tensor) and output.ndim == 3 and _model_type(model) == "flava":
+        output = output[:, 0]  # FLAVA projects all tokens and compares the first.
+    if not isinstance(output, torch.Tensor) or output.ndim != 2:
+        shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise ValueError(f"`model` must give one embedding (B, e) a row, but {describe(model)} gives {shape}.")
+    return output
