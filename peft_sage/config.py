@@ -22,8 +22,8 @@ add_peft_type(PEFT_TYPE_NAME)
 class SageConfig(PeftConfig):
     """Configuration of a [`SageModel`]: a semantic-guided adapter in the blocks of a vision tower.
 
-    The class descriptions (or a tensor of their embeddings) are the guidance that the adapter attends to. With neither,
-    the adapter is an AdaptFormer without attention.
+    The class descriptions (or a tensor of their embeddings) are the guidance that the adapter attends to. With
+    neither, the adapter is an AdaptFormer without attention.
 
     Args:
         class_descriptions (`list[str]`, `list[list[str]]` or `dict[str, str | list[str]]`, *optional*):
@@ -130,7 +130,7 @@ class SageConfig(PeftConfig):
     @property
     def saved(self) -> bool:
         """Whether this is the configuration of a saved adapter, whose guidance comes from its weights file."""
-        return self._saved
+        return self._saved and self.guidance_shape is not None
 
     def to_dict(self) -> dict[str, Any]:
         """Return what goes into the configuration file: everything but the run-time tensor `guidance`."""
@@ -143,17 +143,15 @@ class SageConfig(PeftConfig):
             self.text_templates = check_templates(self.text_templates)
         if self.guidance_shape is not None:
             shape = self.guidance_shape
-            if not (
-                isinstance(shape, (list, tuple)) and len(shape) == 2 and all(_is_int(n) and n >= 0 for n in shape)
-            ):
+            sizes = isinstance(shape, (list, tuple)) and all(_is_int(size) and size >= 0 for size in shape)
+            if not sizes or len(shape) != 2:
                 raise ValueError(f"`guidance_shape` must be a list of two integers (M, e), got {shape!r}.")
             self.guidance_shape = list(shape)
         # Set here and not where the tuner fills the shape in: so a user's own object can be used twice.
         self._saved = self.guidance_shape is not None
         if self.guidance is not None:
             check_guidance(self.guidance)
-        if self.guidance is not None and self.class_descriptions is not None:
-            if len(self.class_descriptions) != len(self.guidance):
+            if self.class_descriptions is not None and len(self.class_descriptions) != len(self.guidance):
                 raise ValueError(
                     f"`guidance` has {len(self.guidance)} rows, but `class_descriptions` has "
                     f"{len(self.class_descriptions)} classes; give one row a class, or only one of the two."

@@ -109,9 +109,9 @@ def encode_for(model: nn.Module, config: SageConfig, source: torch.Tensor | Desc
         return F.normalize(source.detach().float(), dim=-1)
     if not towers.has_text_tower(model):
         raise ValueError(
-            f"{type(model).__name__} has no text tower to encode `class_descriptions` with. Either wrap the full model, "
-            "such as CLIPModel instead of CLIPVisionModel, or encode them elsewhere (`encode_class_descriptions`) and "
-            "pass the tensor as `guidance`."
+            f"{type(model).__name__} has no text tower to encode `class_descriptions` with. Either wrap the full "
+            "model, such as CLIPModel instead of CLIPVisionModel, or encode them elsewhere "
+            "(`encode_class_descriptions`) and pass the tensor as `guidance`."
         )
     return encode_class_descriptions(model, _load_tokenizer(model, config), source, config.text_templates)
 
@@ -190,9 +190,9 @@ def _check_rows_differ(guidance: torch.Tensor, texts_of_class: list[list[str]]) 
         return
     if torch.allclose(guidance, guidance[:1].expand_as(guidance), atol=1e-6):
         raise ValueError(
-            "All class descriptions have the same embedding. Either the tokenizer does not fit the text tower (the token "
-            "that the tower pools, `eos_token_id` of its config, does not occur in the tokenizer's output), or the texts "
-            "differ only beyond the tower's limit."
+            "All class descriptions have the same embedding. Either the tokenizer does not fit the text tower (the "
+            "token that the tower pools, `eos_token_id` of its config, does not occur in the tokenizer's output), or "
+            "the texts differ only beyond the tower's limit."
         )
 
 

@@ -27,7 +27,8 @@ class SageLayer(nn.Module, BaseTunerLayer):
     so any number of leading dimensions in any order will do. Without guidance (M = 0) the layer is AdaptFormer's.
 
     All blocks share one guidance tensor. It is a buffer of the first adapted block, its owner, so that it is saved
-    once; the other blocks hold a reference to the owner's `BufferDict`, never to the tensor, which loading may replace.
+    once; the other blocks hold a reference to the owner's `BufferDict`, never to the tensor, which loading may
+    replace.
 
     Args:
         base_layer: The block, a module from (..., d) to (..., d).

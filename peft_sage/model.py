@@ -99,8 +99,8 @@ class SageModel(BaseTuner):
         guidance = encode_for(self.model, config, guidance)
         if not len(guidance) or guidance.shape[1] != config.guidance_shape[1]:
             raise ValueError(
-                f"`guidance` must have the shape (M, {config.guidance_shape[1]}) with at least one row, as the adapter "
-                f"{adapter_name!r} was trained with this width, got {tuple(guidance.shape)}."
+                f"`guidance` must have the shape (M, {config.guidance_shape[1]}) with at least one row, the width that "
+                f"the adapter {adapter_name!r} was trained with, got {tuple(guidance.shape)}."
             )
         for layer in self.modules():
             if isinstance(layer, SageLayer) and adapter_name in layer.peft_sage_guidance:
@@ -110,7 +110,7 @@ class SageModel(BaseTuner):
         self._awaits_loading(adapter_name, False)
 
     def _prepare_adapter_config(self, peft_config: SageConfig, model_config: dict) -> SageConfig:
-        # `target_modules=None` stays: it means the blocks of whatever class holds the tower when the adapter is loaded.
+        # `target_modules=None` stays: it means the blocks of whatever class holds the tower at loading time.
         return peft_config
 
     def _check_target_module_exists(self, peft_config: SageConfig, key: str) -> bool | _ExcludedModule:
