@@ -99,8 +99,8 @@ class SageModel(BaseTuner):
         guidance = encode_for(self.model, config, guidance)
         if not len(guidance) or guidance.shape[1] != config.guidance_shape[1]:
             raise ValueError(
-                f"`guidance` must have the shape (M, {config.guidance_shape[1]}) with at least one row, the width that "
-                f"the adapter {adapter_name!r} was trained with, got {tuple(guidance.shape)}."
+                f"`guidance` must have the shape (M, {config.guidance_shape[1]}) with at least one row, the width "
+                f"that the adapter {adapter_name!r} was trained with, got {tuple(guidance.shape)}."
             )
         for layer in self.modules():
             if isinstance(layer, SageLayer) and adapter_name in layer.peft_sage_guidance:
