@@ -52,9 +52,9 @@ def find_blocks(model: nn.Module) -> list[str]:
     if not blocks:
         kinds = ", ".join(f"{tower or 'itself'!r} ({type(model.get_submodule(tower)).__name__})" for tower in towers)
         raise ValueError(
-            f"`model` must have a vision tower of transformer blocks, but the tower of {describe(model)}, {kinds}, has "
-            "no repeated block with an MLP of linear layers that maps (..., d) to (..., d), as convolutional towers "
-            "have none. Pass `target_modules` to choose modules by hand."
+            f"`model` must have a vision tower of transformer blocks, but in {describe(model)} the tower {kinds} has "
+            "no repeated block with an MLP of linear layers that maps (..., d) to (..., d): it may be convolutional. "
+            "Pass `target_modules` to choose modules by hand."
         )
     return blocks
 
@@ -71,36 +71,12 @@ def candidate_modules(model: nn.Module) -> list[str]:
     return list(_blocks(model, skip=frozenset()))
 
 
-def block_widths(module: nn.Module) -> tuple[int, int]:
-    """Widths of the tokens that a block reads and returns.
-
-    Args:
-        module: An MLP `(..., d) -> (..., d)`, or the `output` half of an `intermediate` / `output` pair. Linear layers
-            may be quantised or carry adapters: only their `in_features` and `out_features` are read.
-
-    Returns:
-        Both widths, in features. They are equal but for an `output` half that is not given the residual: it reads
-        the widened tokens.
-
-    Raises:
-        ValueError: `module` holds no linear layer.
-    """
-    linears = list(_linears(module))
-    if not linears:
-        raise ValueError(f"`module` must hold a linear layer, but {type(module).__name__} has none.")
-    if block_input_index(module) == 1:
-        return linears[-1].out_features, linears[-1].out_features
-    width = linears[0].in_features
-    # Gated MLPs do not always define their last linear layer last.
-    square = any(linear.out_features == width for linear in linears[1:])
-    return width, width if square else linears[-1].out_features
-
-
 def block_width(module: nn.Module) -> int:
     """Width d of the tokens that enter and leave a block.
 
     Args:
-        module: As in [`block_widths`].
+        module: An MLP `(..., d) -> (..., d)`, or the `output` half of an `intermediate` / `output` pair. Linear layers
+            may be quantised or carry adapters: only their `in_features` and `out_features` are read.
 
     Returns:
         d, in features.
@@ -108,13 +84,19 @@ def block_width(module: nn.Module) -> int:
     Raises:
         ValueError: `module` holds no linear layer, or what it reads and what it returns differ in width.
     """
-    width_in, width_out = block_widths(module)
-    if width_in != width_out:
+    linears = list(_linears(module))
+    if not linears:
+        raise ValueError(f"`module` must hold a linear layer, but {type(module).__name__} has none.")
+    if block_input_index(module) == 1:
+        return linears[-1].out_features
+    width = linears[0].in_features
+    # Gated MLPs do not always define their last linear layer last.
+    if all(linear.out_features != width for linear in linears):
         raise ValueError(
-            f"`module` must map (..., d) to (..., d), but {type(module).__name__} maps {width_in} features to "
-            f"{width_out}."
+            f"`module` must map (..., d) to (..., d), but {type(module).__name__} maps {width} features to "
+            f"{linears[-1].out_features}."
         )
-    return width_out
+    return width
 
 
 def block_input_index(module: nn.Module) -> int:
@@ -193,17 +175,16 @@ def _blocks(tower: nn.Module, skip: frozenset[str] = NOT_ENCODER) -> Iterator[st
             continue
         block = modules[".".join(path)]
         is_pair = last == "output" and hasattr(block, "intermediate")
-        if (is_pair or last in MLP_NAMES) and _fits(module, is_pair) and _mixes_tokens(block, last):
+        if (is_pair or last in MLP_NAMES) and _has_width(module) and _mixes_tokens(block, last):
             yield name
 
 
-def _fits(module: nn.Module, is_pair: bool) -> bool:
-    """Whether a module has linear layers, and returns the width that it reads unless it is half of a pair."""
+def _has_width(module: nn.Module) -> bool:
     try:
-        width_in, width_out = block_widths(module)
+        block_width(module)
     except ValueError:
         return False
-    return is_pair or width_in == width_out
+    return True
 
 
 def _mixes_tokens(block: nn.Module, mlp: str) -> bool:
