@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main job, `examples/finetune.py`, on a tiny random CLIP and a few generated images."""
+
+import hashlib
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoImageProcessor,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    PreTrainedTokenizerFast,
+)
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import finetune  # noqa: E402
+import image_data  # noqa: E402
+from checkpoints import TrainingProgress  # noqa: E402
+
+
+COLOURS = {"blue": (30, 40, 220), "green": (40, 200, 60), "grey": (120, 120, 120), "red": (220, 30, 40)}
+TRAIN_COUNTS = {"blue": 11, "green": 6, "grey": 4, "red": 2}
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """A random CLIP with tokenizer and image processor, saved as users have it."""
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", "a", "photo", "of", ".", "thing", *COLOURS]
+    text = CLIPTextConfig(**tower, vocab_size=len(words), pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    vision = CLIPVisionConfig(**tower, image_size=16, patch_size=4)
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)
+    CLIPModel(config).save_pretrained(folder)
+
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=16, **special).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+def _draw(folder, counts, rng):
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.clip(rng.normal(COLOURS[name], 25, size=(20, 16, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory):
+    """Noisy colours, a class each, in the layout of an image folder; 11 test images, which no batch size divides."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    _draw(folder / "train", TRAIN_COUNTS, rng)
+    _draw(folder / "validation", dict.fromkeys(COLOURS, 2), rng)
+    _draw(folder / "test", {"blue": 3, "green": 3, "grey": 3, "red": 2}, rng)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_state(tmp_path_factory, monkeypatch):
+    cache = str(tmp_path_factory.getbasetemp() / "datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    monkeypatch.setenv("HF_DATASETS_CACHE", cache)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def command(clip_folder, image_folder, tmp_path):
+    """The flags of a short run that leaves its files in `tmp_path/out`."""
+    flags = f"--model {clip_folder} --dataset {image_folder} --output-dir {tmp_path / 'out'} --cpu-threads 1"
+    return [*flags.split(), "--epochs", "2", "--batch-size", "4", "--r", "8"]
+
+
+def _folder_hash(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("method", "loss"),
+    [("sage", "sage"), ("adaptformer", "la"), ("lora", "ce"), ("head", "sage"), ("head", "la"), ("head", "ce")],
+)
+def test_every_method_runs_and_leaves_an_adapter(command, clip_folder, tmp_path, method, loss):
+    base = _folder_hash(clip_folder)
+    returned = finetune.main([*command, "--method", method, "--loss", loss])
+
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results == json.loads(json.dumps(returned))
+    assert results["settings"]["method"] == method
+    assert results["class_names"] == list(COLOURS)
+    assert results["class_counts"] == list(TRAIN_COUNTS.values())
+    for key in ("zero_shot", "trained"):
+        scores = results[key]
+        assert set(scores) == {"overall", "macro", "many", "medium", "few", "worst", "per_class", "num_classes"}
+        assert scores["num_classes"] == {"many": 0, "medium": 0, "few": 4}
+        assert scores["many"] is None and scores["medium"] is None
+        assert scores["few"] == pytest.approx(scores["macro"])
+        assert scores["macro"] == pytest.approx(np.mean(scores["per_class"]))
+        assert scores["worst"] == min(scores["per_class"])
+        images = np.array([3, 3, 3, 2])
+        assert scores["overall"] == pytest.approx(images @ scores["per_class"] / images.sum())
+
+    weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert (tmp_path / "out" / "adapter_config.json").is_file()
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    kinds = {"sage": "peft_sage_", "adaptformer": "peft_sage_", "lora": "lora_", "head": None}
+    adapter = [name for name in weights if "head" not in name]
+    assert any("head" in name for name in weights)
+    assert all(kinds[method] in name for name in adapter) if kinds[method] else not adapter
+    assert not any("text_model" in name for name in weights)
+    assert _folder_hash(clip_folder) == base
+
+
+def test_it_learns(command):
+    results = finetune.main([*command, "--epochs", "15", "--lr", "0.02"])
+    assert results["zero_shot"]["macro"] < 60
+    assert results["trained"]["macro"] > 90
+
+
+def test_losses_are_one_formula():
+    def adjustment(*flags):
+        return finetune.make_loss(finetune.parse_args(list(flags)), np.array([8, 2])).adjustment
+
+    prior = torch.tensor([0.8, 0.2]).log() - math.log(0.5)
+    torch.testing.assert_close(adjustment("--loss", "ce"), torch.zeros(2))
+    torch.testing.assert_close(adjustment("--loss", "la", "--tau", "0.5"), 0.5 * prior)
+    compensated = adjustment("--loss", "sage", "--compensation", "2") - adjustment("--loss", "la")
+    assert compensated[1] < compensated[0] < 0
+
+
+def test_resumed_after_a_kill_ends_with_the_same_weights(command, tmp_path, monkeypatch):
+    command = [*command, "--epochs", "30", "--gradient-accumulation-steps", "2", "--checkpointing-steps", "1"]
+    finetune.main([*command, "--output-dir", str(tmp_path / "whole")])
+
+    process = subprocess.Popen([sys.executable, str(EXAMPLES / "finetune.py"), *command], stdout=subprocess.DEVNULL)
+    killed = tmp_path / "out"
+    deadline = time.monotonic() + 60
+    while not (killed / "checkpoints" / "step_7").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (killed / "adapter_model.safetensors").exists()
+    done = len(list((killed / "checkpoints").glob("step_*")))
+    assert 7 <= done < 60
+    (killed / "checkpoints" / "unfinished_999").mkdir()
+
+    steps = []
+    monkeypatch.setattr(finetune, "seed_batch", _counted(finetune.seed_batch, steps))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    finetune.main([*command, "--resume-from-checkpoint", "latest"])
+    assert len(steps) < 30 * 5 - 7  # it went on, and did not start anew
+    whole, resumed = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "whole", killed))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    first, second = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "whole", killed))
+    assert first["trained"] == second["trained"] and first["best_epoch"] == second["best_epoch"]
+
+
+def _counted(function, calls):
+    def wrapper(*args):
+        calls.append(args)
+        function(*args)
+
+    return wrapper
+
+
+def test_checkpoints_hold_only_what_is_trained_and_know_their_run(command, tmp_path):
+    finetune.main(command)
+    checkpoints = tmp_path / "out" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_10", "step_5"]
+    names = load_file(checkpoints / "step_5" / "trainable.safetensors").keys()
+    assert names and all("peft_sage_" in name or "head" in name for name in names)
+    assert not list(checkpoints.glob("*/model*.safetensors"))
+
+    path = str(checkpoints / "step_5")
+    with pytest.raises(ValueError, match=r"other settings: lr: 0.01 -> 0.5"):
+        finetune.main([*command, "--lr", "0.5", "--resume-from-checkpoint", path])
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        finetune.main([*command, "--resume-from-checkpoint", str(tmp_path)])
+
+
+def test_latest_without_a_checkpoint_starts_anew(command, tmp_path, capsys):
+    results = finetune.main([*command, "--resume-from-checkpoint", "latest"])
+    assert "starting anew" in capsys.readouterr().out
+    assert results["trained"]["macro"] is not None
+
+
+def test_the_best_epoch_is_kept():
+    model = torch.nn.Linear(1, 1, bias=False)
+    progress = TrainingProgress()
+    for epoch, score in enumerate([10.0, 30.0, 30.0, 20.0]):
+        model.weight.data.fill_(epoch)
+        progress.epoch = epoch
+        progress.record(score, model)
+    assert progress.best_epoch == 2  # of two equals, the one that was trained for longer
+    assert progress.best_weights["weight"].item() == 2
+
+    restored = TrainingProgress()
+    restored.load_state_dict(progress.state_dict())
+    assert restored.best_score == 30.0 and restored.best_weights["weight"].item() == 2
+
+
+def test_two_processes_agree_with_one(command, tmp_path):
+    command = [*command, "--augmentation", "none", "--lr", "0.001", "--epochs", "3"]
+    one = finetune.main([*command, "--batch-size", "8", "--output-dir", str(tmp_path / "one")])
+    # On a CPU `accelerate launch` starts several processes through MPI only; torchrun needs nothing.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
+    launched = [*launch, str(EXAMPLES / "finetune.py"), *command, "--batch-size", "4"]
+    done = subprocess.run(launched, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Zero-shot:") == 1
+    two = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (one["num_processes"], two["num_processes"]) == (1, 2)
+    assert two["zero_shot"] == one["zero_shot"]
+    assert two["trained"] == one["trained"]
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "out"))
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_tracking_bf16_imbalance_and_push(command, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(finetune.PeftModel, "push_to_hub", lambda self, repo: pushed.append(repo))
+    flags = "--mixed-precision bf16 --with-tracking --imbalance-ratio 5 --push-to-hub --hub-model-id me/mine"
+    results = finetune.main([*command, *flags.split()])
+    assert results["class_counts"] == [11, 6, 3, 2]  # int(11 * 0.2 ** (i / 3)) but no more than there are
+    assert list((tmp_path / "out" / "logs").glob("events*"))
+    assert pushed == ["me/mine"]
+
+
+def test_images_that_are_not_cached_give_the_same_result(command, tmp_path):
+    cached = finetune.main(command)
+    uncached = finetune.main([*command, "--cache-gib", "0", "--num-workers", "0"])
+    assert cached["trained"] == uncached["trained"] and cached["zero_shot"] == uncached["zero_shot"]
+
+
+def test_the_command_line_wins_over_yaml(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("lr: 1e-3\nbatch-size: 7\nmethod: lora\nmixed_precision: no\nwith_tracking: true\nseed: null\n")
+    args = finetune.parse_args(["--config", str(config), "--method", "head", "--no-with-tracking"])
+    assert (args.lr, args.batch_size, args.mixed_precision) == (0.001, 7, "no")
+    assert args.method == "head" and args.with_tracking is False
+    assert args.seed == 0
+    assert finetune.parse_args(["--config", str(config)]).with_tracking is True
+
+
+def test_the_shipped_yaml_says_what_the_defaults_are():
+    shipped = finetune.parse_args(["--config", str(EXAMPLES / "finetune.yaml")])
+    defaults = finetune.parse_args([])
+    assert vars(shipped) | {"config": None} == vars(defaults)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rate: 1", "unknown key 'learning_rate'"),
+        ("lr: fast", "invalid float value: 'fast'"),
+        ("method: magic", "invalid choice: 'magic'"),
+        ("with_tracking: maybe", "must be true or false, got 'maybe'"),
+        ("- lr", "must map flags to values"),
+        ("epochs: 0", "`--epochs` must be at least 1, got 0"),
+        ("push_to_hub: true", "needs `--hub-model-id`"),
+    ],
+)
+def test_bad_settings_are_refused(tmp_path, capsys, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        finetune.parse_args(["--config", str(tmp_path / "run.yaml")])
+    assert message in capsys.readouterr().err
+
+
+def test_bad_input_is_refused_before_training(command, image_folder, tmp_path):
+    incomplete = tmp_path / "descriptions.json"
+    incomplete.write_text(json.dumps({"red": "a red thing", "blue": ["a blue thing"]}))
+    (tmp_path / "no_test" / "train").mkdir(parents=True)
+    _draw(tmp_path / "no_test" / "train" / "..", {"red": 1, "blue": 1}, np.random.default_rng(0))
+    cases = [
+        (["--image-column", "picture"], r"no column 'picture', only \['image', 'label'\].*`--image-column`"),
+        (["--label-column", "species"], r"no column 'species'"),
+        (["--test-split", "evaluation"], r"no split 'evaluation', only"),
+        (["--test-split", "train"], r"Three different splits"),
+        (["--descriptions", str(incomplete)], r"no entry for 2 classes: \['green', 'grey'\]"),
+        (["--descriptions", str(tmp_path / "absent.json")], "cannot be read"),
+        (["--dataset", "./nowhere"], "'./nowhere' is not a folder"),
+        (["--dataset", str(tmp_path / "no_test")], "no split 'test'"),
+        (["--imbalance-ratio", "0.1"], "`imbalance_ratio` must be at least 1"),
+    ]
+    for flags, message in cases:
+        with pytest.raises(ValueError, match=message):
+            finetune.main([*command, *flags])
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_a_data_set_that_the_hub_lacks(monkeypatch):
+    def missing(name):
+        raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub")
+
+    monkeypatch.setattr(image_data, "load_dataset", missing)
+    with pytest.raises(ValueError, match="'nobody/nothing' is neither a folder nor a data set"):
+        image_data.load_images("nobody/nothing", "image", "label", "train", "validation", "test")
+
+
+def _parquet(folder, labels, feature):
+    image = {"path": None, "bytes": (Path(folder) / "pixel.png").read_bytes()}
+    features = datasets.Features({"image": datasets.Image(), "label": feature})
+    for split, values in labels.items():
+        data = datasets.Dataset.from_dict({"image": [image] * len(values), "label": values}, features=features)
+        data.to_parquet(str(folder / f"{split}.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "feature", "names"),
+    [
+        ([1, 0, 1], [0], datasets.ClassLabel(names=["cat", "dog"]), ["cat", "dog"]),
+        (["dog", "cat", "dog"], ["cat"], datasets.Value("string"), ["cat", "dog"]),
+        ([1, 0, 1], [0], datasets.Value("int64"), ["0", "1"]),
+    ],
+)
+def test_parquet_with_every_kind_of_label(tmp_path, train, test, feature, names):
+    Image.new("RGB", (16, 16), (200, 0, 0)).save(tmp_path / "pixel.png")
+    _parquet(tmp_path, {"train": train, "test": test}, feature)
+    splits, class_names = image_data.load_images(
+        str(tmp_path), "image", "label", train="train", validation="validation", test="test"
+    )
+    assert class_names == names
+    assert set(splits) == {"train", "test"}
+    assert splits["train"].labels.tolist() == [1, 0, 1] and splits["test"].labels.tolist() == [0]
+    assert splits["test"].images[0]["image"].getpixel((0, 0)) == (200, 0, 0)
+
+
+def test_unlabelled_images_are_refused(tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "pixel.png")
+    _parquet(tmp_path, {"train": [0, 1], "test": [-1, -1]}, datasets.ClassLabel(names=["cat", "dog"]))
+    with pytest.raises(ValueError, match="Split 'test' .* has 2 images without a label"):
+        image_data.load_images(str(tmp_path), "image", "label", "train", "validation", "test")
+
+
+@pytest.mark.parametrize(("ratio", "images"), [(10, 19573), (50, 12608), (100, 10847)])
+def test_imbalance_gives_the_published_sizes_of_cifar_100_lt(ratio, images):
+    labels = np.tile(np.arange(100), 500)
+    kept = image_data.long_tailed_subset(labels, 100, ratio, seed=0)
+    counts = np.bincount(labels[kept], minlength=100)
+    assert len(kept) == images == len(set(kept))
+    assert counts[0] == 500 and abs(counts[-1] - 500 / ratio) <= 1 and (np.diff(counts) <= 0).all()
+    np.testing.assert_array_equal(kept, image_data.long_tailed_subset(labels, 100, ratio, seed=0))
+    assert not np.array_equal(kept, image_data.long_tailed_subset(labels, 100, ratio, seed=1))
+
+
+def test_pixels_are_those_of_the_models_own_processor(clip_folder, image_folder):
+    processor = AutoImageProcessor.from_pretrained(clip_folder)
+    splits, _ = image_data.load_images(str(image_folder), "image", "label", "train", "validation", "test")
+    split = splits["test"]
+    pixels = image_data.PixelDataset(split, processor)
+    transform = image_data.PixelTransform(processor, "crop-flip", crop_scale=0.5)
+    batch = torch.stack([pixels[i]["pixel_values"] for i in range(len(split))])
+    expected = processor(images=[row["image"] for row in split.images], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(transform.eval()(batch), expected, atol=1e-5, rtol=0)
+
+    transform.train()
+    finetune.seed_batch(0, 1, 2, 0)
+    first = transform(batch)
+    torch.rand(7)
+    finetune.seed_batch(0, 1, 2, 0)
+    assert torch.equal(first, transform(batch))
+    finetune.seed_batch(0, 1, 3, 0)
+    assert not torch.equal(first, transform(batch))
+    assert not torch.equal(first, expected)
+
+
+def test_an_image_that_cannot_be_read_is_named(command, image_folder, tmp_path):
+    broken = tmp_path / "broken"
+    _draw(broken / "train", TRAIN_COUNTS, np.random.default_rng(0))
+    _draw(broken / "test", dict.fromkeys(COLOURS, 1), np.random.default_rng(1))
+    (broken / "test" / "red" / "0.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="Image 3 cannot be read"):
+        finetune.main([*command, "--dataset", str(broken)])
+
+
+def test_a_cpu_process_uses_all_cores_unless_told_otherwise(command, monkeypatch):
+    monkeypatch.setattr(finetune, "available_cores", lambda: 2)
+    before = torch.get_num_threads()
+    try:
+        finetune.main([*command, "--epochs", "1"])
+        assert torch.get_num_threads() == 1  # `--cpu-threads 1`
+        AcceleratorState._reset_state(reset_partial_state=True)
+        finetune.main([*command[:6], "--method", "head", "--epochs", "1"])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
