@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import copy
+import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftType
+from peft.utils import CONFIG_NAME
 
 from .descriptions import DEFAULT_TEMPLATES, check_templates, normalise_descriptions
 from .registration import PEFT_TYPE_NAME, add_peft_type
@@ -36,7 +39,8 @@ class SageConfig(PeftConfig):
             A float tensor (M, e) with one embedding a class, instead of encoding texts. Rows are L2-normalised. A
             run-time field: it is saved with the weights of the adapter, not in the configuration file.
         guidance_shape (`list[int]`, *optional*):
-            (M, e) of the adapter that a saved configuration belongs to. Filled in; not to be given.
+            (M, e) of the adapter that a saved configuration belongs to, (0, 0) without guidance. Filled in; not to be
+            given.
         text_templates (`list[str]`, *optional*):
             Templates with one `{}` each, used for classes that have only a name. Default `["a photo of a {}."]`.
         tokenizer_name_or_path (`str`, *optional*):
@@ -130,7 +134,51 @@ class SageConfig(PeftConfig):
     @property
     def saved(self) -> bool:
         """Whether this is the configuration of a saved adapter, whose guidance comes from its weights file."""
-        return self._saved and self.guidance_shape is not None
+        return self._saved and self.guidance_shape is not None and self.guidance is None
+
+    @property
+    def source(self) -> tuple[str, dict[str, Any]] | None:
+        """Where the configuration was read: folder or repository, and the arguments for a download."""
+        return self.__dict__.get("_source")
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """Read the configuration of a saved adapter, and remember where it was.
+
+        So the weights beside it can be checked before a model is changed.
+
+        Args:
+            pretrained_model_name_or_path: Folder, or repository on the Hub.
+            subfolder: Folder inside it.
+            **kwargs: As PEFT takes them, such as `revision` and `token`.
+
+        Raises:
+            ValueError: If there is no such configuration, or it is not valid.
+            TypeError: If it holds values of the wrong type.
+        """
+        if subfolder is not None and (os.path.isabs(subfolder) or ".." in subfolder.replace("\\", "/").split("/")):
+            raise ValueError(f"`subfolder` must be a path inside the folder of the adapter, got {subfolder!r}.")
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if isinstance(config, SageConfig) and not kwargs.get("ignore_mismatched_sizes"):
+            hub_kwargs = cls._split_kwargs(kwargs)[0]
+            config._source = (os.fspath(pretrained_model_name_or_path), {**hub_kwargs, "subfolder": subfolder})
+        return config
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save the configuration. It is written beside and then renamed, so that an old file stays whole.
+
+        Args:
+            save_directory: The folder; it is made if need be.
+            **kwargs: As PEFT takes them.
+        """
+        if os.path.isfile(save_directory):
+            raise ValueError(f"`save_directory` must be a folder, but {save_directory!r} is a file.")
+        os.makedirs(save_directory, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=save_directory, prefix=".") as beside:
+            super().save_pretrained(beside, **kwargs)
+            os.replace(os.path.join(beside, CONFIG_NAME), os.path.join(save_directory, CONFIG_NAME))
 
     def to_dict(self) -> dict[str, Any]:
         """Return what goes into the configuration file: everything but the run-time tensor `guidance`."""

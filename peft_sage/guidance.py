@@ -83,7 +83,7 @@ def make_guidance(model: nn.Module, config: SageConfig, on_meta: bool = False) -
         return encode_for(model, config, config.guidance) if len(config.guidance) else None
     if config.saved:
         shape = tuple(config.guidance_shape)
-        return torch.full(shape, torch.nan, device="meta" if on_meta else None) if all(shape) else None
+        return torch.full(shape, torch.nan, device="meta" if on_meta else None) if shape[0] else None
     if config.class_descriptions is not None:
         return encode_for(model, config, config.class_descriptions)
     return None

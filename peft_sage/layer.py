@@ -63,6 +63,7 @@ class SageLayer(nn.Module, BaseTunerLayer):
         self.peft_sage_guidance = BufferDict(persistent=True)
         self.fixed_scaling: dict[str, float] = {}
         self.num_heads: dict[str, int] = {}
+        self._awaits_loading: set[str] = set()
         # A plain dict, so that what other layers own is not registered here as well.
         self._guidance: dict[str, BufferDict] = {}
 
@@ -93,6 +94,8 @@ class SageLayer(nn.Module, BaseTunerLayer):
             self.peft_sage_key[adapter_name] = nn.Linear(dim, r, bias=False)
             self.peft_sage_value[adapter_name] = nn.Linear(dim, r, bias=False)
         self.reset_adapter_parameters(adapter_name, config.init_weights)
+        if config.saved:
+            self._blank_adapter_parameters(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
@@ -136,6 +139,7 @@ class SageLayer(nn.Module, BaseTunerLayer):
             return self._mixed_batch_forward(x, result, adapter_names)
         for name in self.active_adapters:
             if name in self.peft_sage_down:
+                self._check_loaded(name)
                 result = result + self.update(x, name).to(result.dtype)
         return result
 
@@ -188,6 +192,7 @@ class SageLayer(nn.Module, BaseTunerLayer):
         result = result.clone()
         for name in dict.fromkeys(adapter_names):
             if name in self.peft_sage_down:
+                self._check_loaded(name)
                 index = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
                 result[index] += self.update(x[index], name).to(result.dtype)
         return result
@@ -197,9 +202,34 @@ class SageLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         for entries in (self._guidance, self.fixed_scaling, self.num_heads):
             entries.pop(adapter_name, None)
+        self._awaits_loading.discard(adapter_name)
         for entries in (self.peft_sage_guidance, self.peft_sage_dropout):
             if adapter_name in entries:
                 del entries[adapter_name]
+
+    def _blank_adapter_parameters(self, adapter_name: str) -> None:
+        # Weights that are to come from a file, but do not, must not pass for weights: transformers only warns.
+        for parameter in self._adapter_tensors(adapter_name):
+            nn.init.constant_(parameter, torch.nan)
+        self._awaits_loading.add(adapter_name)
+
+    def _check_loaded(self, adapter_name: str) -> None:
+        if adapter_name not in self._awaits_loading or torch.compiler.is_compiling():
+            return
+        if not all(torch.isfinite(tensor).all() for tensor in self._adapter_tensors(adapter_name)):
+            raise RuntimeError(
+                f"The weights of the adapter {adapter_name!r} were not loaded, or hold NaN. Its configuration is that "
+                "of a saved adapter: load that with `PeftModel.from_pretrained`, or set `config.guidance_shape = None` "
+                "before the model is wrapped, to start anew."
+            )
+        self._awaits_loading.discard(adapter_name)
+
+    def _adapter_tensors(self, adapter_name: str) -> list[torch.Tensor]:
+        modules = [getattr(self, name) for name in self.adapter_layer_names]
+        entries = [module[adapter_name] for module in modules if adapter_name in module]
+        tensors = [t for entry in entries for t in (entry.parameters() if isinstance(entry, nn.Module) else [entry])]
+        guidance = self.guidance(adapter_name)
+        return tensors if guidance is None else [*tensors, guidance]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Raise: the adapter is not linear in the block's input."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -55,19 +56,22 @@ class SageModel(BaseTuner):
     ) -> None:
         """Inject an adapter. What may fail is done first, before the model or the configuration is changed."""
         config: SageConfig = self.peft_config[adapter_name]
+        if not adapter_name or adapter_name != os.path.basename(adapter_name) or adapter_name in (".", ".."):
+            raise ValueError(
+                f"`adapter_name` names a folder when it is saved, so it must be no path: {adapter_name!r}."
+            )
         self._targets = find_targets(model, config, state_dict)
         r = config.r or default_r(config.num_classes, len(self._targets))
         if r % config.num_heads:
             raise ValueError(f"`num_heads` must divide `r`={r} (from the number of classes), got {config.num_heads}.")
+        if config.saved and config.source:
+            checkpoint.check_source(model, config, self._targets, r)
         guidance = make_guidance(model, config, on_meta=low_cpu_mem_usage)
 
         config.r = r
-        self._guidance = None
-        if guidance is not None:
-            config.guidance_shape = list(guidance.shape)
-            # Its owner is the first adapted block, see `SageLayer`.
-            self._guidance = BufferDict({adapter_name: guidance}, persistent=True)
-        self._awaits_loading(adapter_name, guidance is not None and config.saved and config.guidance is None)
+        # The owner of the guidance is the first adapted block, see `SageLayer`.
+        self._guidance = None if guidance is None else BufferDict({adapter_name: guidance}, persistent=True)
+        config.guidance_shape = [0, 0] if guidance is None else list(guidance.shape)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
 
     def set_guidance(self, guidance: torch.Tensor | Descriptions, adapter_name: str | None = None) -> None:
@@ -90,7 +94,7 @@ class SageModel(BaseTuner):
         if not isinstance(config, SageConfig):
             known = [name for name, other in self.peft_config.items() if isinstance(other, SageConfig)]
             raise ValueError(f"`adapter_name` must be one of the Sage adapters {known}, got {adapter_name!r}.")
-        if not config.guidance_shape:
+        if not config.guidance_shape[0]:
             raise ValueError(f"The adapter {adapter_name!r} was made without guidance, so it cannot be given any.")
         if isinstance(guidance, torch.Tensor):
             names, texts = (config.class_names if config.num_classes == len(guidance) else None), None
@@ -107,7 +111,6 @@ class SageModel(BaseTuner):
                 layer.peft_sage_guidance[adapter_name] = guidance.to(layer.peft_sage_guidance[adapter_name])
         config.class_names, config.class_descriptions = names, texts
         config.guidance, config.guidance_shape = None, list(guidance.shape)
-        self._awaits_loading(adapter_name, False)
 
     def _prepare_adapter_config(self, peft_config: SageConfig, model_config: dict) -> SageConfig:
         # `target_modules=None` stays: it means the blocks of whatever class holds the tower at loading time.
@@ -144,23 +147,18 @@ class SageModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own version reads `child.weight`, which a block does not have. The layer moved itself.
         setattr(parent, child_name, new_module)
+        if isinstance(new_module, SageLayer):
+            parent.register_forward_pre_hook(_start_graph_at_checkpoint)
+            return
+        for key, hook in list(parent._forward_pre_hooks.items()):
+            if hook is _start_graph_at_checkpoint:
+                del parent._forward_pre_hooks[key]
 
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(MERGE_ERROR)
 
-    def _awaits_loading(self, adapter_name: str, waits: bool) -> None:
-        """Note whether an adapter's guidance is still to come from a weights file."""
-        waiting = self.__dict__.setdefault("_waiting", set())
-        (waiting.add if waits else waiting.discard)(adapter_name)
-
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if self._waiting:
-            raise RuntimeError(
-                f"The guidance of the adapter {sorted(self._waiting)} was not loaded. Its configuration is that of a "
-                "saved adapter: load that with `PeftModel.from_pretrained`, call `set_guidance`, or set "
-                "`config.guidance_shape = None` before the model is wrapped, to encode the class descriptions again."
-            )
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
             yield
@@ -192,12 +190,11 @@ class SageModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SageConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        state_dict = checkpoint.align_block_names(model, adapter_name, state_dict)
+        blocks = checkpoint.adapted_blocks(model, adapter_name)
+        state_dict = checkpoint.align_block_names(state_dict, blocks)
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        checkpoint.check_complete(model, adapter_name, state_dict)
-        for module in model.modules():
-            if isinstance(module, SageModel):
-                module._awaits_loading(adapter_name, False)
+        expected = {key: value for key, value in model.state_dict().items() if _belongs_to(key, adapter_name)}
+        checkpoint.check_complete(state_dict, expected)
         return state_dict
 
 
@@ -219,6 +216,25 @@ def _mean_layer_scale(model: nn.Module, name: str) -> float:
     scale = towers.layer_scale(model, name)
     mean = 1.0 if scale is None or scale.is_meta else scale.detach().abs().mean().item()
     return mean or 1.0
+
+
+def _belongs_to(key: str, adapter_name: str) -> bool:
+    """Whether a key of a state dict, such as `mlp.peft_sage_up.default.weight`, is one of an adapter."""
+    return key.partition(f".{PREFIX}")[2].split(".")[1:2] == [adapter_name]
+
+
+def _start_graph_at_checkpoint(module: nn.Module, args: tuple) -> tuple | None:
+    """Let gradients reach the adapters inside a block that is checkpointed in the reentrant mode.
+
+    In that mode PyTorch builds no graph for a block whose inputs need no gradient, which is so for the first adapted
+    block of a frozen tower: its adapter would not be trained, in silence.
+    """
+    if not (module.training and torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False)):
+        return None
+    first, *others = args or (None,)
+    if not isinstance(first, torch.Tensor) or first.requires_grad or not first.is_floating_point():
+        return None
+    return first.detach().requires_grad_(), *others
 
 
 def _add_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
