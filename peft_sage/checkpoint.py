@@ -58,9 +58,7 @@ def read_weights(model_id: str, hub_kwargs: dict[str, Any]) -> dict[str, torch.T
     folder = os.path.join(model_id, hub_kwargs.get("subfolder") or "")
     names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
     if os.path.isdir(folder) and not any(os.path.isfile(os.path.join(folder, name)) for name in names):
-        raise ValueError(
-            f"The folder {folder!r} holds the configuration of an adapter, but no {names[0]!r} beside it."
-        )
+        raise ValueError(f"The folder {folder!r} holds the configuration of an adapter, but no {names[0]!r}.")
     try:
         weights = load_peft_weights(model_id, device="cpu", **hub_kwargs)
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
@@ -130,8 +128,8 @@ def check_complete(found: dict[str, torch.Tensor], expected: dict[str, torch.Ten
     unknown = sorted(key for key in found.keys() - expected.keys() if f".{PREFIX}" in key)
     if missing or unknown:
         raise ValueError(
-            f"The adapter's weights do not fit its configuration: missing from the file {_some(missing)}, not expected "
-            f"in it {_some(unknown)}."
+            f"The adapter's weights do not fit its configuration: missing from the file {_some(missing)}, not "
+            f"expected in it {_some(unknown)}."
         )
     for key, value in expected.items():
         if value.shape != found[key].shape:

@@ -218,9 +218,9 @@ class SageLayer(nn.Module, BaseTunerLayer):
             return
         if not all(torch.isfinite(tensor).all() for tensor in self._adapter_tensors(adapter_name)):
             raise RuntimeError(
-                f"The weights of the adapter {adapter_name!r} were not loaded, or hold NaN. Its configuration is that "
-                "of a saved adapter: load that with `PeftModel.from_pretrained`, or set `config.guidance_shape = None` "
-                "before the model is wrapped, to start anew."
+                f"The weights of the adapter {adapter_name!r} were not loaded, or hold NaN. Its configuration is "
+                "that of a saved adapter: load that with `PeftModel.from_pretrained`, or set "
+                "`config.guidance_shape = None` before the model is wrapped, to start anew."
             )
         self._awaits_loading.discard(adapter_name)
 

@@ -58,7 +58,7 @@ class SageModel(BaseTuner):
         config: SageConfig = self.peft_config[adapter_name]
         if not adapter_name or adapter_name != os.path.basename(adapter_name) or adapter_name in (".", ".."):
             raise ValueError(
-                f"`adapter_name` names a folder when it is saved, so it must be no path: {adapter_name!r}."
+                f"`adapter_name` becomes the name of a folder, so it must be no path, got {adapter_name!r}."
             )
         self._targets = find_targets(model, config, state_dict)
         r = config.r or default_r(config.num_classes, len(self._targets))

@@ -186,7 +186,9 @@ def test_a_saved_config_alone_cannot_run(clip, pixel_values, tmp_path):
     model = get_peft_model(tiny_clip(), SageConfig.from_pretrained(tmp_path))
     with pytest.raises(RuntimeError, match="weights .* were not loaded.*guidance_shape"):
         model(pixel_values=pixel_values, input_ids=torch.tensor([[1, 5, 3]]))
-    model.set_guidance(torch.randn(3, 24))
+    config = SageConfig.from_pretrained(tmp_path)
+    config.guidance_shape, config.guidance = None, torch.randn(3, 24)
+    model = get_peft_model(tiny_clip(), config)
     model(pixel_values=pixel_values, input_ids=torch.tensor([[1, 5, 3]]))
 
 
