@@ -50,10 +50,10 @@ def find_blocks(model: nn.Module) -> list[str]:
         )
     blocks = [_join(tower, name) for tower in towers for name in _blocks(model.get_submodule(tower))]
     if not blocks:
-        kinds = ", ".join(f"{tower or 'itself'!r} ({type(model.get_submodule(tower)).__name__})" for tower in towers)
+        kinds = " and ".join(type(model.get_submodule(tower)).__name__ for tower in towers)
         raise ValueError(
-            f"`model` must have a vision tower of transformer blocks, but in {describe(model)} the tower {kinds} has "
-            "no repeated block with an MLP of linear layers that maps (..., d) to (..., d): it may be convolutional. "
+            f"`model` must have a vision tower of transformer blocks, but that of {describe(model)}, {kinds}, has no "
+            "repeated block with an MLP of linear layers that maps (..., d) to (..., d): it may be convolutional. "
             "Pass `target_modules` to choose modules by hand."
         )
     return blocks

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,6 +66,8 @@ def encode_image(model: nn.Module, pixel_values: torch.Tensor, **kwargs: Any) ->
     Raises:
         ValueError: `model` gives no single embedding an image.
     """
+    if (owner := _blip2(model)) is not None:
+        return _blip2_image(owner, pixel_values, **kwargs)
     for method in ("get_image_features", "encode_image", "get_video_features"):
         if (owner := _owner(model, method)) is not None:
             return _embedding(getattr(owner, method)(pixel_values, **kwargs), owner)
@@ -95,6 +98,8 @@ def logit_scale_and_bias(model: nn.Module) -> tuple[torch.Tensor | None, torch.T
 
 def _text_encoder(model: nn.Module) -> Callable[..., Any] | None:
     """The function that embeds tokenised text, or None."""
+    if (owner := _blip2(model)) is not None:
+        return partial(_blip2_text, owner)
     owner = _owner(model, "get_text_features")
     if owner is not None and _model_type(owner) not in NO_TEXT_EMBEDDING:
         return owner.get_text_features
@@ -112,6 +117,25 @@ def _owner(model: nn.Module, method: str) -> Any | None:
 
 def _model_type(model: nn.Module) -> str | None:
     return getattr(getattr(model, "config", None), "model_type", None)
+
+
+def _blip2(model: nn.Module) -> Any | None:
+    """The retrieval model of BLIP-2, which has embeddings but no method that returns them."""
+    return next((module for module in model.modules() if type(module).__name__ == "Blip2ForImageTextRetrieval"), None)
+
+
+def _blip2_text(owner: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    embeds = owner.embeddings(input_ids=input_ids)
+    hidden = owner.qformer(query_embeds=embeds, query_length=0, attention_mask=attention_mask).last_hidden_state
+    return owner.text_projection(hidden[:, 0])
+
+
+def _blip2_image(owner: Any, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    hidden = owner.vision_model(pixel_values, **kwargs).last_hidden_state
+    queries = owner.query_tokens.expand(len(hidden), -1, -1)
+    hidden = owner.qformer(query_embeds=queries, encoder_hidden_states=hidden).last_hidden_state
+    # The model compares a text with its best query; an embedding that does not depend on the text is their mean.
+    return owner.vision_projection(hidden).mean(dim=1)
 
 
 def _accepted(function: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
