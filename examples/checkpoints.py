@@ -25,8 +25,8 @@ class TrainingProgress:
         epoch: Number of the current epoch.
         batch: Batches of the current epoch that are done, in each process.
         step: Optimiser steps done.
-        best_epoch: The epoch with the best validation score; -1 before the first.
-        best_score: Its score.
+        validation: Scores on the validation split, one dictionary an epoch.
+        best_epoch: The epoch with the best macro accuracy there; -1 before the first.
         best_weights: The trainable weights after it.
     """
 
@@ -34,14 +34,14 @@ class TrainingProgress:
         self.epoch = 0
         self.batch = 0
         self.step = 0
+        self.validation: list[dict[str, float]] = []
         self.best_epoch = -1
-        self.best_score = float("-inf")
         self.best_weights: dict[str, torch.Tensor] = {}
 
-    def record(self, score: float, model: nn.Module) -> None:
-        """Keep the weights if no earlier epoch had a better score."""
-        if score >= self.best_score:
-            self.best_score = score
+    def record(self, scores: dict[str, float], model: nn.Module) -> None:
+        """Note an epoch's scores, and keep its weights if no earlier epoch had a better macro accuracy."""
+        self.validation.append(scores)
+        if all(scores["macro"] >= earlier["macro"] for earlier in self.validation):
             self.best_epoch = self.epoch
             self.best_weights = {name: weight.cpu().clone() for name, weight in trainable_weights(model).items()}
 

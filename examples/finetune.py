@@ -161,7 +161,7 @@ def train(
     loaders: dict[str, DataLoader],
     transform: PixelTransform,
     class_counts: np.ndarray,
-) -> tuple[nn.Module, TrainingProgress]:
+) -> tuple[nn.Module, dict[str, Any]]:
     """Train, with a checkpoint after every epoch; end with the weights of the best epoch on the validation split."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=args.lr, weight_decay=args.weight_decay)
@@ -207,7 +207,7 @@ def train(
                     save_checkpoint(accelerator, folder, progress.step, settings)
         if "validation" in loaders:
             scores, _ = evaluate(accelerator, model, loaders["validation"], transform, class_counts)
-            progress.record(scores["macro"], accelerator.unwrap_model(model))
+            progress.record({name: scores[name] for name in SCORES}, accelerator.unwrap_model(model))
             accelerator.log({"validation_macro": scores["macro"]}, step=progress.step)
             # tqdm writes in every process, even where the bar is hidden.
             if accelerator.is_main_process:
@@ -216,10 +216,12 @@ def train(
         progress.batch = 0
         save_checkpoint(accelerator, folder, progress.step, settings)
     bar.close()
+    kept_epoch = args.epochs
     if args.model_selection == "best" and progress.best_weights:
         load_trainable_weights(accelerator.unwrap_model(model), progress.best_weights)
-        accelerator.print(f"Keeping epoch {progress.best_epoch + 1}, the best on the validation split")
-    return model, progress
+        kept_epoch = progress.best_epoch + 1
+        accelerator.print(f"Keeping epoch {kept_epoch}, the best on the validation split")
+    return model, {"validation": progress.validation, "kept_epoch": kept_epoch}
 
 
 def training_function(args: argparse.Namespace) -> dict[str, Any]:
@@ -277,10 +279,10 @@ def training_function(args: argparse.Namespace) -> dict[str, Any]:
         sum(p.numel() for p in model.parameters()),
     ]
     accelerator.print(f"Training {counts[0]:,} of {counts[1]:,} parameters on {len(splits['train']):,} images")
-    model, progress = train(args, accelerator, model, loaders, transform, class_counts)
+    model, history = train(args, accelerator, model, loaders, transform, class_counts)
 
+    results |= history
     results["trained"], predictions = evaluate(accelerator, model, loaders["test"], transform, class_counts)
-    results["best_epoch"] = progress.best_epoch + 1 if progress.best_weights else args.epochs
     accelerator.print(format_table(results, args.method))
     if args.with_tracking:
         accelerator.log(

@@ -117,6 +117,8 @@ def test_every_method_runs_and_leaves_an_adapter(command, clip_folder, tmp_path,
     assert results["settings"]["method"] == method
     assert results["class_names"] == list(COLOURS)
     assert results["class_counts"] == list(TRAIN_COUNTS.values())
+    assert len(results["validation"]) == 2 and 1 <= results["kept_epoch"] <= 2
+    assert results["validation"][results["kept_epoch"] - 1]["macro"] == max(e["macro"] for e in results["validation"])
     for key in ("zero_shot", "trained"):
         scores = results[key]
         assert set(scores) == {"overall", "macro", "many", "medium", "few", "worst", "per_class", "num_classes"}
@@ -181,7 +183,7 @@ def test_resumed_after_a_kill_ends_with_the_same_weights(command, tmp_path, monk
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     first, second = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "whole", killed))
-    assert first["trained"] == second["trained"] and first["best_epoch"] == second["best_epoch"]
+    assert all(first[key] == second[key] for key in ("trained", "validation", "kept_epoch"))
 
 
 def _counted(function, calls):
@@ -219,13 +221,13 @@ def test_the_best_epoch_is_kept():
     for epoch, score in enumerate([10.0, 30.0, 30.0, 20.0]):
         model.weight.data.fill_(epoch)
         progress.epoch = epoch
-        progress.record(score, model)
+        progress.record({"macro": score}, model)
     assert progress.best_epoch == 2  # of two equals, the one that was trained for longer
     assert progress.best_weights["weight"].item() == 2
 
     restored = TrainingProgress()
     restored.load_state_dict(progress.state_dict())
-    assert restored.best_score == 30.0 and restored.best_weights["weight"].item() == 2
+    assert restored.validation[2] == {"macro": 30.0} and restored.best_weights["weight"].item() == 2
 
 
 def test_two_processes_agree_with_one(command, tmp_path):
