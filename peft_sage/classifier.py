@@ -15,8 +15,10 @@ from . import towers
 from .config import check_guidance
 
 
-class CosineHead(nn.Module):
+class CosineHead(nn.Linear):
     """Bias-free cosine classifier: `scale * cos(x, w_k)`.
+
+    An `nn.Linear`, because PEFT mixes adapters within a batch only for modules of the kinds that it knows.
 
     Args:
         weight: Initial weights (K, e).
@@ -26,7 +28,7 @@ class CosineHead(nn.Module):
     """
 
     def __init__(self, weight: torch.Tensor, scale: float = 25.0) -> None:
-        super().__init__()
+        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
         self.weight = nn.Parameter(weight.detach().clone())
         self.scale = scale
 
@@ -36,8 +38,7 @@ class CosineHead(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe the head in one line."""
-        classes, features = self.weight.shape
-        return f"in_features={features}, out_features={classes}, scale={self.scale}"
+        return f"{super().extra_repr()}, scale={self.scale}"
 
 
 class ZeroShotClassifier(nn.Module):
@@ -109,6 +110,7 @@ class ZeroShotClassifier(nn.Module):
             )
         weight = F.normalize(class_embeddings.detach().float(), dim=-1).to(head.weight)
         head.weight = nn.Parameter(weight, requires_grad=head.weight.requires_grad)
+        head.out_features = len(weight)
 
     @property
     def _active_head(self) -> CosineHead:

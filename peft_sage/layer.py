@@ -247,7 +247,9 @@ class SageLayer(nn.Module, BaseTunerLayer):
         if not parameters:
             return None, None
         floating = [parameter.dtype for parameter in parameters if parameter.is_floating_point()]
-        return parameters[0].device, floating[0] if floating else None
+        device = parameters[0].device
+        # Weights that were loaded must not follow a base that is still to be loaded.
+        return None if device.type == "meta" else device, floating[0] if floating else None
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)

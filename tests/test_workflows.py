@@ -1,0 +1,489 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that a user of PEFT does with an adapter, on small models."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from peft import (
+    AutoPeftModel,
+    LoraConfig,
+    PeftConfig,
+    PeftMixedModel,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from peft.tuners.lora import LoraLayer
+from transformers import (
+    AutoModel,
+    CLIPForImageClassification,
+    CLIPModel,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+)
+
+from peft_sage import SageConfig, SageLayer, SageModel, ZeroShotClassifier
+from tests.conftest import randomise, tiny_clip
+
+
+VISION_CLASSES = [CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection, CLIPForImageClassification]
+
+
+def features(model, pixel_values):
+    return model.get_image_features(pixel_values).pooler_output
+
+
+@torch.no_grad()
+def tower_output(model, pixel_values):
+    """What the last block of the vision tower returns, whatever class holds the tower."""
+    captured = []
+    name = next(n for n, _ in model.named_modules() if n.endswith("encoder.layers.2") and "text_model" not in n)
+    handle = model.get_submodule(name).register_forward_hook(lambda module, args, output: captured.append(output))
+    try:
+        if any(hasattr(type(module), "get_image_features") for module in model.modules()):
+            model.get_image_features(pixel_values) if not is_classifier(model) else model(pixel_values=pixel_values)
+        else:
+            model(pixel_values=pixel_values)
+    finally:
+        handle.remove()
+    return captured[0][0] if isinstance(captured[0], tuple) else captured[0]
+
+
+def is_classifier(model):
+    return any(isinstance(module, ZeroShotClassifier) for module in model.modules())
+
+
+def load_class(cls, folder):
+    if cls is ZeroShotClassifier:
+        return ZeroShotClassifier(CLIPModel.from_pretrained(folder), 7).eval()
+    # A saved `CLIPModel` says the projection's width only at the top.
+    return cls.from_pretrained(
+        folder, **({"projection_dim": 16} if cls is CLIPVisionModelWithProjection else {})
+    ).eval()
+
+
+@pytest.fixture
+def config():
+    return SageConfig(guidance=torch.randn(5, 24), r=8, num_heads=2)
+
+
+@pytest.fixture
+def trained(clip, config):
+    """A `CLIPModel` with an adapter that is not the identity."""
+    model = get_peft_model(clip, config)
+    randomise(model)
+    return model
+
+
+@pytest.fixture
+def adapter_dir(trained, tmp_path):
+    trained.save_pretrained(tmp_path / "adapter")
+    return str(tmp_path / "adapter")
+
+
+# Several adapters
+
+
+def two_adapters(clip):
+    model = get_peft_model(clip, SageConfig(guidance=torch.randn(5, 24), r=8), adapter_name="birds")
+    model.add_adapter("flowers", SageConfig(guidance=torch.randn(9, 12), r=16, num_heads=4))
+    randomise(model)
+    return model
+
+
+def test_adapters_with_other_classes_widths_and_ranks(clip, pixel_values, tmp_path):
+    base = features(clip, pixel_values)
+    model = two_adapters(clip)
+    outputs = {}
+    for name in ("birds", "flowers"):
+        model.set_adapter(name)
+        outputs[name] = features(model, pixel_values)
+        assert model.active_adapters == [name]
+    assert not torch.allclose(outputs["birds"], outputs["flowers"])
+    model.save_pretrained(tmp_path)
+
+    again = PeftModel.from_pretrained(tiny_clip(), tmp_path / "birds", adapter_name="birds")
+    again.load_adapter(tmp_path / "flowers", "flowers")
+    assert again.active_adapters == ["birds"]
+    for name in ("birds", "flowers"):
+        again.set_adapter(name)
+        assert torch.equal(features(again, pixel_values), outputs[name])
+    again.delete_adapter("flowers")
+    assert again.active_adapters == ["birds"] and list(again.peft_config) == ["birds"]
+    assert not any("flowers" in name for name, _ in again.named_modules())
+    assert torch.equal(features(again, pixel_values), outputs["birds"])
+    assert torch.equal(features(again.unload(), pixel_values), base)
+
+
+def test_deleting_the_owner_of_one_guidance_leaves_the_other(clip, pixel_values):
+    model = get_peft_model(clip, SageConfig(guidance=torch.randn(5, 24)), adapter_name="first")
+    model.add_adapter("last", SageConfig(guidance=torch.randn(4, 24), layers_to_transform=[1, 2]))
+    randomise(model)
+    model.set_adapter("last")
+    expected = features(model, pixel_values)
+    model.delete_adapter("first")
+    assert torch.equal(features(model, pixel_values), expected)
+    assert {name for name, _ in model.named_buffers() if "guidance" in name} == {
+        "base_model.model.vision_model.encoder.layers.1.mlp.peft_sage_guidance.last"
+    }
+
+
+def test_adapter_names_within_one_batch(clip, pixel_values):
+    classifier = ZeroShotClassifier(clip, torch.randn(6, 16))
+    model = get_peft_model(
+        classifier, SageConfig(guidance=torch.randn(5, 24), modules_to_save=["head"]), adapter_name="birds"
+    )
+    model.add_adapter("flowers", SageConfig(guidance=torch.randn(9, 12), r=16, modules_to_save=["head"]))
+    randomise(model)
+    with torch.no_grad():
+        classifier.head.modules_to_save["flowers"].weight.add_(torch.randn(6, 16))
+    model.eval()
+    expected = {}
+    for name in ("birds", "flowers"):
+        model.set_adapter(name)
+        expected[name] = model(pixel_values=pixel_values).logits
+    with model.disable_adapter():
+        expected["__base__"] = model(pixel_values=pixel_values).logits
+    names = ["flowers", "__base__", "birds", "flowers"]
+    mixed = model(pixel_values=pixel_values, adapter_names=names).logits
+    for i, name in enumerate(names):
+        torch.testing.assert_close(mixed[i], expected[name][i])
+    torch.testing.assert_close(model(pixel_values=pixel_values).logits, expected["flowers"])
+    with pytest.raises(ValueError, match="non-existing.*fish"):
+        model(pixel_values=pixel_values, adapter_names=["fish"] * 4)
+    with pytest.raises(ValueError, match="adapter_names"):
+        model(pixel_values=pixel_values, adapter_names=["birds"] * 3)
+    model.train()
+    with pytest.raises(ValueError, match="training"):
+        model(pixel_values=pixel_values, adapter_names=names)
+
+
+def test_statuses(clip, capsys):
+    model = two_adapters(clip)
+    status = model.get_model_status()
+    assert status.peft_types == {"birds": "PEFT_SAGE", "flowers": "PEFT_SAGE"}
+    assert status.num_adapter_layers == 3 and status.available_adapters == ["birds", "flowers"]
+    assert status.active_adapters == ["birds"] and status.enabled is True and status.merged_adapters == []
+    assert status.requires_grad == {"birds": True, "flowers": False}
+    assert status.devices == {"birds": ["cpu"], "flowers": ["cpu"]}
+    layers = model.get_layer_status()
+    assert [layer.module_type for layer in layers] == ["sage"] * 3 or all(layer.module_type for layer in layers)
+    assert all(layer.available_adapters == ["birds", "flowers"] for layer in layers)
+    trainable, total = model.get_nb_trainable_parameters()
+    assert trainable == sum(p.numel() for p in model.parameters() if p.requires_grad) and trainable < total
+    model.print_trainable_parameters()
+    assert f"trainable params: {trainable:,}" in capsys.readouterr().out
+
+
+def test_merge_and_mixed_types_are_refused_before_anything_happens(trained, pixel_values, tmp_path):
+    expected = features(trained, pixel_values)
+    for refused in (trained.merge_and_unload, trained.merge_adapter, trained.base_model.merge_and_unload):
+        with pytest.raises(NotImplementedError, match="cannot be merged"):
+            refused()
+    with pytest.raises(ValueError, match="different peft types"):
+        trained.add_adapter("lora", LoraConfig(target_modules=["fc1"]))
+    with pytest.raises(ValueError, match="PEFT_SAGE"):
+        PeftMixedModel(tiny_clip(), SageConfig(guidance=torch.randn(2, 4)), "default")
+    assert torch.equal(features(trained, pixel_values), expected)
+
+
+def test_state_dict_round_trip(trained, pixel_values):
+    state = get_peft_model_state_dict(trained)
+    assert all("peft_sage_" in key and "default" not in key for key in state)
+    other = get_peft_model(tiny_clip(), SageConfig(guidance=torch.randn(5, 24), r=8, num_heads=2))
+    result = set_peft_model_state_dict(other, state)
+    assert not result.unexpected_keys
+    assert torch.equal(features(other, pixel_values), features(trained, pixel_values))
+
+
+@pytest.mark.parametrize("name", ["mlp", "message_encoder", "layers", "base_layer2", "0"])
+def test_adapter_names_that_also_occur_in_the_model(name, clip, pixel_values, tmp_path):
+    model = get_peft_model(clip, SageConfig(guidance=torch.randn(5, 24)), adapter_name=name)
+    randomise(model)
+    expected = features(model, pixel_values)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_clip(), tmp_path / name, adapter_name=name)
+    assert torch.equal(features(again, pixel_values), expected)
+
+
+# The routes by which an adapter comes back
+
+
+def test_auto_classes(clip_dir, pixel_values, tmp_path):
+    model = get_peft_model(CLIPModel.from_pretrained(clip_dir), SageConfig(class_descriptions=["cat", "dog"]))
+    randomise(model)
+    expected = features(model.eval(), pixel_values)
+    model.save_pretrained(tmp_path / "adapter")
+    config = PeftConfig.from_pretrained(tmp_path / "adapter")
+    assert isinstance(config, SageConfig) and config.class_names == ["cat", "dog"]
+    assert config.base_model_name_or_path == clip_dir
+    auto = AutoPeftModel.from_pretrained(tmp_path / "adapter")
+    assert isinstance(auto.get_base_model(), CLIPModel)
+    assert torch.equal(features(auto, pixel_values), expected)
+    through_transformers = AutoModel.from_pretrained(tmp_path / "adapter").eval()
+    assert any(isinstance(module, SageLayer) for module in through_transformers.modules())
+    assert torch.equal(features(through_transformers, pixel_values), expected)
+
+
+def test_transformers_own_methods(clip, pixel_values, tmp_path, config):
+    base = features(clip, pixel_values)
+    clip.add_adapter(config)
+    randomise(clip)
+    expected = features(clip, pixel_values)
+    assert not torch.allclose(expected, base)
+    clip.save_pretrained(tmp_path / "adapter")
+    clip.disable_adapters()
+    assert torch.equal(features(clip, pixel_values), base)
+    clip.enable_adapters()
+
+    again = tiny_clip()
+    again.load_adapter(str(tmp_path / "adapter"))
+    assert torch.equal(features(again, pixel_values), expected)
+    through_peft = PeftModel.from_pretrained(tiny_clip(), tmp_path / "adapter")
+    assert torch.equal(features(through_peft, pixel_values), expected)
+    again.load_adapter(str(tmp_path / "adapter"), adapter_name="second")
+    again.set_adapter("second")
+    assert torch.equal(features(again, pixel_values), expected)
+    again.delete_adapter(["default", "second"])
+    assert torch.equal(features(again, pixel_values), base)
+
+
+def test_inject_adapter_in_model(clip, pixel_values, adapter_dir, trained):
+    state = get_peft_model_state_dict(trained)
+    expected = features(trained, pixel_values)
+    for low_cpu_mem_usage in (False, True):
+        model = tiny_clip()
+        config = SageConfig(guidance=torch.randn(5, 24), r=8, num_heads=2)
+        inject_adapter_in_model(config, model, low_cpu_mem_usage=low_cpu_mem_usage)
+        set_peft_model_state_dict(model, state, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert torch.equal(features(model, pixel_values), expected)
+    model = tiny_clip()
+    keys = {key.removeprefix("base_model.model."): value for key, value in state.items()}
+    config = SageConfig(guidance=torch.randn(5, 24), r=8, num_heads=2)
+    inject_adapter_in_model(config, model, state_dict=keys)
+    set_peft_model_state_dict(model, state)
+    assert torch.equal(features(model, pixel_values), expected)
+
+
+@pytest.mark.parametrize("target", [*VISION_CLASSES, ZeroShotClassifier])
+@pytest.mark.parametrize("source", [*VISION_CLASSES, ZeroShotClassifier])
+def test_an_adapter_follows_its_tower_into_every_class(
+    source, target, clip_dir, pixel_values, tmp_path, config, recwarn
+):
+    model = get_peft_model(load_class(source, clip_dir), config)
+    randomise(model)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load_class(target, clip_dir), tmp_path / "adapter", low_cpu_mem_usage=True)
+    torch.testing.assert_close(tower_output(again, pixel_values), tower_output(model, pixel_values))
+    assert not [warning for warning in recwarn if "missing" in str(warning.message)]
+
+
+@pytest.mark.parametrize("target", VISION_CLASSES)
+@pytest.mark.parametrize("source", VISION_CLASSES)
+def test_transformers_loads_it_into_every_class_or_refuses(source, target, clip_dir, pixel_values, tmp_path, config):
+    model = get_peft_model(load_class(source, clip_dir), config)
+    randomise(model)
+    expected = tower_output(model, pixel_values)
+    model.save_pretrained(tmp_path / "adapter")
+    again = load_class(target, clip_dir)
+    again.load_adapter(str(tmp_path / "adapter"))
+    try:
+        output = tower_output(again, pixel_values)
+    except RuntimeError as error:
+        assert "were not loaded" in str(error) and source is not target
+    else:
+        torch.testing.assert_close(output, expected)
+
+
+def test_lora_beside_sage(clip, pixel_values, tmp_path):
+    base = features(clip, pixel_values)
+    sage = get_peft_model(clip, SageConfig(guidance=torch.randn(5, 24)), adapter_name="sage")
+    lora_config = LoraConfig(target_modules=r".*vision_model.*q_proj", init_lora_weights=False)
+    both = get_peft_model(sage.base_model.model, lora_config, adapter_name="lora")
+    sage.base_model.set_adapter("sage")
+    for name, parameter in both.named_parameters():
+        parameter.requires_grad_("peft_sage_" in name or "lora_" in name)
+    randomise(both)
+    optimizer = torch.optim.SGD([p for p in both.parameters() if p.requires_grad], lr=0.01)
+    features(both, pixel_values).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in both.parameters() if p.requires_grad)
+    optimizer.step()
+    expected = features(both, pixel_values)
+
+    sage.save_pretrained(tmp_path / "s", selected_adapters=["sage"])
+    both.save_pretrained(tmp_path / "l", selected_adapters=["lora"])
+    again = PeftModel.from_pretrained(tiny_clip(), tmp_path / "s" / "sage", adapter_name="sage")
+    only_sage = features(again, pixel_values)
+    outer = PeftModel.from_pretrained(again.base_model.model, tmp_path / "l" / "lora", adapter_name="lora")
+    torch.testing.assert_close(features(outer, pixel_values), expected)
+    for module in outer.modules():
+        if isinstance(module, LoraLayer):
+            module.enable_adapters(False)
+    torch.testing.assert_close(features(outer, pixel_values), only_sage)
+    with outer.disable_adapter():  # of the outer model: both
+        assert torch.equal(features(outer, pixel_values), base)
+
+
+# Memory, precision, copies
+
+
+def test_whole_model_on_meta(adapter_dir, trained, pixel_values):
+    with torch.device("meta"):
+        empty = tiny_clip()
+    model = PeftModel.from_pretrained(empty, adapter_dir, low_cpu_mem_usage=True, torch_device="cpu")
+    model.base_model.model.load_state_dict(
+        {k: v for k, v in trained.base_model.model.state_dict().items() if "peft_sage_" not in k},
+        strict=False,
+        assign=True,
+    )
+    for name, module in model.named_modules():  # position ids are buffers that no file holds
+        if "position_ids" in module._buffers:
+            module.position_ids = trained.get_submodule(name).position_ids
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+    assert torch.equal(features(model, pixel_values), features(trained, pixel_values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_low_precision_base(dtype, autocast_adapter_dtype, pixel_values, adapter_dir, trained):
+    expected = features(trained, pixel_values)
+    model = PeftModel.from_pretrained(
+        tiny_clip().to(dtype), adapter_dir, autocast_adapter_dtype=autocast_adapter_dtype, is_trainable=True
+    )
+    kept = torch.float32 if autocast_adapter_dtype else dtype
+    adapter = {n: p for n, p in model.named_parameters() if "peft_sage_" in n}
+    assert {p.dtype for p in adapter.values()} == {kept}
+    output = features(model, pixel_values.to(dtype))
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.float(), expected, atol=0.1, rtol=0.1)
+    output.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in adapter.values())
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double()])
+def test_casting_the_wrapped_model(cast, trained, pixel_values):
+    expected = features(trained, pixel_values)
+    model = cast(trained)
+    dtype = next(model.parameters()).dtype
+    output = features(model, pixel_values.to(dtype))
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.float(), expected, atol=0.1, rtol=0.1)
+
+
+def test_autocast(trained, pixel_values):
+    expected = features(trained, pixel_values)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = features(trained, pixel_values)
+    torch.testing.assert_close(output.float(), expected, atol=0.1, rtol=0.1)
+    output.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in trained.parameters() if p.requires_grad)
+
+
+def by_torch_save(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), by_torch_save])
+def test_copies_are_independent(clone, trained, pixel_values):
+    trained.add_adapter("second", SageConfig(guidance=torch.randn(3, 24)))
+    expected = features(trained, pixel_values)
+    copied = clone(trained)
+    assert isinstance(copied.base_model, SageModel)
+    assert torch.equal(features(copied, pixel_values), expected)
+    copied.set_guidance(torch.randn(7, 24))
+    assert not torch.equal(features(copied, pixel_values), expected)
+    assert torch.equal(features(trained, pixel_values), expected)
+    layers = [module for module in copied.modules() if isinstance(module, SageLayer)]
+    assert all(layer.guidance("default") is layers[0].guidance("default") for layer in layers)
+
+
+def test_whole_state_dict_round_trip(trained, pixel_values, config):
+    other = get_peft_model(tiny_clip(seed=3), config)
+    other.load_state_dict(trained.state_dict())
+    assert torch.equal(features(other, pixel_values), features(trained, pixel_values))
+
+
+def test_int8_base_weights(clip, pixel_values, adapter_dir, trained):
+    torchao = pytest.importorskip("torchao.quantization")
+    quantised = tiny_clip()
+    torchao.quantize_(quantised, torchao.Int8WeightOnlyConfig())
+    base = features(quantised, pixel_values)
+    model = PeftModel.from_pretrained(quantised, adapter_dir, is_trainable=True)
+    output = features(model, pixel_values)
+    torch.testing.assert_close(output, features(trained, pixel_values), atol=0.1, rtol=0.1)
+    output.square().sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "peft_sage_" in n)
+    assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if "peft_sage_" in n)
+    assert torch.equal(features(model.unload(), pixel_values), base)
+
+
+class QuantisedLinear(torch.nn.Module):
+    """As bitsandbytes does: integers in a parameter, a scale beside it, and the widths as attributes."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.scale = torch.nn.Parameter(linear.weight.detach().abs().amax() / 127, requires_grad=False)
+        self.weight = torch.nn.Parameter((linear.weight.detach() / self.scale).round().char(), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+def test_a_block_with_integer_weights(clip, pixel_values, config):
+    for layer in clip.vision_model.encoder.layers:
+        layer.mlp.fc1, layer.mlp.fc2 = QuantisedLinear(layer.mlp.fc1), QuantisedLinear(layer.mlp.fc2)
+    base = features(clip, pixel_values)
+    model = get_peft_model(clip, config)
+    assert torch.equal(features(model, pixel_values), base)
+    randomise(model)
+    features(model, pixel_values).square().sum().backward()
+    adapter = [p for n, p in model.named_parameters() if "peft_sage_" in n]
+    assert all(p.dtype == torch.float32 and p.grad is not None for p in adapter)
+
+
+# Gradient checkpointing
+
+
+@pytest.mark.parametrize("layers", [None, [1]])
+@pytest.mark.parametrize("through", ["model", "classifier", "transformers"])
+def test_gradient_checkpointing_gives_the_same_gradients(through, layers, pixel_values):
+    def gradients(order, use_reentrant=None):
+        clip = tiny_clip()
+        model = ZeroShotClassifier(clip, torch.eye(5, 16)) if through == "classifier" else clip
+        if order == "before":
+            clip.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        config = SageConfig(guidance=torch.eye(5, 24), layers_to_transform=layers)
+        if through == "transformers":
+            clip.add_adapter(config)
+        else:
+            model = get_peft_model(model, config)
+        randomise(model)
+        if order == "after":
+            clip.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.train()
+        if through == "classifier":
+            model(pixel_values=pixel_values, labels=torch.arange(4)).loss.backward()
+        else:
+            features(model, pixel_values).square().sum().backward()
+        return {n: p.grad for n, p in model.named_parameters() if "peft_sage_" in n}
+
+    expected = gradients("never")
+    assert all(gradient is not None and gradient.any() for gradient in expected.values())
+    for order in ("before", "after"):
+        for use_reentrant in (False, True):
+            torch.testing.assert_close(gradients(order, use_reentrant), expected)
+
+
+def test_unload_leaves_no_hook(trained):
+    model = trained.unload()
+    assert not any(module._forward_pre_hooks for module in model.modules())
