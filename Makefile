@@ -1,4 +1,4 @@
-.PHONY: quality style test
+.PHONY: quality style test test-all
 
 quality:
 	ruff check .
@@ -9,4 +9,7 @@ style:
 	ruff format .
 
 test:
+	python -m pytest -m "not slow"
+
+test-all:
 	python -m pytest

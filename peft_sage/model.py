@@ -70,7 +70,8 @@ class SageModel(BaseTuner):
 
         config.r = r
         # The owner of the guidance is the first adapted block, see `SageLayer`.
-        self._guidance = None if guidance is None else BufferDict({adapter_name: guidance}, persistent=True)
+        # In a plain dict, so that it is not registered here as well.
+        self._owner = {} if guidance is None else {adapter_name: BufferDict({adapter_name: guidance}, persistent=True)}
         config.guidance_shape = [0, 0] if guidance is None else list(guidance.shape)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
 
@@ -132,13 +133,13 @@ class SageModel(BaseTuner):
         layer = target
         if not isinstance(layer, SageLayer):
             layer = SageLayer(target, towers.block_width(target), towers.block_input_index(target))
-        if current_key == self._targets[0] and self._guidance is not None:
-            layer.peft_sage_guidance[adapter_name] = self._guidance[adapter_name]
-            self._guidance = layer.peft_sage_guidance
+        if current_key == self._targets[0] and adapter_name in self._owner:
+            layer.peft_sage_guidance[adapter_name] = self._owner[adapter_name][adapter_name]
+            self._owner[adapter_name] = layer.peft_sage_guidance
         scaling = peft_config.scaling
         if peft_config.learnable_scaling:
             scaling /= _mean_layer_scale(self.model, current_key)
-        layer.update_layer(adapter_name, peft_config, self._guidance, scaling)
+        layer.update_layer(adapter_name, peft_config, self._owner.get(adapter_name), scaling)
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)

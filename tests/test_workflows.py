@@ -62,9 +62,8 @@ def load_class(cls, folder):
     if cls is ZeroShotClassifier:
         return ZeroShotClassifier(CLIPModel.from_pretrained(folder), 7).eval()
     # A saved `CLIPModel` says the projection's width only at the top.
-    return cls.from_pretrained(
-        folder, **({"projection_dim": 16} if cls is CLIPVisionModelWithProjection else {})
-    ).eval()
+    width = {"projection_dim": 16} if cls is CLIPVisionModelWithProjection else {}
+    return cls.from_pretrained(folder, **width).eval()
 
 
 @pytest.fixture
@@ -406,6 +405,7 @@ def test_copies_are_independent(clone, trained, pixel_values):
 
 
 def test_whole_state_dict_round_trip(trained, pixel_values, config):
+    assert sum("guidance" in key for key in trained.state_dict()) == 1
     other = get_peft_model(tiny_clip(seed=3), config)
     other.load_state_dict(trained.state_dict())
     assert torch.equal(features(other, pixel_values), features(trained, pixel_values))

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled and exported models give what the eager model gives."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from peft_sage import SageConfig, ZeroShotClassifier
+from tests.conftest import randomise, tiny_clip
+
+
+class Logits(torch.nn.Module):
+    """From pixel values to logits: what an exporter wants."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values):
+        return self.model(pixel_values=pixel_values).logits
+
+
+@pytest.fixture(params=[5, pytest.param(0, marks=pytest.mark.slow)], ids=["guidance", "no guidance"])
+def model(request):
+    guidance = {"guidance": torch.randn(request.param, 24)} if request.param else {}
+    config = SageConfig(r=8, num_heads=2, modules_to_save=["head"], **guidance)
+    model = get_peft_model(ZeroShotClassifier(tiny_clip(), torch.randn(6, 16)), config)
+    randomise(model)
+    return Logits(model).eval()
+
+
+def test_compile_without_graph_breaks(model, pixel_values):
+    expected = model(pixel_values)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(pixel_values), expected)
+
+    expected.square().sum().backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    compiled(pixel_values).square().sum().backward()
+    torch.testing.assert_close({n: p.grad for n, p in model.named_parameters() if p.requires_grad}, gradients)
+
+
+@pytest.mark.slow
+def test_compile_follows_a_new_guidance_and_another_adapter(pixel_values):
+    peft_model = get_peft_model(ZeroShotClassifier(tiny_clip(), torch.randn(6, 16)), SageConfig(guidance=torch.eye(5)))
+    peft_model.add_adapter("second", SageConfig(guidance=torch.randn(3, 7)))
+    randomise(peft_model)
+    model = Logits(peft_model).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    first = compiled(pixel_values)
+    peft_model.set_guidance(torch.randn(9, 5))
+    torch.testing.assert_close(compiled(pixel_values), model(pixel_values))
+    assert not torch.allclose(compiled(pixel_values), first)
+    peft_model.set_adapter("second")
+    torch.testing.assert_close(compiled(pixel_values), model(pixel_values))
+    assert not torch.allclose(compiled(pixel_values), first)
+
+
+@pytest.mark.slow
+def test_inductor(model, pixel_values):
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(compiled(pixel_values), model(pixel_values), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_compile_a_loaded_adapter(model, pixel_values, tmp_path):
+    expected = model(pixel_values)
+    model.model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(ZeroShotClassifier(tiny_clip(), torch.randn(6, 16)), tmp_path)
+    compiled = torch.compile(Logits(loaded).eval(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(pixel_values), expected)
+
+
+def test_export_keeps_guidance_as_one_buffer(model, pixel_values):
+    expected = model(pixel_values)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(model, (pixel_values,), dynamic_shapes={"pixel_values": {0: batch}}, strict=False)
+    torch.testing.assert_close(exported.module()(pixel_values), expected)
+    torch.testing.assert_close(exported.module()(pixel_values[:3]), expected[:3])
+    buffers = [name for name in exported.graph_signature.buffers if "guidance" in name]
+    has_guidance = model.model.peft_config["default"].num_classes > 0
+    assert len(buffers) == has_guidance
+    used = set(exported.graph_signature.inputs_to_buffers.values())
+    assert used.issuperset(buffers)
+
+
+@pytest.mark.slow
+def test_onnx(model, pixel_values, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    path = str(tmp_path / "model.onnx")
+    batch = torch.export.Dim("batch", min=1, max=64)
+    torch.onnx.export(model, (pixel_values,), path, dynamo=True, dynamic_shapes={"pixel_values": {0: batch}})
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for images in (pixel_values, pixel_values[:3]):
+        (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), model(images).detach(), atol=1e-4, rtol=1e-4)
