@@ -3,17 +3,28 @@
 
 from __future__ import annotations
 
+import copy
 import io
+from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from peft_sage import SageConfig, SageLayer
-from peft_sage.towers import FAMILIES, find_blocks
-from tests.tower_models import TINY, Tiny
+from peft_sage import SageConfig, SageLayer, ZeroShotClassifier
+from peft_sage.towers import (
+    FAMILIES,
+    block_input_index,
+    block_width,
+    candidate_modules,
+    families_table,
+    find_blocks,
+    layer_scale,
+)
+from tests.tower_models import LANGUAGE, SPLIT, TEXT, TINY, UNLISTED, VISION, Tiny
 
 
 PATTERNS = {family.model_type: family.blocks for family in FAMILIES}
@@ -106,7 +117,9 @@ def test_bfloat16(tiny: Tiny) -> None:
     model = adapted(model)
     after = run(tiny, model, inputs)
     assert after.dtype == torch.bfloat16 and torch.equal(after, before)
-    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients(tiny, model, inputs).values())
+    assert all(
+        gradient is not None and gradient.isfinite().all() for gradient in gradients(tiny, model, inputs).values()
+    )
 
 
 @every_family
@@ -123,7 +136,279 @@ def test_gradient_checkpointing_changes_no_gradient(tiny: Tiny) -> None:
         # Blocks are checkpointed in training only, which for others would mean dropout.
         module.training = hasattr(module, "gradient_checkpointing")
     calls = []
-    handles = [m.register_forward_pre_hook(lambda *_: calls.append(1)) for m in model.modules() if isinstance(m, SageLayer)]
+    handles = [
+        m.register_forward_pre_hook(lambda *_: calls.append(1)) for m in model.modules() if isinstance(m, SageLayer)
+    ]
     for name, gradient in gradients(tiny, model, inputs).items():
         torch.testing.assert_close(gradient, expected_gradients[name], msg=name)
     assert len(calls) > len(handles)  # blocks ran again in the backward pass
+
+
+def test_every_listed_family_has_a_row() -> None:
+    listed = {family.model_type for family in FAMILIES}
+    assert len(listed) == len(FAMILIES)
+    assert {tiny.model_type for tiny in TINY} <= listed
+    # The others are libraries of plain modules, in tests/matrix.
+    assert all("timm" in name or "clip" in name.lower() for name in listed - {tiny.model_type for tiny in TINY})
+    assert len({tiny.model_type for tiny in TINY}) >= 45
+
+
+def test_documentation_lists_the_families() -> None:
+    assert families_table() in (Path(__file__).parents[1] / "docs" / "towers.md").read_text()
+
+
+@pytest.mark.parametrize("tiny", UNLISTED, ids=lambda tiny: tiny.id)
+def test_families_without_an_entry_work_by_the_rule(tiny: Tiny) -> None:
+    assert tiny.model_type not in PATTERNS
+    torch.manual_seed(0)
+    model = tiny.build().requires_grad_(False)
+    assert find_blocks(model) == expected(tiny)
+    inputs = tiny.inputs()
+    before = run(tiny, model, inputs)
+    assert torch.equal(run(tiny, adapted(model), inputs), before)
+    model = adapted(tiny.build(), init_weights=False)
+    assert all(gradient.any() for gradient in gradients(tiny, model, inputs).values())
+
+
+REFUSED = {
+    "has none: it does not read images": [
+        ("CLIPTextModel", "clip_text_model", TEXT),
+        ("CLIPTextModelWithProjection", "clip_text_model", TEXT),
+        ("SiglipTextModel", "siglip_text_model", TEXT),
+        ("Aimv2TextModel", "aimv2_text_model", TEXT),
+        ("BertModel", "bert", TEXT),
+        ("LlamaModel", "llama", LANGUAGE),
+        ("ViltModel", "vilt", VISION | TEXT),
+        ("ClapModel", "clap", {}),
+        ("ASTModel", "audio-spectrogram-transformer", dict(VISION, num_mel_bins=16, max_length=16)),
+    ],
+    "no repeated block": [
+        ("ResNetModel", "resnet", {"hidden_sizes": [8, 8], "depths": [1, 1], "embedding_size": 8}),
+        ("ConvNextModel", "convnext", {"hidden_sizes": [8, 8], "depths": [1, 1], "num_stages": 2}),
+        ("MobileNetV2Model", "mobilenet_v2", {}),
+        ("PoolFormerModel", "poolformer", {"hidden_sizes": [8] * 4, "depths": [1] * 4}),
+        (
+            "AlignModel",
+            "align",
+            {"text_config": TEXT, "vision_config": {"width_coefficient": 0.1, "depth_coefficient": 0.1}},
+        ),
+        *((tiny.model_class, tiny.model_type, tiny.config) for tiny in SPLIT),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("reason", "model_class", "config_type", "config"),
+    [(reason, *row) for reason, rows in REFUSED.items() for row in rows],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refused_before_anything_is_changed(reason: str, model_class: str, config_type: str, config: dict) -> None:
+    model = Tiny(config_type, model_class, config).build()
+    before = [(name, weight.requires_grad) for name, weight in model.named_parameters()]
+    modules = list(model.modules())
+    with pytest.raises(ValueError, match=f"`model` must have .*{model_class}.*{reason}.*`target_modules`"):
+        adapted(model)
+    assert [(name, weight.requires_grad) for name, weight in model.named_parameters()] == before
+    assert all(module is other for module, other in zip(model.modules(), modules, strict=True))
+
+
+def tiny_named(name: str) -> Tiny:
+    return next(tiny for tiny in TINY if tiny.id == name)
+
+
+CLIP = tiny_named("clip-CLIPModel")
+BLOCKS = ["vision_model.encoder.layers.0.mlp", "vision_model.encoder.layers.1.mlp"]
+
+
+def test_blocks_are_found_inside_wrappers() -> None:
+    clip = CLIP.build()
+    classifier = ZeroShotClassifier(clip, torch.randn(5, 24))
+    assert find_blocks(classifier) == [f"model.{block}" for block in BLOCKS]
+    lora = get_peft_model(copy.deepcopy(clip), LoraConfig(target_modules=["fc1", "fc2", "q_proj"]))
+    assert find_blocks(lora) == [f"base_model.model.{block}" for block in BLOCKS]
+    assert find_blocks(adapted(classifier)) == [f"base_model.model.model.{block}" for block in BLOCKS]
+    assert find_blocks(nn.DataParallel(clip)) == [f"module.{block}" for block in BLOCKS]
+    vision = nn.DataParallel(tiny_named("vit-ViTModel").build())
+    assert find_blocks(adapted(vision.module)) == [f"base_model.model.layers.{i}.mlp" for i in range(2)]
+
+
+def test_candidates_include_the_blocks_of_every_part() -> None:
+    candidates = candidate_modules(CLIP.build())
+    assert set(BLOCKS) < set(candidates)
+    assert "text_model.encoder.layers.0.mlp" in candidates
+
+
+class PackedLinear(nn.Module):
+    """Stands for a quantised linear layer, which packs its weights in another shape."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("packed", torch.zeros(in_features * out_features // 2, 1, dtype=torch.uint8))
+
+
+class Output(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(64, 32)
+
+    def forward(self, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
+        return self.dense(hidden_states) + input_tensor
+
+
+def test_width_and_input_are_read_off_the_block() -> None:
+    for linear in (nn.Linear, PackedLinear):
+        plain = nn.Sequential(linear(32, 64), nn.GELU(), linear(64, 32))
+        gated = nn.ModuleDict({"w1": linear(32, 64), "w2": linear(64, 32), "w3": linear(32, 64)})
+        assert block_width(plain) == block_width(gated) == 32
+    assert block_input_index(plain) == 0
+    assert block_width(Output()) == 32
+    assert block_input_index(Output()) == 1
+    with pytest.raises(ValueError, match="`module` must hold a linear layer, but GELU has none"):
+        block_width(nn.GELU())
+    with pytest.raises(ValueError, match="Sequential maps 32 features to 16"):
+        block_width(nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 16)))
+
+
+WITH_LAYER_SCALE = [
+    tiny
+    for tiny in TINY
+    if tiny.model_type
+    in {"beit", "dinov2", "dinov2_with_registers", "dinov3_vit", "tipsv2", "radio", "internvl", "internvl_vision"}
+]
+
+
+@pytest.mark.parametrize("tiny", WITH_LAYER_SCALE, ids=lambda tiny: tiny.id)
+def test_layer_scale_is_the_factor_of_the_update(tiny: Tiny) -> None:
+    torch.manual_seed(0)
+    model = tiny.build()
+    scales = [layer_scale(model, name) for name in expected(tiny)]
+    with torch.no_grad():
+        for scale in scales:
+            scale.uniform_(0.1, 0.2)
+    model, inputs = adapted(model, init_weights=False), tiny.inputs()
+    name, layer = next((name, m) for name, m in model.named_modules() if isinstance(m, SageLayer))
+    with torch.no_grad():
+        for scaling in layer.peft_sage_scaling.values():
+            scaling.fill_(1.0)
+    residuals, updates = [], []
+    block = model.get_submodule(name.rpartition(".")[0])
+    block.register_forward_hook(lambda _, __, output: residuals.append(first_tensor(output).detach()))
+    layer.register_forward_hook(lambda _, __, output: updates.append(output.detach()))
+    run(tiny, model, inputs)
+    with model.disable_adapter():
+        run(tiny, model, inputs)
+    change = scales[0].detach() * (updates[0] - updates[1])
+    torch.testing.assert_close(residuals[0] - residuals[1], change.view_as(residuals[0]), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tiny", [CLIP, tiny_named("vit-ViTModel"), tiny_named("swin-SwinModel")], ids=lambda t: t.id)
+def test_towers_without_layer_scale(tiny: Tiny) -> None:
+    model = tiny.build()
+    assert all(layer_scale(model, name) is None for name in expected(tiny))
+
+
+@pytest.mark.parametrize("gamma", [1e-5, 0.1])
+def test_layer_scale_does_not_shrink_the_update(gamma: float) -> None:
+    """The change of the residual stream is as large as in the same tower without LayerScale."""
+    sizes = {}
+    for value in (1.0, gamma):
+        torch.manual_seed(0)
+        tiny = Tiny("dinov2", "Dinov2Model", dict(VISION, num_hidden_layers=1, layerscale_value=value))
+        model, inputs = adapted(tiny.build(), init_weights=False).double(), tiny.inputs()
+        inputs["pixel_values"] = inputs["pixel_values"].double()
+        hidden = []
+        block = model.get_submodule("base_model.model.encoder.layer.0")
+        block.register_forward_hook(lambda _, __, output, hidden=hidden: hidden.append(first_tensor(output)))
+        gradient = gradients(tiny, model, inputs)
+        with model.disable_adapter():
+            run(tiny, model, inputs)
+        up = next(value for name, value in gradient.items() if "peft_sage_up" in name)
+        sizes[value] = (hidden[0] - hidden[1]).norm().item(), up.norm().item()
+    for plain, scaled in zip(sizes[1.0], sizes[gamma], strict=True):
+        assert 0.5 < scaled / plain < 2.0
+
+
+class ReplicaOfOpenAIBlock(nn.Module):
+    """The layout of a block in OpenAI's `clip` package: sequence first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(32, 2)
+        self.ln_1, self.ln_2 = nn.LayerNorm(32), nn.LayerNorm(32)
+        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(32, 64), gelu=nn.GELU(), c_proj=nn.Linear(64, 32)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class ReplicaOfOpenAITransformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.resblocks = nn.Sequential(ReplicaOfOpenAIBlock(), ReplicaOfOpenAIBlock())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.resblocks(x)
+
+
+class ReplicaOfOpenAIVision(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 32, 8, 8, bias=False)
+        self.transformer = ReplicaOfOpenAITransformer()
+        self.proj = nn.Parameter(torch.randn(32, 24))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv1(x).flatten(2).permute(2, 0, 1)  # (N, B, d)
+        return self.transformer(x)[0] @ self.proj
+
+
+class ReplicaOfOpenAIClip(nn.Module):
+    """The layout of OpenAI's `clip` package: the text transformer hangs on the root."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual = ReplicaOfOpenAIVision()
+        self.transformer = ReplicaOfOpenAITransformer()
+        self.token_embedding = nn.Embedding(64, 32)
+        self.text_projection = nn.Parameter(torch.randn(32, 24))
+        self.logit_scale = nn.Parameter(torch.tensor(2.0))
+
+    def encode_image(self, image: torch.Tensor) -> torch.Tensor:
+        return self.visual(image)
+
+    def encode_text(self, text: torch.Tensor) -> torch.Tensor:
+        x = self.transformer(self.token_embedding(text).transpose(0, 1)).transpose(0, 1)
+        return x[torch.arange(len(x)), text.argmax(dim=-1)] @ self.text_projection
+
+
+def test_sequence_first_layout_of_plain_modules() -> None:
+    torch.manual_seed(0)
+    model = ReplicaOfOpenAIClip().eval()
+    images, text = torch.randn(3, 3, 16, 16), torch.randint(0, 64, (3, 5))
+    assert find_blocks(model) == [f"visual.transformer.resblocks.{i}.mlp" for i in range(2)]
+    assert find_blocks(model.visual) == [f"transformer.resblocks.{i}.mlp" for i in range(2)]
+    with pytest.raises(ValueError, match="does not read images"):
+        find_blocks(model.transformer)
+    before = model.encode_image(images), model.encode_text(text)
+    model = adapted(model, init_weights=False)
+    together = model.encode_image(images)
+    assert not torch.allclose(together, before[0])
+    assert torch.equal(model.encode_text(text), before[1])
+    # No image sees another.
+    torch.testing.assert_close(torch.cat([model.encode_image(image[None]) for image in images]), together)
+
+
+def test_videos_and_padding_do_not_mix_rows() -> None:
+    """X-CLIP's blocks see frames as rows, NaFlex ones see padding: neither reaches another row."""
+    for tiny, rows in (
+        (tiny_named("xclip-XCLIPModel"), slice(2, 4)),
+        (tiny_named("siglip2-Siglip2Model"), slice(1, 2)),
+    ):
+        torch.manual_seed(0)
+        model, inputs = adapted(tiny.build(), init_weights=False), tiny.inputs()
+        together = run(tiny, model, inputs)
+        alone = run(tiny, model, {name: value[rows] for name, value in inputs.items()})
+        torch.testing.assert_close(together[rows], alone, atol=1e-5, rtol=1e-5)

@@ -50,11 +50,11 @@ def find_blocks(model: nn.Module) -> list[str]:
         )
     blocks = [_join(tower, name) for tower in towers for name in _blocks(model.get_submodule(tower))]
     if not blocks:
-        kinds = " and ".join(type(model.get_submodule(tower)).__name__ for tower in towers)
+        names = [type(model.get_submodule(tower)).__name__ for tower in towers if tower]
         raise ValueError(
-            f"`model` must have a vision tower of transformer blocks, but that of {describe(model)}, {kinds}, has no "
-            "repeated block with an MLP of linear layers that maps (..., d) to (..., d): it may be convolutional. "
-            "Pass `target_modules` to choose modules by hand."
+            f"`model` must have a vision tower of transformer blocks, but {' with '.join([describe(model), *names])} "
+            "has no repeated block with an MLP of linear layers that maps (..., d) to (..., d): it may be "
+            "convolutional. Pass `target_modules` to choose modules by hand."
         )
     return blocks
 
@@ -153,8 +153,9 @@ def _reads_images(model: nn.Module) -> bool:
     config = getattr(model, "config", None)
     embeddings = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
     main_inputs = getattr(model, "main_input_name", None)
-    if main_inputs is None:
-        return not embeddings and any(isinstance(module, nn.Conv2d) for module in model.modules())
+    if main_inputs is None:  # A plain module: timm's have `forward_features`, and hardly a tower has no convolution.
+        is_tower = hasattr(model, "forward_features") or any(isinstance(m, nn.Conv2d) for m in model.modules())
+        return is_tower and not embeddings
     if getattr(config, "vocab_size", None) in embeddings:
         return False
     main_inputs = [main_inputs] if isinstance(main_inputs, str) else main_inputs
