@@ -194,6 +194,21 @@ def _counted(function, calls):
     return wrapper
 
 
+def test_every_epoch_has_its_own_order(command, monkeypatch):
+    batches = []
+    forward = image_data.PixelTransform.forward
+
+    def record(self, pixels):
+        batches.extend([pixels] if self.training else [])
+        return forward(self, pixels)
+
+    monkeypatch.setattr(image_data.PixelTransform, "forward", record)
+    finetune.main([*command, "--method", "head"])
+    first, second = batches[:5], batches[5:]
+    assert len(first) == len(second) == 5
+    assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def test_checkpoints_hold_only_what_is_trained_and_know_their_run(command, tmp_path):
     finetune.main(command)
     checkpoints = tmp_path / "out" / "checkpoints"
