@@ -210,7 +210,9 @@ def split_distractors(concepts: list[Concept], seed: int) -> dict[str, str]:
     return {c.name: rng.choices(("train", "validation", "test"), (0.6, 0.15, 0.25))[0] for c in concepts}
 
 
-def write_distractors(path: Path, drawings: list[Drawing], splits: dict[str, str], per_concept: int, seed: int) -> None:
+def write_distractors(
+    path: Path, drawings: list[Drawing], splits: dict[str, str], per_concept: int, seed: int
+) -> None:
     """Writes `per_concept` drawings of every distractor with the columns image, concept, vendor and split."""
     rng = random.Random(seed)
     by_concept: dict[str, list[Drawing]] = defaultdict(list)
