@@ -39,7 +39,7 @@ def check_source(model: nn.Module, config: SageConfig, targets: list[str], r: in
     """
     found = read_weights(*config.source)
     expected = {**_adapter_tensors(model, config, targets, r), **_saved_module_tensors(model, config)}
-    check_complete(align_block_names(found, targets), expected)
+    check_complete(align_block_names(found, targets), expected, config)
 
 
 def read_weights(model_id: str, hub_kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -114,15 +114,17 @@ def align_block_names(state_dict: dict[str, torch.Tensor], blocks: Iterable[str]
     }
 
 
-def check_complete(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def check_complete(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], config: SageConfig) -> None:
     """Check that a weights file holds exactly what an adapter needs.
 
     Args:
         found: The file's content.
         expected: Tensors of the right shapes, under the same names.
+        config: The adapter's configuration.
 
     Raises:
-        ValueError: If a tensor is missing, is not expected, has another shape, or holds NaN or infinity.
+        ValueError: If a tensor is missing, is not expected, has another shape, or holds NaN or infinity; or if the
+            number of attention heads differs.
     """
     missing = sorted(expected.keys() - found.keys())
     unknown = sorted(key for key in found.keys() - expected.keys() if f".{PREFIX}" in key)
@@ -136,6 +138,11 @@ def check_complete(found: dict[str, torch.Tensor], expected: dict[str, torch.Ten
             raise ValueError(
                 f"The adapter's weights do not fit its configuration or the model: {key!r} has the shape "
                 f"{tuple(found[key].shape)} in the file, expected {tuple(value.shape)}."
+            )
+        if f".{PREFIX}num_heads" in key and found[key].item() != config.num_heads:
+            raise ValueError(
+                f"The adapter's weights do not fit its configuration: they were trained with {found[key].item()} "
+                f"attention heads, the configuration has num_heads={config.num_heads}."
             )
         if found[key].is_floating_point() != value.is_floating_point():
             raise ValueError(f"The adapter's weights are damaged: {key!r} has the type {found[key].dtype}.")
@@ -153,9 +160,9 @@ def _adapter_tensors(model: nn.Module, config: SageConfig, targets: list[str], r
         owner = BufferDict({name: torch.empty(config.guidance_shape)}, persistent=True) if config.num_classes else None
         for target in targets:
             layer = SageLayer(nn.Identity(), towers.block_width(model.get_submodule(target)))
-            layer.update_layer(name, config, owner)
             if target == targets[0] and owner is not None:
                 layer.peft_sage_guidance[name] = owner[name]
+            layer.update_layer(name, config, owner)
             for key, value in layer.state_dict().items():
                 tensors[f"{PEFT_ROOT}{target}.{key.replace(f'.{name}', '')}"] = value
     return tensors

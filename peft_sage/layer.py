@@ -61,6 +61,8 @@ class SageLayer(nn.Module, BaseTunerLayer):
         self.peft_sage_scaling = nn.ParameterDict()
         self.peft_sage_dropout = nn.ModuleDict()
         self.peft_sage_guidance = BufferDict(persistent=True)
+        # No shape tells the number of heads, so it is saved: a file and a configuration must agree on it.
+        self.peft_sage_num_heads = BufferDict(persistent=True)
         self.fixed_scaling: dict[str, float] = {}
         self.num_heads: dict[str, int] = {}
         self._awaits_loading: set[str] = set()
@@ -91,6 +93,8 @@ class SageLayer(nn.Module, BaseTunerLayer):
         if guidance is not None:
             dim = guidance[adapter_name].shape[1]
             self._guidance[adapter_name] = guidance
+            if adapter_name in self.peft_sage_guidance:
+                self.peft_sage_num_heads[adapter_name] = torch.tensor(config.num_heads)
             self.peft_sage_key[adapter_name] = nn.Linear(dim, r, bias=False)
             self.peft_sage_value[adapter_name] = nn.Linear(dim, r, bias=False)
         self.reset_adapter_parameters(adapter_name, config.init_weights)
@@ -203,7 +207,7 @@ class SageLayer(nn.Module, BaseTunerLayer):
         for entries in (self._guidance, self.fixed_scaling, self.num_heads):
             entries.pop(adapter_name, None)
         self._awaits_loading.discard(adapter_name)
-        for entries in (self.peft_sage_guidance, self.peft_sage_dropout):
+        for entries in (self.peft_sage_guidance, self.peft_sage_num_heads, self.peft_sage_dropout):
             if adapter_name in entries:
                 del entries[adapter_name]
 

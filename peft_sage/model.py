@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +18,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from . import checkpoint, towers
+from .classifier import CosineHead
 from .config import SageConfig
 from .descriptions import Descriptions, normalise_descriptions
 from .guidance import encode_for, make_guidance
@@ -66,6 +68,8 @@ class SageModel(BaseTuner):
             raise ValueError(f"`num_heads` must divide `r`={r} (from the number of classes), got {config.num_heads}.")
         if config.saved and config.source:
             checkpoint.check_source(model, config, self._targets, r)
+            _check_base_model(model, config)
+        _check_head(model, config)
         guidance = make_guidance(model, config, on_meta=low_cpu_mem_usage)
 
         config.r = r
@@ -195,7 +199,7 @@ class SageModel(BaseTuner):
         state_dict = checkpoint.align_block_names(state_dict, blocks)
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         expected = {key: value for key, value in model.state_dict().items() if _belongs_to(key, adapter_name)}
-        checkpoint.check_complete(state_dict, expected)
+        checkpoint.check_complete(state_dict, expected, config)
         return state_dict
 
 
@@ -211,6 +215,22 @@ def default_r(num_classes: int, num_blocks: int) -> int:
     """
     exponent = math.floor(math.log2(num_classes / (2 * num_blocks))) if num_classes else 0
     return max(8, 2 ** max(0, exponent))
+
+
+def _check_head(model: nn.Module, config: SageConfig) -> None:
+    head = next((module for module in model.modules() if isinstance(module, CosineHead)), None)
+    if head is not None and config.class_descriptions is not None and config.num_classes < head.out_features:
+        raise ValueError(
+            f"`class_descriptions` has {config.num_classes} classes, but the model's head has {head.out_features}. Give "
+            "one entry for each class of the head, or pass other guidance as a tensor (`guidance`)."
+        )
+
+
+def _check_base_model(model: nn.Module, config: SageConfig) -> None:
+    trained_on, loaded_on = config.base_model_name_or_path, getattr(model, "name_or_path", None)
+    # Only the last part: the same model may lie in a folder here and on the Hub there.
+    if trained_on and loaded_on and os.path.basename(trained_on) != os.path.basename(loaded_on):
+        warnings.warn(f"The adapter was trained on {trained_on!r} and is loaded on {loaded_on!r}.", stacklevel=2)
 
 
 def _mean_layer_scale(model: nn.Module, name: str) -> float:
