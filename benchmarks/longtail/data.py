@@ -24,7 +24,7 @@ class Split:
     """Images of one split.
 
     Args:
-        images: RGBA (N, 4, H, W), uint8.
+        images: RGBA (N, 4, H, W), uint8, with the colours already laid on white, as Emoji-LT stores them.
         labels: Class indices (N,).
         groups: What is resampled together by the bootstrap (concept, or image), (N,) integers.
     """
@@ -103,8 +103,14 @@ def long_tail(split: Split, num_classes: int, ratio: float | None, seed: int = 0
     return split[torch.cat(keep).sort().values]
 
 
+def premultiplied(images: torch.Tensor) -> torch.Tensor:
+    """Turn stored images (uint8) into floats in [0, 1] with colours times alpha, which compose by adding."""
+    images = images.float() / 255
+    return torch.cat([images[:, :3] + images[:, 3:] - 1, images[:, 3:]], dim=1).clamp(min=0)
+
+
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Crop (scale 0.6 to 1), flip, shift and tint RGBA images (B, 4, H, W), float in [0, 1]."""
+    """Crop (scale 0.6 to 1), flip, shift and tint premultiplied images (B, 4, H, W)."""
     count, device = len(images), images.device
 
     def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
@@ -116,22 +122,22 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     theta[:, 0, 0], theta[:, 1, 1] = size * flip, size * uniform(0.9, 1.1)
     theta[:, :, 2] = uniform(-1, 1, 2) * (1 - size)[:, None]
     images = F.grid_sample(images, F.affine_grid(theta, images.shape, align_corners=False), align_corners=False)
-    colour = (images[:, :3] * uniform(0.8, 1.2, 3, 1, 1)).clamp(0, 1)
+    colour = (images[:, :3] * uniform(0.8, 1.2, 3, 1, 1)).minimum(images[:, 3:])
     return torch.cat([colour, images[:, 3:]], dim=1)
 
 
 def on_white(images: torch.Tensor) -> torch.Tensor:
-    """Compose RGBA images (B, 4, H, W) on white, to RGB (B, 3, H, W)."""
-    return images[:, :3] * images[:, 3:] + 1 - images[:, 3:]
+    """Compose premultiplied images (B, 4, H, W) on white, to RGB (B, 3, H, W)."""
+    return images[:, :3] + 1 - images[:, 3:]
 
 
 def in_scenes(
     images: torch.Tensor, distractors: torch.Tensor, generator: torch.Generator, count: int = 4
 ) -> torch.Tensor:
-    """Compose RGBA objects into scenes: smaller and anywhere, before distractors on a textured background.
+    """Compose objects into scenes: smaller and anywhere, before distractors on a textured background.
 
     Args:
-        images: Objects (B, 4, H, W), float in [0, 1].
+        images: Premultiplied objects (B, 4, H, W).
         distractors: Images to choose from (D, 4, H, W), uint8.
         generator: Randomness, on the device of the images.
         count: Distractors a scene.
@@ -147,18 +153,17 @@ def in_scenes(
 
     coarse = F.interpolate(rand(batch, 3, 5, 5), size=(height, width), mode="bicubic", align_corners=False)
     fine = F.interpolate(rand(batch, 3, height // 3, width // 3), size=(height, width))
-    scene = (0.7 * coarse + 0.3 * fine).clamp(0, 1)
+    scene = (0.25 + 0.4 * coarse + 0.15 * fine).clamp(0, 1)
     for layer in range(count + 1):
         last = layer == count
         chosen = torch.randint(len(distractors), (batch,), generator=generator, device=device)
-        objects = images if last else distractors[chosen].float() / 255
+        objects = images if last else premultiplied(distractors[chosen])
         scale = (0.45 + 0.25 * rand(batch)) if last else (0.25 + 0.25 * rand(batch))
         theta = torch.zeros(batch, 2, 3, device=device)
         theta[:, 0, 0] = theta[:, 1, 1] = 1 / scale
         theta[:, :, 2] = (2 * rand(batch, 2) - 1) * ((1 - scale) / scale)[:, None]
         grid = F.affine_grid(theta, objects.shape, align_corners=False)
-        premultiplied = torch.cat([objects[:, :3] * objects[:, 3:], objects[:, 3:]], dim=1)
-        pasted = F.grid_sample(premultiplied, grid, align_corners=False)
+        pasted = F.grid_sample(objects, grid, align_corners=False)
         scene = pasted[:, :3] + scene * (1 - pasted[:, 3:])
     return scene
 
@@ -176,7 +181,7 @@ def _decode(content: bytes) -> torch.Tensor:
 
 
 def _digits() -> Task:
-    """Handwritten digits of scikit-learn (UCI, 1,797 images of 8 x 8 pixels), a quarter each for validation and test."""
+    """Handwritten digits of scikit-learn (UCI, 1,797 images, 8 x 8 pixels); half train, a quarter each the others."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()

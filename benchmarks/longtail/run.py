@@ -28,8 +28,8 @@ def expand(experiment: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the specifications of an experiment.
 
     Args:
-        experiment: `base` (fields of all runs), `grids` (a list of dictionaries whose lists are multiplied out; a field
-            in `each` instead takes whole dictionaries of fields) and `seeds` (a number).
+        experiment: `base` (fields of all runs), `grids` (a list of dictionaries whose lists are multiplied out;
+            `each` takes whole dictionaries of fields instead) and `seeds` (a number).
     """
     specs = []
     for grid in experiment["grids"]:

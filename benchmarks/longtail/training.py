@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from data import EMOJI_LT, Split, Task, augment, in_scenes, load_task, long_tail, on_white
+from data import EMOJI_LT, Split, Task, augment, in_scenes, load_task, long_tail, on_white, premultiplied
 from designs import DesignLayer, SemanticHead, apply_design, sage_layers, semantic_start
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -134,9 +134,7 @@ def make_guidance(spec: dict[str, Any], embeddings: torch.Tensor, bench: Bench, 
     elif source == "shuffled":
         rows = embeddings[torch.randperm(len(embeddings), generator=generator).to(embeddings.device)]
     elif source == "names":
-        rows = encode_class_descriptions(
-            bench.clip, bench.tokenizer, [[f"a photo of a {name}."] for name in task.names]
-        )
+        rows = encode_class_descriptions(bench.clip, bench.tokenizer, task.names)
     else:
         rows = embeddings
     if spec["design"].get("centre"):
@@ -187,7 +185,7 @@ def render(
     spec: dict[str, Any], images: torch.Tensor, task: Task, split: str, generator: torch.Generator
 ) -> torch.Tensor:
     """Turn RGBA uint8 images into normalised model input."""
-    images = images.float() / 255
+    images = premultiplied(images)
     if split == "train":
         images = augment(images, generator)
     if spec["task"] == "scenes":
