@@ -45,12 +45,14 @@ EMOJI_PACKS = {"emojione-monotone": "1.2.1", "fluent-emoji-high-contrast": "1.2.
 SUFFIXES = {"flat", "fill", "duotone", "bold", "duo", "alt", "simple", "variant", "svgrepo", "com", "f", "m"}
 SIZE = 64
 CAPTIONS_PER_CONCEPT = 8
-COMMON = {*"a an and at by for from in no of off on or out the to up with".split()}
 
 
 def words(text: str) -> list[str]:
     """Splits a name into lower-case words without digits."""
     return re.findall(r"[a-z]+", text.lower())
+
+
+COMMON = set(words("a an and at by for from in no of off on or out the to up with"))
 
 
 def held_out_filter(concepts: list[dict], held_out: list[dict]) -> tuple[set[str], list[str]]:
