@@ -764,7 +764,7 @@ UNLISTED = [
             embed_dim_per_stage=[16, 32],
             num_attention_heads_per_stage=[1, 2],
             window_size_per_stage=[4, 4],
-            global_attention_blocks=[1],
+            global_attention_blocks=[],
             num_query_pool_stages=1,
             window_positional_embedding_background_size=[4, 4],
         ),

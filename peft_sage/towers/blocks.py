@@ -42,7 +42,7 @@ def find_blocks(model: nn.Module) -> list[str]:
         ValueError: `model` has no vision tower (a text model, say), or its tower has no block of the right shape (a
             convolutional tower, say). Nothing has been changed.
     """
-    towers = _towers(model)
+    towers = find_towers(model)
     if not towers:
         raise ValueError(
             f"`model` must have a vision tower, but {describe(model)} has none: it does not read images, and no "
@@ -133,19 +133,19 @@ def layer_scale(model: nn.Module, name: str) -> torch.Tensor | None:
     return None
 
 
-def describe(model: nn.Module) -> str:
-    """Name a model for an error message, by its class and its `model_type`."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return type(model).__name__ + (f" (model_type {model_type!r})" if model_type else "")
-
-
-def _towers(model: nn.Module) -> list[str]:
-    """Names of the outermost vision towers in `model`; the empty name if `model` as a whole is one."""
+def find_towers(model: nn.Module) -> list[str]:
+    """Name the outermost vision towers in `model`; the name is empty if `model` as a whole is one."""
     towers: list[str] = []
     for name, _ in model.named_modules():
         if name.rpartition(".")[2] in TOWER_NAMES and not name.startswith(tuple(f"{tower}." for tower in towers)):
             towers.append(name)
     return towers or [""] * _reads_images(model)
+
+
+def describe(model: nn.Module) -> str:
+    """Name a model for an error message, by its class and its `model_type`."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return type(model).__name__ + (f" (model_type {model_type!r})" if model_type else "")
 
 
 def _reads_images(model: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .blocks import describe
+from .blocks import describe, find_towers
 
 
 # These families' `get_text_features` returns features of a generating language model, or one vector a token for a
@@ -73,8 +73,7 @@ def encode_image(model: nn.Module, pixel_values: torch.Tensor, **kwargs: Any) ->
             return _embedding(getattr(owner, method)(pixel_values, **kwargs), owner)
     if (owner := _owner(model, "forward_head")) is not None:
         return owner.forward_head(owner.forward_features(pixel_values), pre_logits=True)
-    # `base_model` is the tower of a transformers classifier.
-    return _embedding(getattr(model, "base_model", model)(pixel_values, **kwargs), model)
+    return _embedding(_vision_tower(model)(pixel_values, **kwargs), model)
 
 
 def logit_scale_and_bias(model: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -105,9 +104,17 @@ def _text_encoder(model: nn.Module) -> Callable[..., Any] | None:
         return owner.get_text_features
     if (owner := _owner(model, "encode_text")) is not None:
         return lambda input_ids: owner.encode_text(input_ids)
-    if type(model).__name__.endswith("TextModelWithProjection"):
-        return model.forward
-    return None
+    projecting = (module for module in model.modules() if type(module).__name__.endswith("TextModelWithProjection"))
+    return getattr(next(projecting, None), "forward", None)
+
+
+def _vision_tower(model: nn.Module) -> nn.Module:
+    """The part of a model without text that ends in an embedding, below wrappers and the head of a classifier."""
+    model = next((module for module in model.modules() if hasattr(type(module), "base_model_prefix")), model)
+    if type(model).__name__.endswith("VisionModelWithProjection"):
+        return model
+    model = getattr(model, "base_model", model)
+    return model.get_submodule(next(iter(find_towers(model)), ""))
 
 
 def _owner(model: nn.Module, method: str) -> Any | None:
@@ -146,12 +153,10 @@ def _accepted(function: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> 
 def _embedding(output: Any, model: nn.Module) -> torch.Tensor:
     """The embedding (B, e) in what a model returns: a tensor or, in transformers, an output object."""
     if not isinstance(output, torch.Tensor):
-        for name in ("text_embeds", "image_embeds", "pooler_output"):
-            if (embedding := getattr(output, name, None)) is not None:
-                output = embedding
-                break
-        else:
-            output = output.last_hidden_state.mean(dim=1)
+        fields = (getattr(output, name, None) for name in ("text_embeds", "image_embeds", "pooler_output"))
+        output = next((field for field in fields if field is not None), output)
+    if (hidden := getattr(output, "last_hidden_state", None)) is not None:
+        output = hidden.mean(dim=1)
     if isinstance(output, torch.Tensor) and output.ndim == 3 and _model_type(model) == "flava":
         output = output[:, 0]  # FLAVA projects all tokens and compares the first.
     if not isinstance(output, torch.Tensor) or output.ndim != 2:
