@@ -146,7 +146,7 @@ def adapted(model: nn.Module, init_weights: bool = True) -> PeftModel:
 def pixels(name: str) -> torch.Tensor:
     torch.manual_seed(1)
     size = 64 if name == "convnext" else 16
-    return torch.randn(2, 3, size, size)
+    return torch.randn(3, 3, size, size)
 
 
 def tokens() -> torch.Tensor:
