@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run the demo with several methods and seeds, and print the README's table.
+
+    python benchmarks/demo.py --output-dir demo-runs
+
+Finished runs are kept, so the command can be stopped and given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "finetune.py"
+SCORES = ("overall", "macro", "many", "medium", "few")
+#: Title in the table, and the flags of the example.
+RUNS = {
+    "head alone, logit adjustment": ["--method", "head", "--loss", "la"],
+    "head alone, Sage loss": ["--method", "head", "--loss", "sage"],
+    "AdaptFormer + head, logit adjustment (LIFT's recipe)": ["--method", "adaptformer", "--loss", "la"],
+    "**Sage**: guided adapter + head, Sage loss": ["--method", "sage", "--loss", "sage"],
+}
+
+
+def result(flags: list[str], seed: int, folder: Path) -> dict:
+    """Return the results of a run, and do it first if it was not done."""
+    if not (folder / "results.json").exists():
+        command = [sys.executable, str(EXAMPLE), *flags, "--seed", str(seed), "--output-dir", str(folder)]
+        subprocess.run(command, check=True)
+    return json.loads((folder / "results.json").read_text())
+
+
+def row(title: str, runs: list[dict]) -> str:
+    """Return a row of the table: means over runs, with the standard deviation where there are several."""
+    values = np.array([[run[name] for name in SCORES] for run in runs])
+    spread = values.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros(len(SCORES))
+    cells = [
+        f"{m:.1f}" + (f" ± {s:.1f}" if len(runs) > 1 else "") for m, s in zip(values.mean(axis=0), spread, strict=True)
+    ]
+    return f"| {title} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output-dir", type=Path, default=Path("demo-runs"))
+    args = parser.parse_args()
+    results = {
+        title: [result(flags, seed, args.output_dir / f"run_{number}_seed_{seed}") for seed in range(args.seeds)]
+        for number, (title, flags) in enumerate(RUNS.items())
+    }
+    first = next(iter(results.values()))[0]
+    print(f"| test accuracy, %, {args.seeds} seeds | {' | '.join(SCORES)} |")
+    print("|---|" + "---|" * len(SCORES))
+    print(row("zero-shot", [first["zero_shot"]]))
+    for title, runs in results.items():
+        print(row(title, [run["trained"] for run in runs]))
+
+
+if __name__ == "__main__":
+    main()
