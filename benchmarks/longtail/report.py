@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make RESULTS.md from the JSON lines of the experiments.
+
+    python benchmarks/longtail/report.py
+
+Each experiment's table shows what its runs differ in, the mean and standard deviation over seeds, and the paired
+difference to the experiment's `baseline` with its 95 % bootstrap interval over seeds and held-out concepts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from data import Split, Task, load_task, long_tail
+from training import DEFAULTS
+
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE.parents[1] / "RESULTS.md"
+GROUPS = ("macro", "many", "medium", "few")
+RESAMPLES = 1000
+Arm = dict[int, dict[str, Any]]  # results by seed
+
+
+class Bootstrap:
+    """Paired bootstrap over seeds and held-out concepts, of accuracies that are means over classes.
+
+    Args:
+        task: The task, on the CPU.
+        split: The evaluated split.
+        ratio: Imbalance ratio of the training split, which tells the groups of the classes.
+    """
+
+    def __init__(self, task: Task, split: str, ratio: float | None) -> None:
+        held_out: Split = task.splits[split]
+        num_classes = len(task.names)
+        counts = long_tail(task.splits["train"], num_classes, ratio).counts(num_classes).numpy()
+        labels = held_out.labels.numpy()
+        concepts, inverse = np.unique(held_out.groups.numpy(), return_inverse=True)
+        self.onehot = np.eye(num_classes, dtype=np.float32)[labels]
+        self.member = np.eye(len(concepts), dtype=np.float32)[inverse].T
+        self.groups = [counts >= 0, counts > 100, (counts >= 20) & (counts <= 100), counts < 20]
+        self.rng = np.random.default_rng(0)
+
+    def accuracy(self, right: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Return percent for each of `GROUPS`, from scores (N,) and weights (N,) of the images."""
+        total = weights @ self.onehot
+        with np.errstate(invalid="ignore"):
+            per_class = (right * weights) @ self.onehot / total
+        return np.array([100 * np.nanmean(per_class[group]) if group.any() else np.nan for group in self.groups])
+
+    def difference(self, arm: Arm, baseline: Arm) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the mean paired difference and the ends of its 95 % interval, for each of `GROUPS`."""
+        seeds = sorted(arm.keys() & baseline.keys())
+        gap = _right(arm, seeds) - _right(baseline, seeds)
+        draws = []
+        for _ in range(RESAMPLES):
+            drawn = self.rng.integers(len(self.member), size=len(self.member))
+            times = np.bincount(drawn, minlength=len(self.member)).astype(np.float32)
+            draws.append(self.accuracy(gap[self.rng.integers(len(gap), size=len(gap))].mean(0), times @ self.member))
+        low, high = np.nanpercentile(np.array(draws), [2.5, 97.5], axis=0)
+        return self.accuracy(gap.mean(0), np.ones(gap.shape[1], dtype=np.float32)), low, high
+
+
+def _right(arm: Arm, seeds: list[int]) -> np.ndarray:
+    return np.array([[int(bit) for bit in bin(int(arm[seed]["right"], 16))[3:]] for seed in seeds], dtype=np.float32)
+
+
+def section(path: Path) -> list[str]:
+    """Return the lines about one experiment, none if it was not run."""
+    results = HERE / "results" / f"{path.stem}.jsonl"
+    if not results.exists():
+        return []
+    experiment = yaml.safe_load(path.read_text())
+    runs = [json.loads(line) for line in results.read_text().splitlines()]
+    specs = [{**DEFAULTS, **run["spec"]} for run in runs]
+    fields = [name for name in DEFAULTS if name != "seed" and len({json.dumps(spec[name]) for spec in specs}) > 1]
+    arms: dict[str, Arm] = defaultdict(dict)
+    spec_of = {}
+    for run, spec in zip(runs, specs, strict=True):
+        key = json.dumps([spec[name] for name in fields])
+        arms[key][spec["seed"]] = run
+        spec_of[key] = spec
+    wanted = {**DEFAULTS, **experiment.get("base", {}), **experiment["baseline"]}
+    baseline = arms.get(json.dumps([wanted[name] for name in fields]))
+    lines = [
+        f"## {experiment['title']}",
+        "",
+        f"{experiment['about'].strip()}",
+        "",
+        f"`python benchmarks/longtail/run.py benchmarks/longtail/experiments/{path.name}`; split: {specs[0]['split']}; "
+        f"baseline: {experiment['baseline']}. Mean ± standard deviation over seeds; in brackets the paired difference "
+        "to the baseline with its 95 % interval.",
+        "",
+        "| " + " | ".join([*fields, "seeds", *GROUPS, "ECE"]) + " |",
+        "|" + "---|" * (len(fields) + len(GROUPS) + 2),
+    ]
+    for key, arm in sorted(arms.items(), key=lambda item: -np.mean([run["macro"] for run in item[1].values()])):
+        spec = spec_of[key]
+        cells = [json.dumps(spec[name]).strip('"') for name in fields] + [str(len(arm))]
+        gap = None
+        if baseline is not None and arm is not baseline and spec["train_classes"] is None:
+            gap = Bootstrap(load_task(spec["task"]), spec["split"], spec["ratio"]).difference(arm, baseline)
+        for column, group in enumerate(GROUPS):
+            cells.append(_mean([run[group] for run in arm.values()]))
+            if gap is not None:
+                cells[-1] += " ({:+.1f}; {:+.1f} to {:+.1f})".format(*(part[column] for part in gap))
+        cells.append(_mean([run["ece"] for run in arm.values()]))
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _mean(values: list[float]) -> str:
+    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{spread}"
+
+
+def main() -> None:
+    """Write RESULTS.md."""
+    lines = ["# Results", "", "Made by `python benchmarks/longtail/report.py`; do not edit.", ""]
+    for path in sorted((HERE / "experiments").glob("*.yaml")):
+        lines += section(path)
+    RESULTS.write_text("\n".join(lines))
+    print(f"Wrote {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()
