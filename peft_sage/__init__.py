@@ -10,6 +10,7 @@ from .layer import SageLayer
 from .loss import SageLoss
 from .mismatch import estimate_mismatch, mismatch_from_counts
 from .model import SageModel
+from .model_card import create_model_card
 from .registration import register
 from .version import __version__
 
@@ -26,6 +27,7 @@ __all__ = [
     "SageModel",
     "ZeroShotClassifier",
     "__version__",
+    "create_model_card",
     "encode_class_descriptions",
     "estimate_mismatch",
     "mismatch_from_counts",

@@ -179,6 +179,10 @@ class SageConfig(PeftConfig):
         with tempfile.TemporaryDirectory(dir=save_directory, prefix=".") as beside:
             super().save_pretrained(beside, **kwargs)
             os.replace(os.path.join(beside, CONFIG_NAME), os.path.join(save_directory, CONFIG_NAME))
+        if kwargs.get("auto_mapping_dict"):  # as PEFT passes it when it saves an adapter
+            from .model_card import replace_template_card
+
+            replace_template_card(save_directory, self, kwargs["auto_mapping_dict"]["base_model_class"])
 
     def to_dict(self) -> dict[str, Any]:
         """Return what goes into the configuration file: everything but the run-time tensor `guidance`."""

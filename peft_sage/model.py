@@ -221,8 +221,8 @@ def _check_head(model: nn.Module, config: SageConfig) -> None:
     head = next((module for module in model.modules() if isinstance(module, CosineHead)), None)
     if head is not None and config.class_descriptions is not None and config.num_classes < head.out_features:
         raise ValueError(
-            f"`class_descriptions` has {config.num_classes} classes, but the model's head has {head.out_features}. Give "
-            "one entry for each class of the head, or pass other guidance as a tensor (`guidance`)."
+            f"`class_descriptions` has {config.num_classes} classes, but the model's head has {head.out_features}. "
+            "Give one entry for each class of the head, or pass other guidance as a tensor (`guidance`)."
         )
 
 

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Push and load through the unmodified huggingface_hub, against a stand-in for the Hub."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from peft import get_peft_model
+
+from peft_sage import SageConfig, ZeroShotClassifier, create_model_card
+from tests.conftest import randomise, tiny_clip
+from tests.hub_stand_in import TOKEN, Hub
+
+
+ROOT = Path(__file__).parent.parent
+RESULTS = {"accuracy": 0.7123, "many": 0.8, "medium": 0.7, "few": 0.5}
+
+# `HF_ENDPOINT` counts when huggingface_hub is imported, so the client runs in a process of its own.
+CLIENT = """
+import json, torch, peft_sage
+from huggingface_hub import ModelCard
+from peft import AutoPeftModel, PeftConfig, PeftModel, get_peft_model
+from transformers import AutoModel, AutoTokenizer, CLIPModel
+from peft_sage import SageConfig, ZeroShotClassifier, create_model_card
+from tests.conftest import byte_tokenizer, randomise, tiny_clip
+
+RESULTS = %r
+pixel_values = torch.randn(2, 3, 16, 16)
+facts = {}
+
+def equal(model, expected):
+    return torch.allclose(model.eval().get_image_features(pixel_values).pooler_output, expected, atol=1e-6)
+
+tiny_clip().push_to_hub("user/clip")
+byte_tokenizer().push_to_hub("user/clip")
+clip = CLIPModel.from_pretrained("user/clip").eval()
+model = get_peft_model(clip, SageConfig(class_descriptions={"cat": "fur", "dog \\U0001f436": "bark"})).eval()
+randomise(model)
+expected = model.get_image_features(pixel_values).pooler_output
+model.push_to_hub("user/adapter", private=True)
+create_model_card(model, RESULTS, "user/adapter").push_to_hub("user/adapter")
+model.push_to_hub("user/adapter")  # the card is still there
+
+def base():
+    return CLIPModel.from_pretrained("user/clip").eval()
+
+facts["PeftModel"] = equal(PeftModel.from_pretrained(base(), "user/adapter"), expected)
+facts["low_cpu_mem_usage"] = equal(PeftModel.from_pretrained(base(), "user/adapter", low_cpu_mem_usage=True), expected)
+facts["AutoPeftModel"] = equal(AutoPeftModel.from_pretrained("user/adapter"), expected)
+facts["AutoModel"] = equal(AutoModel.from_pretrained("user/adapter"), expected)
+other = base()
+other.load_adapter("user/adapter")
+facts["load_adapter"] = equal(other, expected)
+facts["class_names"] = PeftConfig.from_pretrained("user/adapter").class_names
+first = ModelCard.load("user/adapter").data.base_model
+facts["base_model"] = first
+
+several = get_peft_model(base(), SageConfig(guidance=torch.randn(3, 4)), adapter_name="one")
+several.add_adapter("two", SageConfig(guidance=torch.randn(5, 6)))
+randomise(several)
+several.set_adapter("two")
+two = several.get_image_features(pixel_values).pooler_output
+several.push_to_hub("user/several")
+again = PeftModel.from_pretrained(base(), "user/several", subfolder="two")
+facts["subfolder"] = equal(again, two)
+
+import huggingface_hub, shutil
+shutil.rmtree(huggingface_hub.constants.HF_HUB_CACHE)
+fresh = CLIPModel.from_pretrained("user/clip").eval()
+before = [type(module) for module in fresh.modules()]
+try:
+    PeftModel.from_pretrained(fresh, "user/adapter", token=False)
+except ValueError as error:
+    facts["without token"] = str(error)
+facts["unchanged"] = [type(module) for module in fresh.modules()] == before
+try:
+    PeftModel.from_pretrained(fresh, "user/no-such-adapter")
+except ValueError as error:
+    facts["no such repository"] = str(error)
+print("FACTS" + json.dumps(facts))
+""" % (RESULTS,)
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    with Hub() as hub:
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HOME": str(home),
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1,localhost",
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+        }
+        result = subprocess.run(
+            [sys.executable, "-c", CLIENT], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert result.returncode == 0, result.stderr[-4000:]
+        facts = json.loads(result.stdout.split("FACTS")[1])
+        yield hub, facts
+
+
+@pytest.mark.parametrize(
+    "route", ["PeftModel", "low_cpu_mem_usage", "AutoPeftModel", "AutoModel", "load_adapter", "subfolder"]
+)
+def test_round_trip_gives_equal_outputs(route, pushed):
+    assert pushed[1][route] is True
+
+
+def test_what_is_in_the_repository(pushed):
+    hub, facts = pushed
+    assert sorted(hub.files("user/adapter")) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert {"one/adapter_config.json", "two/adapter_model.safetensors"} <= set(hub.files("user/several"))
+    assert facts["class_names"] == ["cat", "dog 🐶"]
+    assert (
+        "PUT",
+        "/lfs/" + hub.repos["user/adapter"]["commits"][-1]["files"]["adapter_model.safetensors"]["lfs"],
+    ) in (hub.requests)
+
+
+def test_a_private_repository_needs_a_token(pushed):
+    hub, facts = pushed
+    assert hub.repos["user/adapter"]["private"]
+    assert "adapter_config.json" in facts["without token"] and "user/adapter" in facts["without token"]
+    assert "user/no-such-adapter" in facts["no such repository"]
+    assert facts["unchanged"]
+
+
+def check_card(text, repo_id, base_model, pipeline_tag):
+    _, header, body = text.split("---\n", 2)
+    data = yaml.safe_load(header)
+    assert data["base_model"] == base_model and data["library_name"] == "peft"
+    assert data["pipeline_tag"] == pipeline_tag
+    assert f"base_model:adapter:{base_model}" in data["tags"]
+    snippet = body.split("```python\n")[1].split("```")[0]
+    assert snippet.startswith("import peft_sage\n") and f'"{repo_id}"' in snippet and f'"{base_model}"' in snippet
+    compile(snippet, "snippet", "exec")
+    assert "More Information Needed" not in body
+    return body
+
+
+def test_the_card_survives(pushed):
+    hub, _ = pushed
+    text = hub.files("user/adapter")["README.md"].decode()
+    body = check_card(text, "user/adapter", "user/clip", "zero-shot-image-classification")
+    assert "`cat`" in body and "`dog 🐶`" in body
+    for name, value in RESULTS.items():
+        assert f"| {name} | {value} |" in body
+
+
+def test_a_saved_folder_has_a_card_and_keeps_an_own_one(clip_dir, tmp_path):
+    clip = type(tiny_clip()).from_pretrained(clip_dir)
+    config = SageConfig(class_descriptions=["cat", "dog"], modules_to_save=["head"])
+    model = get_peft_model(ZeroShotClassifier(clip, 2), config)
+    model.save_pretrained(tmp_path / "adapter")
+    card = tmp_path / "adapter" / "README.md"
+    assert "`cat`" in check_card(card.read_text(), "user/name", clip_dir, "image-classification")
+    create_model_card(model, RESULTS, "me/mine").save(card)
+    randomise(model)
+    model.save_pretrained(tmp_path / "adapter")
+    body = check_card(card.read_text(), "me/mine", clip_dir, "image-classification")
+    assert "| few | 0.5 |" in body and "ZeroShotClassifier(base_model, 2)" in body
+    with pytest.raises(ValueError, match="`adapter_name`.*other"):
+        create_model_card(model, adapter_name="other")
+
+
+def test_the_snippet_loads_the_adapter(clip_dir, tmp_path, pixel_values, monkeypatch):
+    config = SageConfig(class_descriptions=["cat", "dog"], modules_to_save=["head"])
+    model = get_peft_model(ZeroShotClassifier(type(tiny_clip()).from_pretrained(clip_dir), 2), config)
+    randomise(model)
+    model.save_pretrained(tmp_path / "adapter")
+    snippet = create_model_card(model, repo_id=str(tmp_path / "adapter")).text.split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(snippet, names)
+    assert (names["model"](pixel_values=pixel_values).logits == model.eval()(pixel_values=pixel_values).logits).all()
