@@ -93,9 +93,9 @@ def section(path: Path) -> list[str]:
         "",
         f"{experiment['about'].strip()}",
         "",
-        f"`python benchmarks/longtail/run.py benchmarks/longtail/experiments/{path.name}`; split: {specs[0]['split']}; "
-        f"baseline: {experiment['baseline']}. Mean ± standard deviation over seeds; in brackets the paired difference "
-        "to the baseline with its 95 % interval.",
+        f"`python benchmarks/longtail/run.py benchmarks/longtail/experiments/{path.name}`; "
+        f"split: {specs[0]['split']}; baseline: {experiment['baseline']}. Mean ± standard deviation over seeds; "
+        "in brackets the paired difference to the baseline with its 95 % interval.",
         "",
         "| " + " | ".join([*fields, "seeds", *GROUPS, "ECE"]) + " |",
         "|" + "---|" * (len(fields) + len(GROUPS) + 2),
