@@ -157,9 +157,7 @@ class SageLayer(nn.Module, BaseTunerLayer):
         Returns:
             A tensor (..., d) in the adapter's precision.
         """
-        down = self.peft_sage_down[adapter_name]
-        x = self._cast_input_dtype(x, down.weight.dtype)
-        z = down(self.peft_sage_norm[adapter_name](x))
+        z = self._bottleneck(x, adapter_name)
         if adapter_name in self._guidance:
             z = z + self.attend(z, adapter_name)
         update = self.peft_sage_up[adapter_name](self.peft_sage_dropout[adapter_name](F.gelu(z)))
@@ -177,15 +175,48 @@ class SageLayer(nn.Module, BaseTunerLayer):
         Returns:
             A tensor (..., r). The matrix of all weights is never kept (`scaled_dot_product_attention`).
         """
-        key, value = self.peft_sage_key[adapter_name], self.peft_sage_value[adapter_name]
-        guidance = self.guidance(adapter_name).to(key.weight.dtype)
+        value = self.peft_sage_value[adapter_name]
+        values = self._split_heads(value(self.guidance(adapter_name).to(value.weight.dtype)), adapter_name)
+        return self._attention(z, values, adapter_name).transpose(1, 2).reshape(z.shape)
+
+    def attention_weights(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """Return how much each token attends to each row of the guidance.
+
+        Args:
+            x: The block's input (..., d).
+            adapter_name: The adapter's name.
+
+        Returns:
+            The softmax of the layer's equation (h, ..., M), for each head; sums to 1 over the last dimension.
+
+        Raises:
+            ValueError: If there is no such adapter, or it has no guidance.
+        """
+        if adapter_name not in self._guidance:
+            raise ValueError(
+                f"`adapter_name` must be one of the adapters with guidance, {list(self._guidance)}, got "
+                f"{adapter_name!r}."
+            )
+        z = self._bottleneck(x, adapter_name)
+        # Attention to one-hot values is the weights themselves, so that there is one formula for both.
+        one_hot = torch.eye(len(self.guidance(adapter_name)), dtype=z.dtype, device=z.device)
+        values = one_hot.expand(1, self.num_heads[adapter_name], *one_hot.shape)
+        return self._attention(z, values, adapter_name)[0].reshape(-1, *x.shape[:-1], len(one_hot))
+
+    def _bottleneck(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        down = self.peft_sage_down[adapter_name]
+        x = self._cast_input_dtype(x, down.weight.dtype)
+        return down(self.peft_sage_norm[adapter_name](x))
+
+    def _attention(self, z: torch.Tensor, values: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        key = self.peft_sage_key[adapter_name]
+        keys = self._split_heads(key(self.guidance(adapter_name).to(key.weight.dtype)), adapter_name)
+        return F.scaled_dot_product_attention(self._split_heads(z, adapter_name), keys, values)
+
+    def _split_heads(self, t: torch.Tensor, adapter_name: str) -> torch.Tensor:
         # The tokens of all images share their keys and values: one sequence of queries, a batch of one.
-        query, keys, values = (
-            t.reshape(1, -1, self.num_heads[adapter_name], t.shape[-1] // self.num_heads[adapter_name]).transpose(1, 2)
-            for t in (z, key(guidance), value(guidance))
-        )
-        attended = F.scaled_dot_product_attention(query, keys, values)
-        return attended.transpose(1, 2).reshape(z.shape)
+        heads = self.num_heads[adapter_name]
+        return t.reshape(1, -1, heads, t.shape[-1] // heads).transpose(1, 2)
 
     def _mixed_batch_forward(self, x: torch.Tensor, result: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         if len(adapter_names) != len(x):
