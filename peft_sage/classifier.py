@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,6 +42,14 @@ class CosineHead(nn.Linear):
         return f"{super().extra_repr()}, scale={self.scale}"
 
 
+@dataclass
+class _ClassifierConfig:
+    """Not the model's own configuration: PEFT would take the classifier for a transformers model by its type."""
+
+    _name_or_path: str
+    use_cache: bool = False
+
+
 class ZeroShotClassifier(nn.Module):
     """The image tower of a CLIP-style model with a cosine head that starts from class embeddings.
 
@@ -70,8 +79,9 @@ class ZeroShotClassifier(nn.Module):
         self.model = clip
         weight = F.normalize(class_embeddings.float(), dim=-1).to(next(clip.parameters()).device)
         self.head = CosineHead(weight, scale)
-        # Where PEFT looks for the base model's name.
+        # Where PEFT looks for the base model's name, and where Trainer does.
         self.name_or_path = getattr(clip, "name_or_path", "")
+        self.config = _ClassifierConfig(self.name_or_path)
 
     def forward(
         self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any

@@ -13,76 +13,11 @@ from peft import get_peft_model
 
 from peft_sage import SageConfig, ZeroShotClassifier, create_model_card
 from tests.conftest import randomise, tiny_clip
+from tests.hub_client import RESULTS
 from tests.hub_stand_in import TOKEN, Hub
 
 
 ROOT = Path(__file__).parent.parent
-RESULTS = {"accuracy": 0.7123, "many": 0.8, "medium": 0.7, "few": 0.5}
-
-# `HF_ENDPOINT` counts when huggingface_hub is imported, so the client runs in a process of its own.
-CLIENT = """
-import json, torch, peft_sage
-from huggingface_hub import ModelCard
-from peft import AutoPeftModel, PeftConfig, PeftModel, get_peft_model
-from transformers import AutoModel, AutoTokenizer, CLIPModel
-from peft_sage import SageConfig, ZeroShotClassifier, create_model_card
-from tests.conftest import byte_tokenizer, randomise, tiny_clip
-
-RESULTS = %r
-pixel_values = torch.randn(2, 3, 16, 16)
-facts = {}
-
-def equal(model, expected):
-    return torch.allclose(model.eval().get_image_features(pixel_values).pooler_output, expected, atol=1e-6)
-
-tiny_clip().push_to_hub("user/clip")
-byte_tokenizer().push_to_hub("user/clip")
-clip = CLIPModel.from_pretrained("user/clip").eval()
-model = get_peft_model(clip, SageConfig(class_descriptions={"cat": "fur", "dog \\U0001f436": "bark"})).eval()
-randomise(model)
-expected = model.get_image_features(pixel_values).pooler_output
-model.push_to_hub("user/adapter", private=True)
-create_model_card(model, RESULTS, "user/adapter").push_to_hub("user/adapter")
-model.push_to_hub("user/adapter")  # the card is still there
-
-def base():
-    return CLIPModel.from_pretrained("user/clip").eval()
-
-facts["PeftModel"] = equal(PeftModel.from_pretrained(base(), "user/adapter"), expected)
-facts["low_cpu_mem_usage"] = equal(PeftModel.from_pretrained(base(), "user/adapter", low_cpu_mem_usage=True), expected)
-facts["AutoPeftModel"] = equal(AutoPeftModel.from_pretrained("user/adapter"), expected)
-facts["AutoModel"] = equal(AutoModel.from_pretrained("user/adapter"), expected)
-other = base()
-other.load_adapter("user/adapter")
-facts["load_adapter"] = equal(other, expected)
-facts["class_names"] = PeftConfig.from_pretrained("user/adapter").class_names
-first = ModelCard.load("user/adapter").data.base_model
-facts["base_model"] = first
-
-several = get_peft_model(base(), SageConfig(guidance=torch.randn(3, 4)), adapter_name="one")
-several.add_adapter("two", SageConfig(guidance=torch.randn(5, 6)))
-randomise(several)
-several.set_adapter("two")
-two = several.get_image_features(pixel_values).pooler_output
-several.push_to_hub("user/several")
-again = PeftModel.from_pretrained(base(), "user/several", subfolder="two")
-facts["subfolder"] = equal(again, two)
-
-import huggingface_hub, shutil
-shutil.rmtree(huggingface_hub.constants.HF_HUB_CACHE)
-fresh = CLIPModel.from_pretrained("user/clip").eval()
-before = [type(module) for module in fresh.modules()]
-try:
-    PeftModel.from_pretrained(fresh, "user/adapter", token=False)
-except ValueError as error:
-    facts["without token"] = str(error)
-facts["unchanged"] = [type(module) for module in fresh.modules()] == before
-try:
-    PeftModel.from_pretrained(fresh, "user/no-such-adapter")
-except ValueError as error:
-    facts["no such repository"] = str(error)
-print("FACTS" + json.dumps(facts))
-""" % (RESULTS,)
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +35,8 @@ def pushed(tmp_path_factory):
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
         }
-        result = subprocess.run(
-            [sys.executable, "-c", CLIENT], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-        )
+        command = [sys.executable, "-m", "tests.hub_client"]
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr[-4000:]
         facts = json.loads(result.stdout.split("FACTS")[1])
         yield hub, facts
@@ -129,9 +63,15 @@ def test_what_is_in_the_repository(pushed):
 def test_a_private_repository_needs_a_token(pushed):
     hub, facts = pushed
     assert hub.repos["user/adapter"]["private"]
-    assert "adapter_config.json" in facts["without token"] and "user/adapter" in facts["without token"]
-    assert "user/no-such-adapter" in facts["no such repository"]
+    for repo_id in ("user/adapter", "user/no-such-adapter"):
+        assert "adapter_config.json" in facts[f"refused {repo_id}"] and repo_id in facts[f"refused {repo_id}"]
     assert facts["unchanged"]
+
+
+def test_trainer_pushes_an_adapter(pushed):
+    hub, facts = pushed
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= set(hub.files("user/trained"))
+    assert facts["Trainer"] is True
 
 
 def check_card(text, repo_id, base_model, pipeline_tag):

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user does with the Hub, in a process of its own: `HF_ENDPOINT` counts when huggingface_hub is imported."""
+
+import json
+import shutil
+import tempfile
+
+import huggingface_hub
+import torch
+from peft import AutoPeftModel, PeftConfig, PeftModel, get_peft_model
+from transformers import AutoModel, CLIPModel, Trainer, TrainingArguments
+
+from peft_sage import SageConfig, SageLoss, ZeroShotClassifier, create_model_card
+from tests.conftest import byte_tokenizer, randomise, tiny_clip
+
+
+RESULTS = {"accuracy": 0.7123, "many": 0.8, "medium": 0.7, "few": 0.5}
+IMAGES = torch.randn(4, 3, 16, 16)
+
+
+def base() -> CLIPModel:
+    return CLIPModel.from_pretrained("user/clip").eval()
+
+
+def features(model) -> torch.Tensor:
+    return model.eval().get_image_features(IMAGES).pooler_output
+
+
+def round_trip(facts: dict) -> None:
+    tiny_clip().push_to_hub("user/clip")
+    byte_tokenizer().push_to_hub("user/clip")
+    model = get_peft_model(base(), SageConfig(class_descriptions={"cat": "fur", "dog \N{DOG FACE}": "bark"}))
+    randomise(model)
+    expected = features(model)
+    model.push_to_hub("user/adapter", private=True)
+    create_model_card(model, RESULTS, "user/adapter").push_to_hub("user/adapter")
+    model.push_to_hub("user/adapter")  # the card stays
+
+    loaded = {
+        "PeftModel": PeftModel.from_pretrained(base(), "user/adapter"),
+        "low_cpu_mem_usage": PeftModel.from_pretrained(base(), "user/adapter", low_cpu_mem_usage=True),
+        "AutoPeftModel": AutoPeftModel.from_pretrained("user/adapter"),
+        "AutoModel": AutoModel.from_pretrained("user/adapter"),
+        "load_adapter": base(),
+    }
+    loaded["load_adapter"].load_adapter("user/adapter")
+    facts.update({route: torch.allclose(features(model), expected, atol=1e-6) for route, model in loaded.items()})
+    facts["class_names"] = PeftConfig.from_pretrained("user/adapter").class_names
+
+
+def several_adapters(facts: dict) -> None:
+    model = get_peft_model(base(), SageConfig(guidance=torch.randn(3, 4)), adapter_name="one")
+    model.add_adapter("two", SageConfig(guidance=torch.randn(5, 6)))
+    randomise(model)
+    model.set_adapter("two")
+    model.push_to_hub("user/several")
+    again = PeftModel.from_pretrained(base(), "user/several", subfolder="two")
+    facts["subfolder"] = torch.allclose(features(again), features(model), atol=1e-6)
+
+
+def refusals(facts: dict) -> None:
+    shutil.rmtree(huggingface_hub.constants.HF_HUB_CACHE)
+    model = base()
+    before = [type(module) for module in model.modules()]
+    for repo_id in ("user/adapter", "user/no-such-adapter"):
+        try:
+            PeftModel.from_pretrained(model, repo_id, token=False)
+        except ValueError as error:
+            facts[f"refused {repo_id}"] = str(error)
+    facts["unchanged"] = [type(module) for module in model.modules()] == before
+
+
+def trainer(facts: dict) -> None:
+    config = SageConfig(guidance=torch.randn(3, 4), modules_to_save=["head"])
+    model = get_peft_model(ZeroShotClassifier(base(), 3), config)
+    data = [{"pixel_values": image, "labels": i % 3} for i, image in enumerate(IMAGES)]
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(folder, hub_model_id="user/trained", max_steps=2, report_to=[], use_cpu=True)
+        run = Trainer(model, args, train_dataset=data, compute_loss_func=SageLoss([9, 3, 1]))
+        run.train()
+        run.push_to_hub()
+    model.eval()
+    again = PeftModel.from_pretrained(ZeroShotClassifier(base(), 3), "user/trained")
+    facts["Trainer"] = torch.allclose(again(pixel_values=IMAGES).logits, model(pixel_values=IMAGES).logits, atol=1e-5)
+
+
+if __name__ == "__main__":
+    facts: dict = {}
+    for job in (round_trip, several_adapters, trainer, refusals):
+        job(facts)
+    print("FACTS" + json.dumps(facts))
