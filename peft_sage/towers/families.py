@@ -108,6 +108,7 @@ FAMILIES = (
     Family("deepseek_vl", "vision_model.encoder.layers.{}.mlp"),
     # Libraries of plain modules.
     Family("timm_wrapper", "timm_model.blocks.{}.mlp"),
+    Family("perception_lm", "vision_tower.timm_model.blocks.{}.mlp"),
     Family("timm (ViT, EVA, BEiT, DINO, PE)", "blocks.{}.mlp"),
     Family("timm (Swin)", "layers.{}.blocks.{}.mlp"),
     Family("timm (ConvNeXt)", "stages.{}.blocks.{}.mlp"),

@@ -57,6 +57,15 @@ def timm_wrapper() -> nn.Module:
     return transformers.TimmWrapperModel(config)
 
 
+def perception_lm() -> nn.Module:
+    arguments = {name: value for name, value in VIT.items() if name != "num_classes"} | {"global_pool": ""}
+    vision = transformers.TimmWrapperConfig(architecture="vit_pe_core_tiny_patch16_384", model_args=arguments)
+    text = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
+    )
+    return transformers.PerceptionLMModel(transformers.PerceptionLMConfig(vision_config=vision, text_config=text))
+
+
 TIMM, SWIN, CONVNEXT = "timm (ViT, EVA, BEiT, DINO, PE)", "timm (Swin)", "timm (ConvNeXt)"
 TRUNK = "open_clip with a timm tower"
 MODELS: dict[str, tuple[Callable[[], nn.Module], str, list[tuple[int, ...]]]] = {
@@ -235,6 +244,18 @@ def test_layer_scale_does_not_shrink_the_update(name: str) -> None:
     gamma = layer_scale(model.base_model.model, block)
     scaling = layer.peft_sage_scaling["default"]
     torch.testing.assert_close(scaling * gamma.mean(), torch.ones(1))
+
+
+@torch.no_grad()
+def test_timm_tower_inside_a_language_model() -> None:
+    model = perception_lm().eval().requires_grad_(False)
+    images = pixels("perception_lm")
+    before = model.vision_tower(images).last_hidden_state
+    blocks = [PATTERNS["perception_lm"].format(i) for i in range(2)]
+    assert find_blocks(model) == blocks
+    model = adapted(model)
+    assert find_blocks(model) == [f"base_model.model.{block}" for block in blocks]
+    assert torch.equal(model.base_model.model.vision_tower(images).last_hidden_state, before)
 
 
 REFUSED = {
