@@ -12,7 +12,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from peft_sage import SageConfig, ZeroShotClassifier
-from peft_sage.towers import FAMILIES, encode_image, encode_text, has_text_tower, logit_scale_and_bias
+from peft_sage.towers import FAMILIES, encode_image, encode_text, has_text_tower, logit_scale_and_bias, text_config
 from tests.tower_models import TEXT, TINY, VISION, Tiny, images, tokens
 
 
@@ -91,7 +91,7 @@ def test_wrapped_models_embed_alike() -> None:
     wrapped = ZeroShotClassifier(model, torch.randn(5, 24))
     wrapped = get_peft_model(wrapped, SageConfig(guidance=torch.randn(5, 12), r=4, num_heads=2))
     wrapped = get_peft_model(wrapped.base_model.model, LoraConfig(target_modules=["q_proj"]), adapter_name="lora")
-    assert has_text_tower(wrapped)
+    assert has_text_tower(wrapped) and text_config(wrapped) is model.config
     actual = encode_image(wrapped, **pixels), encode_text(wrapped, text), logit_scale_and_bias(wrapped)[0]
     torch.testing.assert_close(actual, expected)
 

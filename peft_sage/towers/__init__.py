@@ -5,7 +5,7 @@ Nothing here changes a model, keeps state, or imports a model library.
 """
 
 from .blocks import block_input_index, block_width, candidate_modules, find_blocks, layer_scale
-from .embeddings import encode_image, encode_text, has_text_tower, logit_scale_and_bias
+from .embeddings import encode_image, encode_text, has_text_tower, logit_scale_and_bias, text_config
 from .families import FAMILIES, Family, families_table
 
 
@@ -22,4 +22,5 @@ __all__ = [
     "has_text_tower",
     "layer_scale",
     "logit_scale_and_bias",
+    "text_config",
 ]

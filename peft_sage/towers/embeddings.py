@@ -28,6 +28,19 @@ def has_text_tower(model: nn.Module) -> bool:
     return _text_encoder(model) is not None
 
 
+def text_config(model: nn.Module) -> Any | None:
+    """The configuration of the model that owns the text tower, also below wrappers that have none of their own.
+
+    Args:
+        model: Any model; it may be wrapped.
+
+    Returns:
+        The configuration, None for models without one.
+    """
+    owner = _owner(model, "get_text_features") or model
+    return getattr(owner, "config", None)
+
+
 def encode_text(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Embed tokenised text with the model's own text tower.
 
