@@ -101,6 +101,14 @@ class ZeroShotClassifier(nn.Module):
         loss = None if labels is None else F.cross_entropy(logits, labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
 
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Recompute the tower's activations in the backward pass. Trainer calls it; arguments as in transformers."""
+        self.model.activation_checkpointing_enable(*args, **kwargs)
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Do the same under the name that it has in older versions of transformers."""
+        self.model.gradient_checkpointing_enable(*args, **kwargs)
+
     def set_class_embeddings(self, class_embeddings: torch.Tensor) -> None:
         """Replace the classes of the active head: open-vocabulary use, without training.
 

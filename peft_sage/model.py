@@ -77,6 +77,8 @@ class SageModel(BaseTuner):
         # In a plain dict, so that it is not registered here as well.
         self._owner = {} if guidance is None else {adapter_name: BufferDict({adapter_name: guidance}, persistent=True)}
         config.guidance_shape = [0, 0] if guidance is None else list(guidance.shape)
+        # Before DistributedDataParallel overwrites it by that of rank 0.
+        self._fingerprints = {**self.__dict__.get("_fingerprints", {}), adapter_name: _fingerprint(guidance)}
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
 
     def set_guidance(self, guidance: torch.Tensor | Descriptions, adapter_name: str | None = None) -> None:
@@ -164,6 +166,8 @@ class SageModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._check_processes_agree()
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
             yield
@@ -184,6 +188,22 @@ class SageModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _check_processes_agree(self) -> None:
+        """Check once, at the first training step, that all processes were given the same guidance."""
+        unchecked, self._fingerprints = self.__dict__.get("_fingerprints", {}), {}
+        if not unchecked or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+            return
+        of_rank = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(of_rank, unchecked)
+        for name, fingerprint in unchecked.items():
+            others = [rank for rank, other in enumerate(of_rank) if not _agree(other.get(name), fingerprint)]
+            if others:
+                raise ValueError(
+                    f"The processes hold different guidance for the adapter {name!r}: that of rank "
+                    f"{torch.distributed.get_rank()} differs from that of ranks {others}. Give all of them the same "
+                    "class descriptions, in the same order."
+                )
 
     @classmethod
     def _get_adapter_state_dict(cls, **kwargs: Any) -> dict[str, torch.Tensor]:
@@ -224,6 +244,20 @@ def _check_head(model: nn.Module, config: SageConfig) -> None:
             f"`class_descriptions` has {config.num_classes} classes, but the model's head has {head.out_features}. "
             "Give one entry for each class of the head, or pass other guidance as a tensor (`guidance`)."
         )
+
+
+def _fingerprint(guidance: torch.Tensor | None) -> torch.Tensor | None:
+    """A sum of the rows (e,) that tells other rows and another order, but not the rounding of another device."""
+    if guidance is None or guidance.is_meta:
+        return None
+    weights = torch.linspace(1, 2, len(guidance), device=guidance.device)
+    return (weights @ guidance).cpu() / len(guidance) ** 0.5
+
+
+def _agree(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.shape == other.shape and torch.allclose(one, other, atol=1e-3, equal_nan=True)
 
 
 def _check_base_model(model: nn.Module, config: SageConfig) -> None:

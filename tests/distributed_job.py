@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each process of a distributed test does: `python -m tests.distributed_job FOLDER JOB...`, with torchrun or not."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from peft import PeftModel, get_peft_model
+from torch.utils.data import DataLoader
+
+from peft_sage import SageConfig, SageLoss, ZeroShotClassifier
+from tests.conftest import tiny_clip
+
+
+COUNTS = [12, 6, 3]
+GLOBAL_BATCH = 8
+
+
+def make_data(count: int) -> list[dict]:
+    generator = torch.Generator().manual_seed(5)
+    return [
+        {"index": i, "pixel_values": torch.randn(3, 16, 16, generator=generator), "labels": i % 3}
+        for i in range(count)
+    ]
+
+
+def make_model(guidance_seed: int = 3) -> PeftModel:
+    generator = torch.Generator().manual_seed(3)
+    torch.manual_seed(0)
+    classifier = ZeroShotClassifier(tiny_clip(), torch.randn(3, 16, generator=generator))
+    guidance = torch.randn(3, 24, generator=torch.Generator().manual_seed(guidance_seed))
+    return get_peft_model(classifier, SageConfig(guidance=guidance, modules_to_save=["head"]))
+
+
+def train(folder: Path) -> None:
+    """The same global batches whatever the number of processes; then a state round trip."""
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=False)])
+    model = make_model()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    loader = DataLoader(make_data(32), batch_size=GLOBAL_BATCH // accelerator.num_processes)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    loss = SageLoss(COUNTS)
+
+    def epoch() -> None:
+        for batch in loader:
+            accelerator.backward(loss(model(pixel_values=batch["pixel_values"]), batch["labels"]))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    epoch()
+    accelerator.save_state(str(folder / "state"))
+    epoch()
+    after = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+    accelerator.load_state(str(folder / "state"))
+    epoch()
+    again = [p for p in model.parameters() if p.requires_grad]
+    torch.testing.assert_close(again, after)
+
+    unwrapped = accelerator.unwrap_model(model)
+    unwrapped.save_pretrained(folder / "adapter", is_main_process=accelerator.is_main_process)
+
+
+def gather(folder: Path) -> None:
+    """Predictions for a number of images that the processes cannot share evenly."""
+    accelerator = Accelerator(cpu=True)
+    model, loader = accelerator.prepare(make_model().eval(), DataLoader(make_data(13), batch_size=4))
+    seen, logits = [], []
+    for batch in loader:
+        with torch.no_grad():
+            output = model(pixel_values=batch["pixel_values"]).logits
+        index, output = accelerator.gather_for_metrics((batch["index"], output))
+        seen.append(index)
+        logits.append(output)
+    if accelerator.is_main_process:
+        torch.save({"index": torch.cat(seen), "logits": torch.cat(logits)}, folder / "gathered.pt")
+
+
+def disagree(folder: Path) -> None:
+    """Each process has guidance of its own: training must not start."""
+    accelerator = Accelerator(cpu=True)
+    model = make_model(guidance_seed=accelerator.process_index)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    try:
+        model(pixel_values=torch.randn(2, 3, 16, 16))
+    except ValueError as error:
+        (folder / f"error{accelerator.process_index}").write_text(str(error))
+
+
+if __name__ == "__main__":
+    for job in sys.argv[2:]:
+        {"train": train, "gather": gather, "disagree": disagree}[job](Path(sys.argv[1]))
+    if dist.is_initialized():
+        dist.destroy_process_group()

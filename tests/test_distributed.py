@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes on one machine, with gloo."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed_job import make_data, make_model
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(folder, processes, *jobs):
+    folder.mkdir(exist_ok=True)
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    )
+    command = [sys.executable, *launcher, "-m", "tests.distributed_job", str(folder), *jobs]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+def test_one_and_two_processes_give_the_same_weights(tmp_path):
+    run(tmp_path / "one", 1, "train")
+    run(tmp_path / "two", 2, "train")
+    one, two = (load_file(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("one", "two"))
+    torch.testing.assert_close(two, one, atol=1e-5, rtol=1e-4)
+    start = {name: p for name, p in make_model().named_parameters() if "peft_sage_up" in name and "weight" in name}
+    assert not any(p.any() for p in start.values())
+    assert all(one[name.replace(".default", "")].any() for name in start)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    run(folder, 2, "gather", "disagree")
+    return folder
+
+
+def test_uneven_last_batch_counts_each_image_once(folder):
+    gathered = torch.load(folder / "gathered.pt")
+    assert gathered["index"].sort().values.tolist() == list(range(13))
+    images = torch.stack([item["pixel_values"] for item in make_data(13)])
+    with torch.no_grad():
+        expected = make_model().eval()(pixel_values=images).logits
+    torch.testing.assert_close(gathered["logits"], expected[gathered["index"]])
+
+
+def test_processes_with_different_guidance_are_told(folder):
+    for rank in range(2):
+        assert f"differs from that of ranks [{1 - rank}]" in (folder / f"error{rank}").read_text()
