@@ -3,8 +3,10 @@
 
 from typing import TYPE_CHECKING, Any
 
+from . import templates
 from .classifier import CosineHead, ZeroShotClassifier
 from .config import SageConfig
+from .description_files import check_descriptions, read_class_descriptions
 from .guidance import encode_class_descriptions
 from .layer import SageLayer
 from .loss import SageLoss
@@ -13,33 +15,47 @@ from .model import SageModel
 from .model_card import create_model_card
 from .registration import register
 from .version import __version__
+from .visualization import attention_maps, plot_attention, plot_long_tail, plot_mismatch
 
 
 if TYPE_CHECKING:
+    from .callbacks import LongTailCallback
     from .metrics import LongTailAccuracy
 
 __all__ = [
     "CosineHead",
     "LongTailAccuracy",
+    "LongTailCallback",
     "SageConfig",
     "SageLayer",
     "SageLoss",
     "SageModel",
     "ZeroShotClassifier",
     "__version__",
+    "attention_maps",
+    "check_descriptions",
     "create_model_card",
     "encode_class_descriptions",
     "estimate_mismatch",
     "mismatch_from_counts",
+    "plot_attention",
+    "plot_long_tail",
+    "plot_mismatch",
+    "read_class_descriptions",
+    "templates",
 ]
 
 register(SageConfig, SageModel)
 
 
 def __getattr__(name: str) -> Any:
-    # torchmetrics is an extra, and costs time to import.
+    # torchmetrics is an extra, and it and Trainer cost time to import.
     if name == "LongTailAccuracy":
         from .metrics import LongTailAccuracy
 
         return LongTailAccuracy
+    if name == "LongTailCallback":
+        from .callbacks import LongTailCallback
+
+        return LongTailCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -158,7 +158,7 @@ def _encode_texts(
 
 
 def _tokenize(model: nn.Module, tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    limit = _max_length(model, tokenizer)
+    limit = max_length(model, tokenizer)
     full = tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
     cut = sum(len(ids) > limit for ids in full)
     if not cut:
@@ -171,7 +171,8 @@ def _tokenize(model: nn.Module, tokenizer: Any, texts: list[str]) -> list[list[i
     return tokenizer(texts, padding=False, truncation=True, max_length=limit)["input_ids"]
 
 
-def _max_length(model: nn.Module, tokenizer: Any) -> int:
+def max_length(model: nn.Module, tokenizer: Any) -> int:
+    """Return the length in tokens at which the text tower cuts a text."""
     config = getattr(model, "config", None)
     text_config = getattr(config, "text_config", config)
     positions = getattr(text_config, "max_position_embeddings", None) or tokenizer.model_max_length
@@ -181,7 +182,7 @@ def _max_length(model: nn.Module, tokenizer: Any) -> int:
 def _padding(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
     # SigLIP was trained on texts padded to the full length, without an attention mask, and reads the last position.
     if str(getattr(getattr(model, "config", None), "model_type", "")).startswith("siglip"):
-        return {"padding": "max_length", "max_length": _max_length(model, tokenizer), "return_attention_mask": False}
+        return {"padding": "max_length", "max_length": max_length(model, tokenizer), "return_attention_mask": False}
     return {"padding": "longest"}
 
 
