@@ -413,3 +413,11 @@ def test_videos_and_padding_do_not_mix_rows() -> None:
         together = run(tiny, model, inputs)
         alone = run(tiny, model, {name: value[rows] for name, value in inputs.items()})
         torch.testing.assert_close(together[rows], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_projectors_in_a_stack_are_no_blocks() -> None:
+    """As in Qwen3-Omni, whose `merger_list` holds MLPs of the right shape that no token mixing goes with."""
+    tower = ReplicaOfOpenAIVision()
+    merger = nn.ModuleDict({"ln_q": nn.LayerNorm(32), "mlp": nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32))})
+    tower.merger_list = nn.ModuleList([merger])
+    assert find_blocks(tower) == [f"transformer.resblocks.{i}.mlp" for i in range(2)]
