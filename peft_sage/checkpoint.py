@@ -159,7 +159,8 @@ def _adapter_tensors(model: nn.Module, config: SageConfig, targets: list[str], r
     with torch.device("meta"):
         owner = BufferDict({name: torch.empty(config.guidance_shape)}, persistent=True) if config.num_classes else None
         for target in targets:
-            layer = SageLayer(nn.Identity(), towers.block_width(model.get_submodule(target)))
+            width, out_width = towers.block_widths(model.get_submodule(target))
+            layer = SageLayer(nn.Identity(), width, out_width=out_width)
             if target == targets[0] and owner is not None:
                 layer.peft_sage_guidance[name] = owner[name]
             layer.update_layer(name, config, owner)

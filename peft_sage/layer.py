@@ -34,6 +34,7 @@ class SageLayer(nn.Module, BaseTunerLayer):
         base_layer: The block, a module from (..., d) to (..., d).
         width: d.
         input_index: The positional argument of the block's forward that holds `x`.
+        out_width: Width of the block's output, where it is not that of its input. Default: `width`.
 
     Reference: arXiv 2507.12807 for class descriptions that reach the visual encoder through attention. The form of the
     layer is ours; without guidance it is AdaptFormer (arXiv 2205.13535) with a LayerNorm and GELU.
@@ -48,10 +49,10 @@ class SageLayer(nn.Module, BaseTunerLayer):
         "peft_sage_scaling",
     )
 
-    def __init__(self, base_layer: nn.Module, width: int, input_index: int = 0) -> None:
+    def __init__(self, base_layer: nn.Module, width: int, input_index: int = 0, out_width: int | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.in_features = self.out_features = width
+        self.in_features, self.out_features = width, out_width or width
         self.input_index = input_index
         self.peft_sage_norm = nn.ModuleDict()
         self.peft_sage_down = nn.ModuleDict()
@@ -84,7 +85,7 @@ class SageLayer(nn.Module, BaseTunerLayer):
         self.num_heads[adapter_name] = config.num_heads
         self.peft_sage_norm[adapter_name] = nn.LayerNorm(width)
         self.peft_sage_down[adapter_name] = nn.Linear(width, r)
-        self.peft_sage_up[adapter_name] = nn.Linear(r, width)
+        self.peft_sage_up[adapter_name] = nn.Linear(r, self.out_features)
         self.peft_sage_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         if config.learnable_scaling:
             self.peft_sage_scaling[adapter_name] = nn.Parameter(torch.full((1,), scaling))

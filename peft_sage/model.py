@@ -138,7 +138,8 @@ class SageModel(BaseTuner):
     ) -> None:
         layer = target
         if not isinstance(layer, SageLayer):
-            layer = SageLayer(target, towers.block_width(target), towers.block_input_index(target))
+            width, out_width = towers.block_widths(target)
+            layer = SageLayer(target, width, towers.block_input_index(target), out_width)
         if current_key == self._targets[0] and adapter_name in self._owner:
             layer.peft_sage_guidance[adapter_name] = self._owner[adapter_name][adapter_name]
             self._owner[adapter_name] = layer.peft_sage_guidance

@@ -47,7 +47,7 @@ def find_targets(model: nn.Module, config: SageConfig, state_dict: dict[str, tor
         )
     for name in targets:
         try:
-            towers.block_width(model.get_submodule(name))
+            towers.block_widths(model.get_submodule(name))
         except ValueError as error:
             raise ValueError(f"`target_modules` matches {name!r}, which cannot be adapted: {error}") from error
     return targets

@@ -18,13 +18,13 @@ from peft_sage import SageConfig, SageLayer, ZeroShotClassifier
 from peft_sage.towers import (
     FAMILIES,
     block_input_index,
-    block_width,
+    block_widths,
     candidate_modules,
     families_table,
     find_blocks,
     layer_scale,
 )
-from tests.tower_models import LANGUAGE, SPLIT, TEXT, TINY, UNLISTED, VISION, Tiny
+from tests.tower_models import LANGUAGE, TEXT, TINY, UNLISTED, VISION, Tiny
 
 
 PATTERNS = {family.model_type: family.blocks for family in FAMILIES}
@@ -193,7 +193,6 @@ REFUSED = {
             "align",
             {"text_config": TEXT, "vision_config": {"width_coefficient": 0.1, "depth_coefficient": 0.1}},
         ),
-        *((tiny.model_class, tiny.model_type, tiny.config) for tiny in SPLIT),
     ],
 }
 
@@ -261,21 +260,32 @@ def test_width_and_input_are_read_off_the_block() -> None:
     for linear in (nn.Linear, PackedLinear):
         plain = nn.Sequential(linear(32, 64), nn.GELU(), linear(64, 32))
         gated = nn.ModuleDict({"w1": linear(32, 64), "w2": linear(64, 32), "w3": linear(32, 64)})
-        assert block_width(plain) == block_width(gated) == 32
+        assert block_widths(plain) == block_widths(gated) == (32, 32)
     assert block_input_index(plain) == 0
-    assert block_width(Output()) == 32
+    assert block_widths(Output()) == (32, 32)
     assert block_input_index(Output()) == 1
     with pytest.raises(ValueError, match="`module` must hold a linear layer, but GELU has none"):
-        block_width(nn.GELU())
-    with pytest.raises(ValueError, match="Sequential maps 32 features to 16"):
-        block_width(nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 16)))
+        block_widths(nn.GELU())
+    assert block_widths(nn.Linear(64, 32)) == (64, 32)
+    with pytest.raises(ValueError, match="Sequential maps 32 features to 48"):
+        block_widths(nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 48)))
 
 
 WITH_LAYER_SCALE = [
     tiny
     for tiny in TINY
     if tiny.model_type
-    in {"beit", "dinov2", "dinov2_with_registers", "dinov3_vit", "tipsv2", "radio", "internvl", "internvl_vision"}
+    in {
+        "beit",
+        "data2vec-vision",
+        "dinov2",
+        "dinov2_with_registers",
+        "dinov3_vit",
+        "tipsv2",
+        "radio",
+        "internvl",
+        "internvl_vision",
+    }
 ]
 
 

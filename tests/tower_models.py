@@ -284,6 +284,16 @@ TINY = [
         ),
         inputs=video("pixel_values_videos"),
     ),
+    Tiny("data2vec-vision", "Data2VecVisionModel", VISION),
+    Tiny(
+        "data2vec-vision",
+        "Data2VecVisionForImageClassification",
+        VISION,
+        blocks="data2vec_vision.encoder.layer.{}.output",
+    ),
+    Tiny("timesformer", "TimesformerModel", dict(VISION, num_frames=2), inputs=video()),
+    Tiny("swinv2", "Swinv2Model", SWIN, counts=[(0, 0), (1, 0)], inputs=SWIN_IMAGES),
+    Tiny("donut-swin", "DonutSwinModel", SWIN, counts=[(0, 0), (1, 0)], inputs=SWIN_IMAGES),
     Tiny("radio", "RadioModel", VISION),
     Tiny("pixio", "PixioModel", VISION),
     Tiny("sapiens2", "Sapiens2Model", VISION),
@@ -698,20 +708,6 @@ TINY = [
         ),
         tower="vision_model",
     ),
-]
-
-# Their MLP is split into two modules, the second of which is not given the residual.
-SPLIT = [
-    Tiny("data2vec-vision", "Data2VecVisionModel", VISION),
-    Tiny(
-        "data2vec-vision",
-        "Data2VecVisionForImageClassification",
-        VISION,
-        blocks="data2vec_vision.encoder.layer.{}.output",
-    ),
-    Tiny("timesformer", "TimesformerModel", dict(VISION, num_frames=2), inputs=video()),
-    Tiny("swinv2", "Swinv2Model", SWIN, counts=[(0, 0), (1, 0)], inputs=SWIN_IMAGES),
-    Tiny("donut-swin", "DonutSwinModel", SWIN, counts=[(0, 0), (1, 0)], inputs=SWIN_IMAGES),
 ]
 
 # Families that `peft_sage.towers` does not name and that it was not written for.

@@ -4,7 +4,7 @@
 Nothing here changes a model, keeps state, or imports a model library.
 """
 
-from .blocks import block_input_index, block_width, candidate_modules, find_blocks, layer_scale
+from .blocks import block_input_index, block_widths, candidate_modules, find_blocks, layer_scale
 from .embeddings import encode_image, encode_text, has_text_tower, logit_scale_and_bias, text_config
 from .families import FAMILIES, Family, families_table
 
@@ -13,7 +13,7 @@ __all__ = [
     "FAMILIES",
     "Family",
     "block_input_index",
-    "block_width",
+    "block_widths",
     "candidate_modules",
     "encode_image",
     "encode_text",

@@ -71,32 +71,34 @@ def candidate_modules(model: nn.Module) -> list[str]:
     return list(_blocks(model, skip=frozenset()))
 
 
-def block_width(module: nn.Module) -> int:
-    """Width d of the tokens that enter and leave a block.
+def block_widths(module: nn.Module) -> tuple[int, int]:
+    """Widths of the tokens that a block reads and returns.
 
     Args:
         module: An MLP `(..., d) -> (..., d)`, or the `output` half of an `intermediate` / `output` pair. Linear layers
             may be quantised or carry adapters: only their `in_features` and `out_features` are read.
 
     Returns:
-        d, in features.
+        Both widths, in features. They differ for an `output` half that is not given the residual, as it reads the
+        widened tokens.
 
     Raises:
-        ValueError: `module` holds no linear layer, or what it reads and what it returns differ in width.
+        ValueError: `module` holds no linear layer, or returns wider tokens than it reads.
     """
     linears = list(_linears(module))
     if not linears:
         raise ValueError(f"`module` must hold a linear layer, but {type(module).__name__} has none.")
     if block_input_index(module) == 1:
-        return linears[-1].out_features
+        return linears[-1].out_features, linears[-1].out_features
     width = linears[0].in_features
     # Gated MLPs do not always define their last linear layer last.
-    if all(linear.out_features != width for linear in linears):
+    width_out = width if any(linear.out_features == width for linear in linears) else linears[-1].out_features
+    if width_out > width:
         raise ValueError(
             f"`module` must map (..., d) to (..., d), but {type(module).__name__} maps {width} features to "
-            f"{linears[-1].out_features}."
+            f"{width_out}."
         )
-    return width
+    return width, width_out
 
 
 def block_input_index(module: nn.Module) -> int:
@@ -176,16 +178,17 @@ def _blocks(tower: nn.Module, skip: frozenset[str] = NOT_ENCODER) -> Iterator[st
             continue
         block = modules[".".join(path)]
         is_pair = last == "output" and hasattr(block, "intermediate")
-        if (is_pair or last in MLP_NAMES) and _has_width(module) and _mixes_tokens(block, last):
+        if (is_pair or last in MLP_NAMES) and _fits(module, is_pair) and _mixes_tokens(block, last):
             yield name
 
 
-def _has_width(module: nn.Module) -> bool:
+def _fits(module: nn.Module, is_pair: bool) -> bool:
+    """Whether a module has linear layers and, unless it is half of a pair, returns the width that it reads."""
     try:
-        block_width(module)
+        width_in, width_out = block_widths(module)
     except ValueError:
         return False
-    return True
+    return is_pair or width_in == width_out
 
 
 def _mixes_tokens(block: nn.Module, mlp: str) -> bool:
