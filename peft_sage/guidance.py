@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers import AutoTokenizer
 from . import towers
 from .config import SageConfig, check_guidance
 from .descriptions import Descriptions, expand
+from .tokenization import TextBatches
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def encode_class_descriptions(
 
     Args:
         model: A model with a text tower; wrapped ones will do.
-        tokenizer: Its tokenizer.
+        tokenizer: Its tokenizer: one of transformers, or a function from texts to ids (n, length) as open_clip has.
         descriptions: A list of class names; or one list of written descriptions a class; or a dictionary from class
             name to one or more written descriptions.
         templates: For bare class names, texts with one `{}` each. Default: "a photo of a {}.".
@@ -136,54 +136,22 @@ def _encode_texts(
     model: nn.Module, tokenizer: Any, texts: list[str], batch_size: int, progress_bar: bool | None
 ) -> torch.Tensor:
     """Return raw float32 text embeddings (n, e), in the order of `texts`."""
-    ids = _tokenize(model, tokenizer, texts)
-    # Batches of equal length waste no padding.
-    order = sorted(range(len(texts)), key=lambda i: len(ids[i]), reverse=True)
+    batches = TextBatches(model, tokenizer, texts, batch_size)
     device = next(model.parameters()).device
-    batches = range(0, len(texts), batch_size)
     hide = not (len(batches) > 20 and _is_main_process()) if progress_bar is None else not progress_bar
     training = {module: module.training for module in model.modules()}
     model.eval()
-    encoded = []
+    encoded, order = [], []
     try:
-        for start in tqdm(batches, desc="Encoding class descriptions", disable=hide):
-            batch = {"input_ids": [ids[i] for i in order[start : start + batch_size]]}
-            batch = tokenizer.pad(batch, return_tensors="pt", **_padding(model, tokenizer)).to(device)
-            encoded.append(towers.encode_text(model, dict(batch)).float())
+        for positions, inputs in tqdm(batches, desc="Encoding class descriptions", disable=hide):
+            inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+            encoded.append(towers.encode_text(model, inputs).float())
+            order += positions
     finally:
         for module, mode in training.items():
             module.training = mode
     rows = torch.cat(encoded)
     return rows[torch.tensor(order, device=rows.device).argsort()]
-
-
-def _tokenize(model: nn.Module, tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    limit = max_length(model, tokenizer)
-    full = tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
-    cut = sum(len(ids) > limit for ids in full)
-    if not cut:
-        return full
-    warnings.warn(
-        f"{cut} of {len(texts)} class descriptions are longer than the text tower's limit of {limit} tokens and were "
-        "truncated; write shorter ones, several a class if need be.",
-        stacklevel=4,
-    )
-    return tokenizer(texts, padding=False, truncation=True, max_length=limit)["input_ids"]
-
-
-def max_length(model: nn.Module, tokenizer: Any) -> int:
-    """Return the length in tokens at which the text tower cuts a text."""
-    config = getattr(model, "config", None)
-    text_config = getattr(config, "text_config", config)
-    positions = getattr(text_config, "max_position_embeddings", None) or tokenizer.model_max_length
-    return min(positions, tokenizer.model_max_length)
-
-
-def _padding(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
-    # SigLIP was trained on texts padded to the full length, without an attention mask, and reads the last position.
-    if str(getattr(getattr(model, "config", None), "model_type", "")).startswith("siglip"):
-        return {"padding": "max_length", "max_length": max_length(model, tokenizer), "return_attention_mask": False}
-    return {"padding": "longest"}
 
 
 def _check_rows_differ(guidance: torch.Tensor, texts_of_class: list[list[str]]) -> None:

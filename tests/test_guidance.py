@@ -84,9 +84,21 @@ def test_unicode_and_emoji(clip):
     assert rows.isfinite().all()
 
 
-def test_classifier_encodes_through_its_clip(clip):
-    classifier = ZeroShotClassifier(clip, torch.randn(2, 16))
+@pytest.mark.parametrize("make", [tiny_clip, tiny_siglip])
+def test_classifier_encodes_through_its_clip(make):
+    clip = make()
+    classifier = ZeroShotClassifier(clip, 2)
     torch.testing.assert_close(
         encode_class_descriptions(classifier, byte_tokenizer(), [["cat"], ["dog"]]),
         encode_class_descriptions(clip, byte_tokenizer(), [["cat"], ["dog"]]),
+    )
+
+
+def test_tokenizer_that_is_a_function(clip):
+    def tokenize(texts: list[str]) -> torch.Tensor:
+        return byte_tokenizer()(texts, padding="max_length", max_length=40, return_tensors="pt")["input_ids"]
+
+    torch.testing.assert_close(
+        encode_class_descriptions(clip, tokenize, [["cat"], ["a dog"], ["an ox"]], batch_size=2),
+        encode_class_descriptions(clip, byte_tokenizer(), [["cat"], ["a dog"], ["an ox"]]),
     )

@@ -220,3 +220,17 @@ def test_classifier_comes_back_whole_and_on_a_vision_model(pixel_values, tmp_pat
 )
 def test_default_r_is_lift_with_a_floor(num_classes, num_blocks, r):
     assert default_r(num_classes, num_blocks) == r
+
+
+def test_base_id_of_a_plain_module_is_kept(tmp_path):
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = torch.nn.Linear(8, 8)
+            self.mlp = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 8))
+
+    tower = torch.nn.Module()
+    tower.patches, tower.blocks = torch.nn.Conv2d(3, 8, 4), torch.nn.ModuleList([Block(), Block()])
+    tower.name_or_path = "hf-hub:timm/vit"  # PEFT reads it off any module
+    get_peft_model(tower, SageConfig(guidance=torch.randn(5, 24))).save_pretrained(tmp_path)
+    assert SageConfig.from_pretrained(tmp_path).base_model_name_or_path == "hf-hub:timm/vit"
