@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each process of a distributed test does: `python -m tests.distributed_job FOLDER JOB...`, with torchrun or not."""
+"""What each process of a distributed test does: `[torchrun] -m tests.distributed_job FOLDER JOB...`."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,10 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from peft_sage import SageConfig, SageLoss, ZeroShotClassifier
@@ -21,10 +24,8 @@ GLOBAL_BATCH = 8
 
 def make_data(count: int) -> list[dict]:
     generator = torch.Generator().manual_seed(5)
-    return [
-        {"index": i, "pixel_values": torch.randn(3, 16, 16, generator=generator), "labels": i % 3}
-        for i in range(count)
-    ]
+    images = torch.randn(count, 3, 16, 16, generator=generator)
+    return [{"index": i, "pixel_values": image, "labels": i % 3} for i, image in enumerate(images)]
 
 
 def make_model(guidance_seed: int = 3) -> PeftModel:
@@ -90,8 +91,35 @@ def disagree(folder: Path) -> None:
         (folder / f"error{accelerator.process_index}").write_text(str(error))
 
 
+def fsdp2(folder: Path) -> None:
+    """Sharded by `fully_shard`, against the whole model on the whole batch."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    sharded, whole = make_model(), make_model()
+    mesh = init_device_mesh("cpu", (processes,))
+    for layer in sharded.get_base_model().model.vision_model.encoder.layers:
+        fully_shard(layer, mesh=mesh)
+    # It takes no scalars, and CLIP has one.
+    fully_shard(sharded, mesh=mesh, ignored_params={p for p in sharded.parameters() if p.ndim == 0})
+    loss, data = SageLoss(COUNTS), make_data(32)
+    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2) for m in (sharded, whole)]
+    for start in range(0, len(data), GLOBAL_BATCH):
+        images = torch.stack([item["pixel_values"] for item in data[start : start + GLOBAL_BATCH]])
+        labels = torch.tensor([item["labels"] for item in data[start : start + GLOBAL_BATCH]])
+        loss(sharded(pixel_values=images[rank::processes]), labels[rank::processes]).backward()
+        loss(whole(pixel_values=images), labels).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    state = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:
+        state = get_peft_model_state_dict(sharded, state_dict=state)
+        torch.save((state, get_peft_model_state_dict(whole)), folder / "fsdp2.pt")
+
+
 if __name__ == "__main__":
     for job in sys.argv[2:]:
-        {"train": train, "gather": gather, "disagree": disagree}[job](Path(sys.argv[1]))
+        {"train": train, "gather": gather, "disagree": disagree, "fsdp2": fsdp2}[job](Path(sys.argv[1]))
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -40,7 +40,7 @@ def test_one_and_two_processes_give_the_same_weights(tmp_path):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    run(folder, 2, "gather", "disagree")
+    run(folder, 2, "gather", "disagree", "fsdp2")
     return folder
 
 
@@ -56,3 +56,9 @@ def test_uneven_last_batch_counts_each_image_once(folder):
 def test_processes_with_different_guidance_are_told(folder):
     for rank in range(2):
         assert f"differs from that of ranks [{1 - rank}]" in (folder / f"error{rank}").read_text()
+
+
+def test_fsdp2_gives_the_weights_of_one_process(folder):
+    sharded, whole = torch.load(folder / "fsdp2.pt")
+    assert any("guidance" in name for name in sharded)
+    torch.testing.assert_close(sharded, whole, atol=1e-5, rtol=1e-4)
