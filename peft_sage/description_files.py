@@ -92,10 +92,9 @@ def check_descriptions(
         texts_of_class = expand(descriptions, templates)
         embeddings = encode_class_descriptions(model, tokenizer, descriptions, templates)
     names = normalise_descriptions(descriptions)[0] or [f"class {index}" for index in range(len(texts_of_class))]
-    problems = [
-        *_shared_texts(names, texts_of_class),
-        *_cut_texts(names, texts_of_class, tokenizer, max_length(model, tokenizer)),
-    ]
+    problems = _shared_texts(names, texts_of_class)
+    if hasattr(tokenizer, "pad"):  # open_clip's tokenizers cut without telling
+        problems += _cut_texts(names, texts_of_class, tokenizer, max_length(model, tokenizer))
     cosines = (embeddings @ embeddings.T).triu(diagonal=1)
     first, second = (cosines > threshold).nonzero(as_tuple=True)
     close = sorted(zip(cosines[first, second].tolist(), first.tolist(), second.tolist(), strict=True), reverse=True)

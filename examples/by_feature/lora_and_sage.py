@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA in the attention beside Sage at the MLP: both are trained, and each is saved in a folder of its own.
+
+python examples/by_feature/lora_and_sage.py
+"""
+
+from pathlib import Path
+
+import torch
+from demo import evaluate, load, parse, report, train
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from peft_sage import SageConfig, SageLoss
+
+
+args = parse(__doc__)
+demo = load(args)
+sage_config = SageConfig(class_descriptions=demo.descriptions, modules_to_save=["head"])
+sage = get_peft_model(demo.classifier(), sage_config, adapter_name="semantic")
+
+# The second PeftModel goes around the model inside the first; the text tower stays as it is.
+lora_config = LoraConfig(r=8, target_modules=r".*vision_model.*\.(q_proj|v_proj)")
+both = get_peft_model(sage.get_base_model(), lora_config, adapter_name="attention")
+# It has frozen everything but its own adapter.
+sage.set_adapter("semantic")
+for name, parameter in both.named_parameters():
+    if "lora_" in name:
+        parameter.requires_grad_(True)
+
+train(both, demo.splits["train"], SageLoss(demo.class_counts), args)
+report("LoRA and Sage", evaluate(both, demo.splits["test"], demo.class_counts))
+
+folder = Path(args.output_dir)
+sage.save_pretrained(folder, selected_adapters=["semantic"])
+both.save_pretrained(folder, selected_adapters=["attention"])
+
+sage_again = PeftModel.from_pretrained(load(args).classifier(), folder / "semantic", adapter_name="semantic")
+both_again = PeftModel.from_pretrained(sage_again.get_base_model(), folder / "attention", adapter_name="attention").eval()
+sage_again.set_adapter("semantic")  # the second one has switched the head of the first off
+image = demo.splits["test"][0]["pixel_values"][None]
+with torch.no_grad():
+    print("loaded equals saved:", torch.allclose(both_again(image).logits, both(image).logits, atol=1e-5))

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predict with a saved adapter, on a model that has no text tower: neither texts nor tokenizer are needed.
+
+python examples/by_feature/predict.py finetuned photos/new/*.jpg
+"""
+
+import argparse
+
+import torch
+from peft import PeftConfig, PeftModel
+from PIL import Image
+from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
+
+from peft_sage import ZeroShotClassifier
+
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("adapter", help="folder or Hub id")
+parser.add_argument("images", nargs="+")
+parser.add_argument("--top", type=int, default=3, help="classes to show")
+args = parser.parse_args()
+
+config = PeftConfig.from_pretrained(args.adapter)
+tower = CLIPVisionModelWithProjection.from_pretrained(config.base_model_name_or_path, dtype=torch.float32)
+model = PeftModel.from_pretrained(ZeroShotClassifier(tower, config.num_classes), args.adapter).eval()
+processor = AutoImageProcessor.from_pretrained(config.base_model_name_or_path)
+
+for path in args.images:
+    inputs = processor(images=Image.open(path).convert("RGB"), return_tensors="pt")
+    with torch.inference_mode():
+        probabilities = model(**inputs).logits[0].softmax(dim=-1)
+    best = probabilities.topk(min(args.top, config.num_classes))
+    answers = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    print(f"{path}: " + ", ".join(f"{config.class_names[k]} {100 * p:.1f} %" for k, p in answers))

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Push a saved adapter to the Hub with its card, and load it from there. Log in first: `hf auth login`.
+
+python examples/by_feature/push_to_hub.py finetuned user/name --private
+"""
+
+import argparse
+
+import torch
+from huggingface_hub import HfApi
+from peft import PeftConfig, PeftModel
+from transformers import AutoModel
+
+from peft_sage import ZeroShotClassifier
+
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("adapter", help="folder with a saved adapter")
+parser.add_argument("repo_id", help="user/name")
+parser.add_argument("--private", action="store_true")
+args = parser.parse_args()
+
+api = HfApi()
+api.create_repo(args.repo_id, private=args.private, exist_ok=True)
+url = api.upload_folder(
+    repo_id=args.repo_id, folder_path=args.adapter, ignore_patterns=["checkpoint*", "checkpoints/*", "logs/*"]
+)
+print(f"Pushed: {url}")
+
+config = PeftConfig.from_pretrained(args.repo_id)
+clip = AutoModel.from_pretrained(config.base_model_name_or_path, dtype=torch.float32)
+model = PeftModel.from_pretrained(ZeroShotClassifier(clip, config.num_classes), args.repo_id).eval()
+print(f"Loaded {args.repo_id} with {config.num_classes} classes: {', '.join((config.class_names or [])[:5])}, ...")
