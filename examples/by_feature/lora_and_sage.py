@@ -35,7 +35,8 @@ sage.save_pretrained(folder, selected_adapters=["semantic"])
 both.save_pretrained(folder, selected_adapters=["attention"])
 
 sage_again = PeftModel.from_pretrained(load(args).classifier(), folder / "semantic", adapter_name="semantic")
-both_again = PeftModel.from_pretrained(sage_again.get_base_model(), folder / "attention", adapter_name="attention").eval()
+base = sage_again.get_base_model()
+both_again = PeftModel.from_pretrained(base, folder / "attention", adapter_name="attention").eval()
 sage_again.set_adapter("semantic")  # the second one has switched the head of the first off
 image = demo.splits["test"][0]["pixel_values"][None]
 with torch.no_grad():
