@@ -87,7 +87,9 @@ class Archive:
         first = torch.arange(self.num_emoji) * layout["per_emoji"]
         self.first = torch.cat([first, layout["emoji"] + torch.arange(num_icons) * layout["per_icon"]]).to(device)
         sizes = [layout["per_emoji"]] * self.num_emoji + [layout["per_icon"]] * num_icons
-        self.sizes = torch.tensor(sizes, device=device)
+        owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)
+        centres = torch.zeros(len(sizes), SENTENCE, device=device)
+        self.centres = F.normalize(centres.index_add_(0, owner, self.embeddings[: len(owner)]), dim=-1)
         skip = np.pad(clutter, (0, len(concept) - len(clutter)))
         self.members = _members(concept, len(sizes), skip)
         self.drawn_emoji = np.array([i for i in range(self.num_emoji) if len(self.members[i])])
@@ -107,9 +109,8 @@ class Archive:
         return torch.from_numpy(rows), torch.from_numpy(np.concatenate([concepts, concepts]))
 
     def caption(self, concepts: Tensor) -> Tensor:
-        """Draws one caption of each concept and returns its sentence embedding (n, 384)."""
-        offset = (torch.rand(len(concepts), device=concepts.device) * self.sizes[concepts]).long()
-        return self.embeddings[self.first[concepts] + offset]
+        """Returns the mean sentence embedding of the captions of each concept (n, 384)."""
+        return self.centres[concepts]
 
 
 def _members(concept: np.ndarray, count: int, skip: np.ndarray) -> list[np.ndarray]:
@@ -256,9 +257,14 @@ def train_vision(args: argparse.Namespace) -> None:
     rng = np.random.default_rng(args.seed)
     archive = Archive(args.archive, device)
     model = CLIPModel._from_config(configuration(), attn_implementation="eager").to(device)
+    begun = torch.load(args.begin, map_location=device) if args.begin else None
     captions = archive.embeddings[: archive.first[-1] + 1]
     mapping = nn.Parameter(principal_map(captions, EMBEDDING))
     scale = nn.Parameter(torch.tensor(math.log(10.0), device=device))
+    if begun:
+        model.load_state_dict(begun["model"])
+        mapping.data.copy_(begun["mapping"])
+        scale.data.fill_(math.log(begun["scale"]))
     towers = [*model.vision_model.parameters(), *model.visual_projection.parameters()]
     decay = [p for p in towers if p.ndim > 1]
     rest = [p for p in towers if p.ndim <= 1]
@@ -371,17 +377,46 @@ def _important_rows(archive: Archive) -> Tensor:
     return torch.tensor([i for i, text in enumerate(archive.texts) if text in wanted])
 
 
+@torch.no_grad()
+def fit_text_projection(model: CLIPModel, tokenizer: CLIPTokenizer, archive: Archive, mapping: Tensor) -> Tensor:
+    """Fits the text projection in closed form, so that texts land where the image tower expects them.
+
+    Weighted ridge regression from the tower's pooled states to the mapped sentence embeddings, over the captions and,
+    with a hundredfold weight, the class names and descriptions.
+
+    Args:
+        model: CLIP with a distilled text tower.
+        tokenizer: Its tokenizer.
+        archive: Texts and their sentence embeddings.
+        mapping: (128, 384).
+
+    Returns:
+        (128, hidden).
+    """
+    important = _important_rows(archive)
+    rows = torch.cat([important, torch.arange(0, len(archive.texts), 4)])
+    weights = torch.ones(len(rows), 1)
+    weights[: len(important)] = 100
+    ids = tokenize(tokenizer, [archive.texts[row] for row in rows], CONTEXT)
+    pooled = torch.cat([model.text_model(input_ids=part).pooler_output for part in ids.split(512)])
+    targets = F.normalize(archive.embeddings[rows] @ mapping.T, dim=-1)
+    gram = pooled.T @ (weights * pooled)
+    gram += 1e-4 * gram.diagonal().mean() * torch.eye(len(gram))
+    return torch.linalg.solve(gram, pooled.T @ (weights * targets)).T.contiguous()
+
+
 def join(args: argparse.Namespace) -> None:
-    """Joins both towers: the map from sentence embeddings becomes part of the text projection."""
+    """Joins both towers in one checkpoint, with the map from sentence embeddings within the text projection."""
+    archive = Archive(args.archive, torch.device("cpu"))
     vision, text = torch.load(args.vision), torch.load(args.text)
     tokenizer = CLIPTokenizer.from_pretrained(args.text.with_suffix(".tokenizer"))
-    model = CLIPModel._from_config(configuration(tokenizer))
+    model = CLIPModel._from_config(configuration(tokenizer)).eval()
     state = model.state_dict()
     state.update({k: v for k, v in vision["model"].items() if k.startswith(("vision_model", "visual_projection"))})
     state.update({k: v for k, v in text["model"].items() if k.startswith("text_model")})
-    state["text_projection.weight"] = vision["mapping"] @ text["head"]
     state["logit_scale"] = torch.tensor(math.log(vision["scale"]))
     model.load_state_dict(state)
+    model.text_projection.weight.data = fit_text_projection(model, tokenizer, archive, vision["mapping"])
     model.half().save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     processor = CLIPImageProcessorPil(
@@ -398,6 +433,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--vision", type=Path, help="result of the vision stage, for join")
     parser.add_argument("--text", type=Path, help="result of the text stage, for join")
+    parser.add_argument("--begin", type=Path, help="earlier result of the vision stage to start from")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--minutes", type=float, default=1e9, help="end after this time, the schedule fitted to it")
     parser.add_argument("--batch-size", type=int, default=256)
