@@ -28,7 +28,7 @@ class LongTailCallback(TrainerCallback):
         Trainer(..., compute_loss_func=loss, callbacks=[callback], compute_metrics=callback.compute_metrics)
 
     Before each epoch the training images go once through the tower as it is then, without dropout and gradients, and
-    `loss.set_mismatch` gets what [`estimate_mismatch`] says of their embeddings. That costs about a third of an epoch.
+    `loss.set_mismatch` gets what [`estimate_mismatch`] says of their embeddings.
     Each process takes its share of the images. Augmentation that the data set does itself is seen as it comes.
 
     Args:
