@@ -23,6 +23,7 @@ from .registration import PREFIX
 
 
 PEFT_ROOT = "base_model.model."
+WEIGHTS_NAMES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 
 
 def check_source(model: nn.Module, config: SageConfig, targets: list[str], r: int) -> None:
@@ -37,9 +38,21 @@ def check_source(model: nn.Module, config: SageConfig, targets: list[str], r: in
     Raises:
         ValueError: If the file is missing or damaged, or does not fit the configuration or the model.
     """
+    assert config.source is not None
+    if not config.saved:
+        raise ValueError(
+            f"The configuration in {config.source[0]!r} has no `guidance_shape`, but there are weights beside it: it "
+            "is not theirs, or it was edited."
+        )
     found = read_weights(*config.source)
     expected = {**_adapter_tensors(model, config, targets, r), **_saved_module_tensors(model, config)}
     check_complete(align_block_names(found, targets), expected, config)
+
+
+def has_weights(model_id: str, hub_kwargs: dict[str, Any]) -> bool:
+    """Whether there is a weights file in a local folder."""
+    folder = os.path.join(model_id, hub_kwargs.get("subfolder") or "")
+    return any(os.path.isfile(os.path.join(folder, name)) for name in WEIGHTS_NAMES)
 
 
 def read_weights(model_id: str, hub_kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -56,9 +69,8 @@ def read_weights(model_id: str, hub_kwargs: dict[str, Any]) -> dict[str, torch.T
         ValueError: If there is no such file, or it is damaged.
     """
     folder = os.path.join(model_id, hub_kwargs.get("subfolder") or "")
-    names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
-    if os.path.isdir(folder) and not any(os.path.isfile(os.path.join(folder, name)) for name in names):
-        raise ValueError(f"The folder {folder!r} holds the configuration of an adapter, but no {names[0]!r}.")
+    if os.path.isdir(folder) and not has_weights(model_id, hub_kwargs):
+        raise ValueError(f"The folder {folder!r} holds the configuration of an adapter, but no {WEIGHTS_NAMES[0]!r}.")
     try:
         weights = load_peft_weights(model_id, device="cpu", **hub_kwargs)
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
@@ -157,7 +169,11 @@ def _adapter_tensors(model: nn.Module, config: SageConfig, targets: list[str], r
     tensors = {}
     name = "adapter"
     with torch.device("meta"):
-        owner = BufferDict({name: torch.empty(config.guidance_shape)}, persistent=True) if config.num_classes else None
+        owner = (
+            BufferDict({name: torch.empty(config.guidance_shape or (0, 0))}, persistent=True)
+            if config.num_classes
+            else None
+        )
         for target in targets:
             width, out_width = towers.block_widths(model.get_submodule(target))
             layer = SageLayer(nn.Identity(), width, out_width=out_width)

@@ -57,7 +57,7 @@ class SageModel(BaseTuner):
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """Inject an adapter. What may fail is done first, before the model or the configuration is changed."""
-        config: SageConfig = self.peft_config[adapter_name]
+        config: SageConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         if not adapter_name or adapter_name != os.path.basename(adapter_name) or adapter_name in (".", ".."):
             raise ValueError(
                 f"`adapter_name` becomes the name of a folder, so it must be no path, got {adapter_name!r}."
@@ -66,7 +66,7 @@ class SageModel(BaseTuner):
         r = config.r or default_r(config.num_classes, len(self._targets))
         if r % config.num_heads:
             raise ValueError(f"`num_heads` must divide `r`={r} (from the number of classes), got {config.num_heads}.")
-        if config.saved and config.source:
+        if config.source and (config.saved or checkpoint.has_weights(*config.source)):
             checkpoint.check_source(model, config, self._targets, r)
             _check_base_model(model, config)
         _check_head(model, config)
@@ -101,16 +101,17 @@ class SageModel(BaseTuner):
         if not isinstance(config, SageConfig):
             known = [name for name, other in self.peft_config.items() if isinstance(other, SageConfig)]
             raise ValueError(f"`adapter_name` must be one of the Sage adapters {known}, got {adapter_name!r}.")
-        if not config.guidance_shape[0]:
+        num_rows, width = config.guidance_shape or (0, 0)
+        if not num_rows:
             raise ValueError(f"The adapter {adapter_name!r} was made without guidance, so it cannot be given any.")
         if isinstance(guidance, torch.Tensor):
             names, texts = (config.class_names if config.num_classes == len(guidance) else None), None
         else:
             names, texts = normalise_descriptions(guidance)
         guidance = encode_for(self.model, config, guidance)
-        if not len(guidance) or guidance.shape[1] != config.guidance_shape[1]:
+        if not len(guidance) or guidance.shape[1] != width:
             raise ValueError(
-                f"`guidance` must have the shape (M, {config.guidance_shape[1]}) with at least one row, the width "
+                f"`guidance` must have the shape (M, {width}) with at least one row, the width "
                 f"that the adapter {adapter_name!r} was trained with, got {tuple(guidance.shape)}."
             )
         for layer in self.modules():
@@ -119,14 +120,18 @@ class SageModel(BaseTuner):
         config.class_names, config.class_descriptions = names, texts
         config.guidance, config.guidance_shape = None, list(guidance.shape)
 
-    def _prepare_adapter_config(self, peft_config: SageConfig, model_config: dict) -> SageConfig:
+    def _prepare_adapter_config(  # type: ignore[override]
+        self, peft_config: SageConfig, model_config: dict[str, Any]
+    ) -> SageConfig:
         # `target_modules=None` stays: it means the blocks of whatever class holds the tower at loading time.
         return peft_config
 
-    def _check_target_module_exists(self, peft_config: SageConfig, key: str) -> bool | _ExcludedModule:
+    def _check_target_module_exists(  # type: ignore[override]
+        self, peft_config: SageConfig, key: str
+    ) -> bool | _ExcludedModule:
         return _ExcludedModule() if is_excluded(peft_config, key) else key in self._targets
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: SageConfig,
         adapter_name: str,
@@ -195,7 +200,7 @@ class SageModel(BaseTuner):
         unchecked, self._fingerprints = self.__dict__.get("_fingerprints", {}), {}
         if not unchecked or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
             return
-        of_rank = [None] * torch.distributed.get_world_size()
+        of_rank: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(of_rank, unchecked)
         for name, fingerprint in unchecked.items():
             others = [rank for rank, other in enumerate(of_rank) if not _agree(other.get(name), fingerprint)]
@@ -207,13 +212,15 @@ class SageModel(BaseTuner):
                 )
 
     @classmethod
-    def _get_adapter_state_dict(cls, **kwargs: Any) -> dict[str, torch.Tensor]:
+    def _get_adapter_state_dict(  # type: ignore[override]
+        cls, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
         # PEFT collects every tuner layer, those of a LoRA beside Sage as well.
         state_dict = super()._get_adapter_state_dict(**kwargs)
         return {key: value for key, value in state_dict.items() if f".{cls.prefix}" in key}
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]
         cls, model: nn.Module, config: SageConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         blocks = checkpoint.adapted_blocks(model, adapter_name)
@@ -279,7 +286,7 @@ def _belongs_to(key: str, adapter_name: str) -> bool:
     return key.partition(f".{PREFIX}")[2].split(".")[1:2] == [adapter_name]
 
 
-def _start_graph_at_checkpoint(module: nn.Module, args: tuple) -> tuple | None:
+def _start_graph_at_checkpoint(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Let gradients reach the adapters inside a block that is checkpointed in the reentrant mode.
 
     In that mode PyTorch builds no graph for a block whose inputs need no gradient, which is so for the first adapted
@@ -293,5 +300,7 @@ def _start_graph_at_checkpoint(module: nn.Module, args: tuple) -> tuple | None:
     return first.detach().requires_grad_(), *others
 
 
-def _add_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
+def _add_adapter_names(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args, {**kwargs, "adapter_names": adapter_names}

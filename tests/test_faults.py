@@ -144,6 +144,7 @@ def test_missing_or_invalid_config(text, error, adapter_dir):
         ({"guidance_shape": [6, 24]}, r"peft_sage_guidance.*\(5, 24\).*expected \(6, 24\)"),
         ({"guidance_shape": [5, 12]}, r"expected \(5, 12\)|expected \(8, 12\)"),
         ({"guidance_shape": [0, 0]}, "not expected"),
+        ({"guidance_shape": None}, "no `guidance_shape`"),
         ({"num_heads": 4}, "2 attention heads.*num_heads=4"),
         ({"num_heads": 3}, "`r` must be divisible"),
         ({"layers_to_transform": [0, 1]}, "3 adapted blocks.*model has 2"),
