@@ -12,18 +12,17 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, ModulesToSaveWrapper, load_peft_weights
+from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from safetensors import SafetensorError
 from torch import nn
 
 from . import towers
-from .config import SageConfig
+from .config import WEIGHTS_NAMES, SageConfig
 from .layer import SageLayer
 from .registration import PREFIX
 
 
 PEFT_ROOT = "base_model.model."
-WEIGHTS_NAMES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 
 
 def check_source(model: nn.Module, config: SageConfig, targets: list[str], r: int) -> None:
@@ -39,20 +38,9 @@ def check_source(model: nn.Module, config: SageConfig, targets: list[str], r: in
         ValueError: If the file is missing or damaged, or does not fit the configuration or the model.
     """
     assert config.source is not None
-    if not config.saved:
-        raise ValueError(
-            f"The configuration in {config.source[0]!r} has no `guidance_shape`, but there are weights beside it: it "
-            "is not theirs, or it was edited."
-        )
     found = read_weights(*config.source)
     expected = {**_adapter_tensors(model, config, targets, r), **_saved_module_tensors(model, config)}
     check_complete(align_block_names(found, targets), expected, config)
-
-
-def has_weights(model_id: str, hub_kwargs: dict[str, Any]) -> bool:
-    """Whether there is a weights file in a local folder."""
-    folder = os.path.join(model_id, hub_kwargs.get("subfolder") or "")
-    return any(os.path.isfile(os.path.join(folder, name)) for name in WEIGHTS_NAMES)
 
 
 def read_weights(model_id: str, hub_kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -69,7 +57,7 @@ def read_weights(model_id: str, hub_kwargs: dict[str, Any]) -> dict[str, torch.T
         ValueError: If there is no such file, or it is damaged.
     """
     folder = os.path.join(model_id, hub_kwargs.get("subfolder") or "")
-    if os.path.isdir(folder) and not has_weights(model_id, hub_kwargs):
+    if os.path.isdir(folder) and not any(os.path.isfile(os.path.join(folder, name)) for name in WEIGHTS_NAMES):
         raise ValueError(f"The folder {folder!r} holds the configuration of an adapter, but no {WEIGHTS_NAMES[0]!r}.")
     try:
         weights = load_peft_weights(model_id, device="cpu", **hub_kwargs)

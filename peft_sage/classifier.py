@@ -69,6 +69,9 @@ class ZeroShotClassifier(nn.Module):
 
     main_input_name = "pixel_values"
 
+    model: Any
+    head: Any
+
     def __init__(self, clip: nn.Module, class_embeddings: torch.Tensor | int, scale: float = 25.0) -> None:
         super().__init__()
         if isinstance(class_embeddings, int):
@@ -133,7 +136,7 @@ class ZeroShotClassifier(nn.Module):
     @property
     def _active_head(self) -> CosineHead:
         if isinstance(self.head, ModulesToSaveWrapper) and self.head.active_adapters:
-            return self.head.modules_to_save[self.head.active_adapters[0]]
+            return self.head.modules_to_save[self.head.active_adapters[0]]  # type: ignore[return-value]
         return self.head
 
 

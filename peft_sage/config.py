@@ -8,17 +8,20 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from peft import PeftConfig, PeftType
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from .descriptions import DEFAULT_TEMPLATES, check_templates, normalise_descriptions
 from .registration import PEFT_TYPE_NAME, add_peft_type
 
 
 add_peft_type(PEFT_TYPE_NAME)
+
+#: Names of an adapter's weights file, in the order in which PEFT looks for them.
+WEIGHTS_NAMES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 
 
 @dataclass
@@ -143,7 +146,7 @@ class SageConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
     ) -> PeftConfig:
         """Read the configuration of a saved adapter, and remember where it was.
 
@@ -160,13 +163,22 @@ class SageConfig(PeftConfig):
         """
         if subfolder is not None and (os.path.isabs(subfolder) or ".." in subfolder.replace("\\", "/").split("/")):
             raise ValueError(f"`subfolder` must be a path inside the folder of the adapter, got {subfolder!r}.")
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if isinstance(config, SageConfig) and not kwargs.get("ignore_mismatched_sizes"):
+        config = super().from_pretrained(os.fspath(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
+        if not isinstance(config, SageConfig):
+            return config
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        if not config.saved and any(os.path.isfile(os.path.join(folder, name)) for name in WEIGHTS_NAMES):
+            raise ValueError(
+                f"The configuration in {folder!r} has no `guidance_shape`, but there are weights beside it: it is not "
+                "theirs, or it was edited."
+            )
+        if not kwargs.get("ignore_mismatched_sizes"):
             hub_kwargs = cls._split_kwargs(kwargs)[0]
-            config._source = (os.fspath(pretrained_model_name_or_path), {**hub_kwargs, "subfolder": subfolder})
+            source = os.fspath(pretrained_model_name_or_path), {**hub_kwargs, "subfolder": subfolder}
+            config.__dict__["_source"] = source
         return config
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save the configuration. It is written beside and then renamed, so that an old file stays whole.
 
         Args:
@@ -182,7 +194,7 @@ class SageConfig(PeftConfig):
         if kwargs.get("auto_mapping_dict"):  # as PEFT passes it when it saves an adapter
             from .model_card import replace_template_card
 
-            replace_template_card(save_directory, self, kwargs["auto_mapping_dict"]["base_model_class"])
+            replace_template_card(os.fspath(save_directory), self, kwargs["auto_mapping_dict"]["base_model_class"])
 
     def to_dict(self) -> dict[str, Any]:
         """Return what goes into the configuration file: everything but the run-time tensor `guidance`."""
@@ -281,7 +293,7 @@ def check_guidance(guidance: torch.Tensor, name: str = "guidance") -> None:
         raise ValueError(f"`{name}` must have no rows of zeros, got them in rows {rows[:10]}.")
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

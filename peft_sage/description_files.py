@@ -57,7 +57,7 @@ def read_class_descriptions(
         names = list(class_names)
     if _are_names(texts):
         return [name.replace("_", " ") for name in names]
-    return dict(zip(names, texts, strict=True))  # type: ignore[arg-type]
+    return dict(zip(names, texts, strict=True))
 
 
 def check_descriptions(
@@ -111,7 +111,7 @@ def _read_file(path: Path) -> Descriptions:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".json":
-            return json.loads(text)  # type: ignore[no-any-return]
+            return json.loads(text)
     except (OSError, ValueError) as error:
         raise ValueError(f"`source` {str(path)!r} cannot be read: {error}") from error
     if path.suffix.lower() != ".csv":

@@ -82,7 +82,7 @@ def make_guidance(model: nn.Module, config: SageConfig, on_meta: bool = False) -
     if config.guidance is not None:
         return encode_for(model, config, config.guidance) if len(config.guidance) else None
     if config.saved:
-        shape = tuple(config.guidance_shape)
+        shape = tuple(config.guidance_shape or (0, 0))
         return torch.full(shape, torch.nan, device="meta" if on_meta else None) if shape[0] else None
     if config.class_descriptions is not None:
         return encode_for(model, config, config.class_descriptions)

@@ -81,7 +81,8 @@ class SageLayer(nn.Module, BaseTunerLayer):
             guidance: The owner's dictionary that holds this adapter's guidance (M, e); `None` for no guidance.
             scaling: Where a learnable scaling starts.
         """
-        width, r = self.in_features, config.r
+        width: int = self.in_features
+        r: Any = config.r
         self.num_heads[adapter_name] = config.num_heads
         self.peft_sage_norm[adapter_name] = nn.LayerNorm(width)
         self.peft_sage_down[adapter_name] = nn.Linear(width, r)
@@ -111,7 +112,8 @@ class SageLayer(nn.Module, BaseTunerLayer):
             adapter_name: The adapter's name.
             init_weights: Whether the up-projection is zero, which makes the adapter the identity.
         """
-        down, up = self.peft_sage_down[adapter_name], self.peft_sage_up[adapter_name]
+        down: Any = self.peft_sage_down[adapter_name]
+        up: Any = self.peft_sage_up[adapter_name]
         nn.init.kaiming_uniform_(down.weight, a=5**0.5)
         nn.init.zeros_(down.bias)
         if init_weights:
@@ -119,8 +121,8 @@ class SageLayer(nn.Module, BaseTunerLayer):
             nn.init.zeros_(up.bias)
         if adapter_name in self.peft_sage_key:
             # A unit row of the guidance becomes a key and a value with components of unit variance.
-            nn.init.normal_(self.peft_sage_key[adapter_name].weight)
-            nn.init.normal_(self.peft_sage_value[adapter_name].weight)
+            for projection in (self.peft_sage_key, self.peft_sage_value):
+                nn.init.normal_(projection[adapter_name].weight)  # type: ignore[arg-type]
 
     def guidance(self, adapter_name: str) -> torch.Tensor | None:
         """Return the guidance (M, e) that an adapter attends to, `None` without guidance."""
@@ -176,8 +178,7 @@ class SageLayer(nn.Module, BaseTunerLayer):
         Returns:
             A tensor (..., r). The matrix of all weights is never kept (`scaled_dot_product_attention`).
         """
-        value = self.peft_sage_value[adapter_name]
-        values = self._split_heads(value(self.guidance(adapter_name).to(value.weight.dtype)), adapter_name)
+        values = self._split_heads(self._project(self.peft_sage_value, adapter_name), adapter_name)
         return self._attention(z, values, adapter_name).transpose(1, 2).reshape(z.shape)
 
     def attention_weights(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
@@ -200,19 +201,22 @@ class SageLayer(nn.Module, BaseTunerLayer):
             )
         z = self._bottleneck(x, adapter_name)
         # Attention to one-hot values is the weights themselves, so that there is one formula for both.
-        one_hot = torch.eye(len(self.guidance(adapter_name)), dtype=z.dtype, device=z.device)
+        one_hot = torch.eye(len(self._guidance[adapter_name][adapter_name]), dtype=z.dtype, device=z.device)
         values = one_hot.expand(1, self.num_heads[adapter_name], *one_hot.shape)
         return self._attention(z, values, adapter_name)[0].reshape(-1, *x.shape[:-1], len(one_hot))
 
     def _bottleneck(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        down = self.peft_sage_down[adapter_name]
+        down: Any = self.peft_sage_down[adapter_name]
         x = self._cast_input_dtype(x, down.weight.dtype)
         return down(self.peft_sage_norm[adapter_name](x))
 
     def _attention(self, z: torch.Tensor, values: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        key = self.peft_sage_key[adapter_name]
-        keys = self._split_heads(key(self.guidance(adapter_name).to(key.weight.dtype)), adapter_name)
+        keys = self._split_heads(self._project(self.peft_sage_key, adapter_name), adapter_name)
         return F.scaled_dot_product_attention(self._split_heads(z, adapter_name), keys, values)
+
+    def _project(self, projections: nn.ModuleDict, adapter_name: str) -> torch.Tensor:
+        projection: Any = projections[adapter_name]
+        return projection(self._guidance[adapter_name][adapter_name].to(projection.weight.dtype))
 
     def _split_heads(self, t: torch.Tensor, adapter_name: str) -> torch.Tensor:
         # The tokens of all images share their keys and values: one sequence of queries, a batch of one.
@@ -236,8 +240,8 @@ class SageLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter from the layer, with its guidance where this layer owns it."""
         super().delete_adapter(adapter_name)
-        for entries in (self._guidance, self.fixed_scaling, self.num_heads):
-            entries.pop(adapter_name, None)
+        for attributes in (self._guidance, self.fixed_scaling, self.num_heads):
+            attributes.pop(adapter_name, None)
         self._awaits_loading.discard(adapter_name)
         for entries in (self.peft_sage_guidance, self.peft_sage_num_heads, self.peft_sage_dropout):
             if adapter_name in entries:

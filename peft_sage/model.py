@@ -66,7 +66,7 @@ class SageModel(BaseTuner):
         r = config.r or default_r(config.num_classes, len(self._targets))
         if r % config.num_heads:
             raise ValueError(f"`num_heads` must divide `r`={r} (from the number of classes), got {config.num_heads}.")
-        if config.source and (config.saved or checkpoint.has_weights(*config.source)):
+        if config.saved and config.source:
             checkpoint.check_source(model, config, self._targets, r)
             _check_base_model(model, config)
         _check_head(model, config)

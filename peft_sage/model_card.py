@@ -60,7 +60,7 @@ def create_model_card(
     base = model.get_base_model()
     head = next((module for module in base.modules() if isinstance(module, CosineHead)), None)
     base_model = config.base_model_name_or_path or getattr(base, "name_or_path", None)
-    return _card(config, base_model, type(base).__name__, head and head.out_features, results, repo_id)
+    return _card(config, base_model, type(base).__name__, head.out_features if head else None, results, repo_id)
 
 
 def replace_template_card(folder: str, config: SageConfig, base_model_class: str) -> None:

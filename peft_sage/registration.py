@@ -31,8 +31,8 @@ def add_peft_type(name: str) -> PeftType:
     member = str.__new__(PeftType, name)
     member._name_ = name
     member._value_ = name
-    member.__objclass__ = PeftType
-    member._sort_order_ = len(PeftType)
+    member.__objclass__ = PeftType  # type: ignore[attr-defined]
+    member._sort_order_ = len(PeftType)  # type: ignore[attr-defined]
     # The metaclass forbids setting members on an enum, so its own `__setattr__` is passed by.
     type.__setattr__(PeftType, name, member)
     PeftType._member_names_.append(name)
