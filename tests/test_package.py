@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The package as it is published: types, wheel, and what an import costs."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import peft_sage
+
+
+ROOT = Path(__file__).parents[1]
+
+
+EXTRAS = ("matplotlib", "torchmetrics", "datasets")
+IMPORT = f"""
+import sys, time, peft
+before = [name for name in {EXTRAS} if name in sys.modules]
+start = time.process_time()
+import peft_sage
+print(time.process_time() - start, before == [name for name in {EXTRAS} if name in sys.modules])
+"""
+
+
+def test_the_import_is_cheap():
+    """It costs less than 100 ms beyond `import peft`, by the best of three tries, and imports no extra."""
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, text=True)
+        seconds, no_extra = done.stdout.split()
+        assert no_extra == "True"
+        if float(seconds) < 0.1:
+            return
+    pytest.fail(f"import peft_sage took {seconds} s")
+
+
+def test_the_version_is_in_one_place():
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+)?", peft_sage.__version__)
+    for file in ("setup.cfg", "pyproject.toml", "README.md"):
+        assert peft_sage.__version__ not in (ROOT / file).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="needs mypy")
+def test_types():
+    done = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("build") is None, reason="needs build")
+def test_the_wheel_works_where_the_repository_is_not(tmp_path):
+    def run(*command, cwd=ROOT):
+        done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+        return done.stdout
+
+    run(sys.executable, "-m", "build", "--wheel", "--sdist", "--outdir", tmp_path / "dist")
+    run(sys.executable, "-m", "twine", "check", "--strict", *(tmp_path / "dist").iterdir())
+    wheel = next((tmp_path / "dist").glob("*.whl"))
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "peft_sage/py.typed" in names and {name.split("/")[0].split("-")[0] for name in names} == {"peft_sage"}
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "peft_sage").rglob("*.py")}
+    assert modules <= set(names)
+
+    run(sys.executable, "-m", "venv", tmp_path / "env")
+    python = tmp_path / "env" / "bin" / "python"
+    run(python, "-m", "pip", "install", "--no-deps", "--no-index", wheel)
+    # The dependencies are those of this environment; the package is the wheel's.
+    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    Path(site, "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    code = "import peft_sage; print(peft_sage.__file__, peft_sage.__version__, peft_sage.SageLoss([3, 1]).adjustment)"
+    printed = run(python, "-c", code, cwd=tmp_path)
+    assert str(tmp_path / "env") in printed and peft_sage.__version__ in printed
