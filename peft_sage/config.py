@@ -232,8 +232,8 @@ class SageConfig(PeftConfig):
                 raise ValueError(f"`r` must be a positive integer or None, got {self.r!r}.")
             if self.r % self.num_heads:
                 raise ValueError(f"`r` must be divisible by `num_heads`, got r={self.r}, num_heads={self.num_heads}.")
-        if not _is_finite(self.scaling):
-            raise ValueError(f"`scaling` must be a finite number, got {self.scaling!r}.")
+        if not _is_finite(self.scaling) or abs(self.scaling) > 1e6:
+            raise ValueError(f"`scaling` must be a finite number of at most 1e6, got {self.scaling!r}.")
         if not _is_finite(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must be in [0, 1), got {self.dropout!r}.")
 
@@ -245,6 +245,10 @@ class SageConfig(PeftConfig):
             if not isinstance(value, (list, tuple, set)) or not all(isinstance(entry, str) for entry in value):
                 raise TypeError(f"`{name}` must be a str or a list of str, got {value!r}.")
             setattr(self, name, set(value))
+        names = self.modules_to_save
+        are_names = isinstance(names, (list, tuple, set)) and all(isinstance(name, str) for name in names)
+        if names is not None and not are_names:
+            raise TypeError(f"`modules_to_save` must be a list of str, got {names!r}.")
         layers = self.layers_to_transform
         if layers is not None:
             layers = [layers] if _is_int(layers) else layers
