@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
@@ -26,33 +28,43 @@ A semantic-guided adapter in the vision tower of `{base_model}`, made with `peft
 ```python
 {snippet}
 ```
-{results}{classes}"""
+{results}{pictures}{worst}{settings}{classes}"""
 
 LISTED_CLASSES = 100
+WORST_CLASSES = 10
 
 
 def create_model_card(
     model: PeftModel,
-    results: Mapping[str, float] | None = None,
+    results: Mapping[str, float] | Mapping[str, Mapping[str, float | None]] | None = None,
     repo_id: str = "user/name",
     adapter_name: str = "default",
+    settings: Mapping[str, object] | None = None,
+    pictures: Mapping[str, str] | None = None,
+    per_class: Sequence[float | None] | None = None,
+    class_counts: Sequence[int] | None = None,
 ) -> ModelCard:
-    """Describe a trained adapter.
+    """Describe a trained adapter: how to load it, what it reaches, where it fails, how it was made.
 
     Save it with `card.save("folder/README.md")`, or upload it with `card.push_to_hub("user/name")`. Do the latter
     after the first `model.push_to_hub("user/name")`, which puts a generic card there; later ones keep this card.
 
     Args:
         model: The model with the adapter.
-        results: Figures to put into a table, such as the many / medium / few accuracies of [`LongTailAccuracy`].
+        results: Figures to put into a table, such as the many / medium / few accuracies of [`LongTailAccuracy`]; or
+            those of several runs, by the run's name.
         repo_id: Where the adapter will be found, for the loading snippet.
         adapter_name: The adapter's name.
+        settings: What it was trained with.
+        pictures: From file names beside the card to captions.
+        per_class: (K,) accuracies, for a table of the worst classes; NaN or `None` for classes that were not tested.
+        class_counts: (K,) numbers of training images, for the same table.
 
     Returns:
         The card.
 
     Raises:
-        ValueError: If there is no such Sage adapter.
+        ValueError: If there is no such Sage adapter, or `per_class` and `class_counts` differ in length.
     """
     config = model.peft_config.get(adapter_name)
     if not isinstance(config, SageConfig):
@@ -60,7 +72,13 @@ def create_model_card(
     base = model.get_base_model()
     head = next((module for module in base.modules() if isinstance(module, CosineHead)), None)
     base_model = config.base_model_name_or_path or getattr(base, "name_or_path", None)
-    return _card(config, base_model, type(base).__name__, head.out_features if head else None, results, repo_id)
+    report = {
+        "results": _results(results),
+        "pictures": _pictures(pictures),
+        "worst": _worst(config, per_class, class_counts),
+        "settings": _settings(settings),
+    }
+    return _card(config, base_model, type(base).__name__, head.out_features if head else None, report, repo_id)
 
 
 def replace_template_card(folder: str, config: SageConfig, base_model_class: str) -> None:
@@ -77,7 +95,8 @@ def replace_template_card(folder: str, config: SageConfig, base_model_class: str
     with open(path, encoding="utf-8") as file:
         if TEMPLATE_LINE not in file.read():
             return
-    _card(config, config.base_model_name_or_path, base_model_class, None, None, "user/name").save(path)
+    card = _card(config, config.base_model_name_or_path, base_model_class, config.num_classes, {}, "user/name")
+    card.save(path)
 
 
 def _card(
@@ -85,7 +104,7 @@ def _card(
     base_model: str | None,
     base_model_class: str,
     head_classes: int | None,
-    results: Mapping[str, float] | None,
+    report: Mapping[str, str],
     repo_id: str,
 ) -> ModelCard:
     trained_head = bool(config.modules_to_save)
@@ -98,8 +117,8 @@ def _card(
     text = CARD.format(
         base_model=base_model or base_model_class,
         snippet=_snippet(base_model, base_model_class, head_classes, repo_id),
-        results=_results(results),
         classes=_classes(config),
+        **{part: report.get(part, "") for part in ("results", "pictures", "worst", "settings")},
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
 
@@ -119,11 +138,54 @@ def _snippet(base_model: str | None, base_model_class: str, head_classes: int | 
     return "\n".join([*lines, f'model = PeftModel.from_pretrained(base_model, "{repo_id}")'])
 
 
-def _results(results: Mapping[str, float] | None) -> str:
+def _results(results: Mapping[str, Any] | None) -> str:
     if not results:
         return ""
-    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in results.items())
-    return f"\n## Results\n\n| metric | value |\n|---|---|\n{rows}\n"
+    if not isinstance(next(iter(results.values())), Mapping):
+        return f"\n## Results\n\n{_table(['metric', 'value'], results.items())}"
+    metrics = list(dict.fromkeys(metric for run in results.values() for metric in run))
+    rows = [[name, *(run.get(metric) for metric in metrics)] for name, run in results.items()]
+    return f"\n## Results\n\n{_table(['', *metrics], rows)}"
+
+
+def _pictures(pictures: Mapping[str, str] | None) -> str:
+    return "".join(f"\n![{caption}]({file})\n\n{caption}\n" for file, caption in (pictures or {}).items())
+
+
+def _worst(config: SageConfig, per_class: Sequence[float | None] | None, class_counts: Sequence[int] | None) -> str:
+    if per_class is None:
+        return ""
+    if class_counts is not None and len(class_counts) != len(per_class):
+        raise ValueError(
+            f"`class_counts` must have the {len(per_class)} entries of `per_class`, got {len(class_counts)}."
+        )
+    tested = [(float(a), k) for k, a in enumerate(per_class) if a is not None and not math.isnan(a)]
+    names = config.class_names if config.class_names and len(config.class_names) == len(per_class) else None
+    rows = [
+        [names[k] if names else f"class {k}", *([class_counts[k]] if class_counts is not None else []), accuracy]
+        for accuracy, k in sorted(tested)[:WORST_CLASSES]
+    ]
+    head = ["class", *(["training images"] if class_counts is not None else []), "accuracy"]
+    return f"\n## The worst classes\n\n{_table(head, rows)}"
+
+
+def _settings(settings: Mapping[str, object] | None) -> str:
+    if not settings:
+        return ""
+    lines = "\n".join(f"{name}: {value}" for name, value in settings.items() if value is not None)
+    return f"\n## Settings\n\n```yaml\n{lines}\n```\n"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    if value is None or value != value:
+        return "-"
+    return str(value).replace("|", "\\|") if isinstance(value, (str, int)) else f"{value:.4g}"
 
 
 def _classes(config: SageConfig) -> str:
