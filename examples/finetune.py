@@ -375,7 +375,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lr", type=float, default=0.01)
     add("--weight-decay", type=float, default=0.0)
     add("--epochs", type=int, default=6)
-    add("--batch-size", type=int, default=128, help="images a process and step")
+    add("--batch-size", type=int, default=32, help="images a process and step")
     add("--gradient-accumulation-steps", type=int, default=1)
     add("--augmentation", choices=["crop-flip", "none"], default="crop-flip")
     add("--crop-scale", type=float, default=0.5, help="smallest share of an image that a random crop keeps")
