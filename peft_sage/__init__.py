@@ -3,7 +3,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from . import templates
+from . import requirements, templates  # noqa: F401 - the versions are checked first
 from .classifier import CosineHead, ZeroShotClassifier
 from .config import SageConfig
 from .description_files import check_descriptions, read_class_descriptions

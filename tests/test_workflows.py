@@ -454,6 +454,12 @@ def test_a_block_with_integer_weights(clip, pixel_values, config):
 # Gradient checkpointing
 
 
+def enable_checkpointing(model, use_reentrant):
+    # The name before transformers 5.23.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+
+
 @pytest.mark.parametrize("layers", [None, [1]])
 @pytest.mark.parametrize("through", ["model", "classifier", "transformers"])
 def test_gradient_checkpointing_gives_the_same_gradients(through, layers, pixel_values):
@@ -461,7 +467,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(through, layers, pixel_
         clip = tiny_clip()
         model = ZeroShotClassifier(clip, torch.eye(5, 16)) if through == "classifier" else clip
         if order == "before":
-            clip.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            enable_checkpointing(clip, use_reentrant)
         config = SageConfig(guidance=torch.eye(5, 24), layers_to_transform=layers)
         if through == "transformers":
             clip.add_adapter(config)
@@ -469,7 +475,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(through, layers, pixel_
             model = get_peft_model(model, config)
         randomise(model)
         if order == "after":
-            clip.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            enable_checkpointing(clip, use_reentrant)
         model.train()
         if through == "classifier":
             model(pixel_values=pixel_values, labels=torch.arange(4)).loss.backward()
