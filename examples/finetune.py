@@ -40,9 +40,11 @@ from checkpoints import (
     load_trainable_weights,
     save_checkpoint,
 )
+from huggingface_hub import create_repo, upload_folder
 from image_data import LabelledImages, PixelDataset, PixelTransform, load_images, long_tailed_subset
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
+from report import write_report
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -293,9 +295,14 @@ def training_function(args: argparse.Namespace) -> dict[str, Any]:
     trained = accelerator.unwrap_model(model)
     if accelerator.is_main_process:
         trained.save_pretrained(args.output_dir)
-        Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False))
+        folder = Path(args.output_dir)
+        (folder / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False))
+        pixels = {split: loaders[split].dataset for split in ("train", "test")}
+        repo_id = args.hub_model_id or args.output_dir
+        write_report(folder, trained, args.method, results, pixels["train"], pixels["test"], transform, repo_id)
         if args.push_to_hub:
-            trained.push_to_hub(args.hub_model_id)
+            create_repo(repo_id, exist_ok=True)
+            upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=["checkpoints/*", "logs/*"])
     accelerator.wait_for_everyone()
     verify_saved_model(args, accelerator, loaders["test"], transform, class_counts, results["trained"], predictions)
     return results

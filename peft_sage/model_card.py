@@ -131,7 +131,8 @@ def _snippet(base_model: str | None, base_model_class: str, head_classes: int | 
         "from peft import PeftModel",
         f"from transformers import {auto_class}",
         "",
-        f'base_model = {auto_class}.from_pretrained("{base_model or "path/of/the/base-model"}")',
+        # In the precision of the training, whatever that of the base model's file.
+        f'base_model = {auto_class}.from_pretrained("{base_model or "path/of/the/base-model"}", dtype="float32")',
     ]
     if classifier:
         lines.append(f"base_model = peft_sage.ZeroShotClassifier(base_model, {head_classes or 'num_classes'})")

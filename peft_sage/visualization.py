@@ -152,7 +152,8 @@ def plot_long_tail(results: Mapping[str, Mapping[str, Any]], class_counts: Seque
     accuracies.set_ylim(bottom=0)
     groups.set_xticks(range(len(GROUPS)), GROUPS)
     groups.set(xlabel="classes by number of training images", ylabel="test accuracy")
-    groups.legend(fontsize=8, loc="lower left")
+    groups.margins(y=0.1)
+    figure.legend(*groups.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=9)
     return figure
 
 

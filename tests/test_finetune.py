@@ -265,12 +265,15 @@ def test_two_processes_agree_with_one(command, tmp_path):
 
 def test_tracking_bf16_imbalance_and_push(command, tmp_path, monkeypatch):
     pushed = []
-    monkeypatch.setattr(finetune.PeftModel, "push_to_hub", lambda self, repo: pushed.append(repo))
+    monkeypatch.setattr(finetune, "create_repo", lambda repo, exist_ok: pushed.append(repo))
+    monkeypatch.setattr(
+        finetune, "upload_folder", lambda repo_id, folder_path, ignore_patterns: pushed.append(repo_id)
+    )
     flags = "--mixed-precision bf16 --with-tracking --imbalance-ratio 5 --push-to-hub --hub-model-id me/mine"
     results = finetune.main([*command, *flags.split()])
     assert results["class_counts"] == [11, 6, 3, 2]  # int(11 * 0.2 ** (i / 3)) but no more than there are
     assert list((tmp_path / "out" / "logs").glob("events*"))
-    assert pushed == ["me/mine"]
+    assert pushed == ["me/mine", "me/mine"]
 
 
 def test_images_that_are_not_cached_give_the_same_result(command, tmp_path):
