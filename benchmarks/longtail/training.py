@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run: from its specification to its figures."""
+"""One run: from its specification to its figures.
+
+In bfloat16 autocast and with eager attention: with a few dozen tokens an image that is twice as fast on a CPU as the
+usual choice, and the same for every method.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +99,9 @@ def run(spec: dict[str, Any], bench: Bench) -> dict[str, Any]:
     device, task = bench.device, bench.task(spec["task"])
     torch.manual_seed(spec["seed"])
     classes = torch.arange(len(task.names), device=device)
-    clip = CLIPModel.from_pretrained(bench.checkpoint, dtype=torch.float32).to(device).eval()
+    clip = (
+        CLIPModel.from_pretrained(bench.checkpoint, dtype=torch.float32, attn_implementation="eager").to(device).eval()
+    )
     embeddings = encode_class_descriptions(clip, bench.tokenizer, task.descriptions)
     train = long_tail(task.splits["train"], len(classes), spec["ratio"])
     held_out = task.splits[spec["split"]]
@@ -226,7 +232,8 @@ def fit(spec: dict[str, Any], model: nn.Module, train: Split, counts: torch.Tens
                 rows = episode_classes(labels, num_classes, spec["episode"], generator)
             for layer in layers:
                 layer.rows = rows
-            logits = model(pixel_values=images).logits
+            with torch.autocast(device.type, torch.bfloat16):
+                logits = model(pixel_values=images).logits.float()
             if rows is None:
                 loss = criterion(logits, labels)
             else:
@@ -336,7 +343,9 @@ def predict(
     model.eval()
     for index in torch.arange(len(split.labels), device=split.labels.device).split(512):
         current = split.labels[index]
-        parts.append(model(pixel_values=render(spec, split.images[index], task, spec["split"], generator)).logits)
+        images = render(spec, split.images[index], task, spec["split"], generator)
+        with torch.autocast(images.device.type, torch.bfloat16):
+            parts.append(model(pixel_values=images).logits.float())
     for hook in hooks:
         hook.remove()
     report = {
