@@ -12,6 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,6 @@ EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "finetune.py"
 SCORES = ("overall", "macro", "many", "medium", "few")
 #: Title in the table, and the flags of the example.
 RUNS = {
-    "head alone, logit adjustment": ["--method", "head", "--loss", "la"],
     "head alone, Sage loss": ["--method", "head", "--loss", "sage"],
     "AdaptFormer + head, logit adjustment (LIFT's recipe)": ["--method", "adaptformer", "--loss", "la"],
     "**Sage**: guided adapter + head, Sage loss": ["--method", "sage", "--loss", "sage"],
@@ -32,7 +32,7 @@ def result(flags: list[str], seed: int, folder: Path) -> dict:
     """Return the results of a run, and do it first if it was not done."""
     if not (folder / "results.json").exists():
         command = [sys.executable, str(EXAMPLE), *flags, "--seed", str(seed), "--output-dir", str(folder)]
-        subprocess.run(command, check=True)
+        subprocess.run([*command, "--cpu-threads", "1"], check=True)
     return json.loads((folder / "results.json").read_text())
 
 
@@ -51,11 +51,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output-dir", type=Path, default=Path("demo-runs"))
+    parser.add_argument("--workers", type=int, default=2, help="runs at the same time, one thread each")
     args = parser.parse_args()
-    results = {
-        title: [result(flags, seed, args.output_dir / f"run_{number}_seed_{seed}") for seed in range(args.seeds)]
-        for number, (title, flags) in enumerate(RUNS.items())
-    }
+    with ThreadPoolExecutor(args.workers) as pool:
+        started = {
+            title: [
+                pool.submit(result, flags, seed, args.output_dir / f"run_{number}_seed_{seed}")
+                for seed in range(args.seeds)
+            ]
+            for number, (title, flags) in enumerate(RUNS.items())
+        }
+    results = {title: [future.result() for future in futures] for title, futures in started.items()}
     first = next(iter(results.values()))[0]
     print(f"| test accuracy, %, {args.seeds} seeds | {' | '.join(SCORES)} |")
     print("|---|" + "---|" * len(SCORES))
