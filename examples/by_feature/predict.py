@@ -9,7 +9,7 @@ import argparse
 import torch
 from peft import PeftConfig, PeftModel
 from PIL import Image
-from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
+from transformers import AutoImageProcessor, CLIPVisionModelWithProjection, logging
 
 from peft_sage import ZeroShotClassifier
 
@@ -20,6 +20,7 @@ parser.add_argument("images", nargs="+")
 parser.add_argument("--top", type=int, default=3, help="classes to show")
 args = parser.parse_args()
 
+logging.set_verbosity_error()  # the file's text tower is not loaded, and that is all right
 config = PeftConfig.from_pretrained(args.adapter)
 tower = CLIPVisionModelWithProjection.from_pretrained(config.base_model_name_or_path, dtype=torch.float32)
 model = PeftModel.from_pretrained(ZeroShotClassifier(tower, config.num_classes), args.adapter).eval()
