@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The versions that peft_sage is tested with: `nox -f tests/matrix/noxfile.py`.
 
-Each session installs one combination from PyPI into an environment of its own (a few GB each, because PyTorch from PyPI
-brings CUDA) and runs the tests of the core. `nox -f tests/matrix/noxfile.py --list` shows them; `README.md` beside this
-file says which of them passed. The ranges in `setup.cfg` are these, and `import peft_sage` checks them.
+Each session installs one combination from PyPI into an environment of its own (a few GB each, as PyTorch from PyPI
+brings CUDA) and runs the tests of the core. `README.md` beside this file says which of them passed. The ranges in
+`setup.cfg` are these, and `import peft_sage` checks them.
 """
 
 import nox
