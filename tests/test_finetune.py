@@ -97,7 +97,7 @@ def _own_state(tmp_path_factory, monkeypatch):
 def command(clip_folder, image_folder, tmp_path):
     """The flags of a short run that leaves its files in `tmp_path/out`."""
     flags = f"--model {clip_folder} --dataset {image_folder} --output-dir {tmp_path / 'out'} --cpu-threads 1"
-    return [*flags.split(), "--epochs", "2", "--batch-size", "4", "--r", "8"]
+    return [*flags.split(), "--epochs", "2", "--batch-size", "4", "--r", "8", "--lr", "0.01"]
 
 
 def _folder_hash(folder):
