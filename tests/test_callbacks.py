@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """`LongTailCallback` in a real `Trainer`."""
 
+import multiprocessing
+import os
+import socket
+
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from peft import get_peft_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from peft_sage import (
     LongTailAccuracy,
@@ -110,3 +116,37 @@ def test_refusals(tmp_path):
     args = TrainingArguments(tmp_path, report_to=[], use_cpu=True)
     with pytest.raises(ValueError, match="`scale`"):
         callback.on_epoch_begin(args, None, None, model=tiny_clip(), train_dataloader=DATA)
+
+
+def measure(rank, port, folder):
+    """What a process of two does before its epoch: measure its share of the images."""
+    # Only the children's environment: they were forked, because importing all again takes long.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    args = TrainingArguments(folder, report_to=[], use_cpu=True)
+    assert args.world_size == 2
+    loss = SageLoss(COUNTS)
+    loader = DataLoader(DATA, batch_size=4, collate_fn=default_data_collator)
+    callback = LongTailCallback(loss, COUNTS, scale=25.0)
+    callback.on_epoch_begin(args, None, None, model=tiny_clip(), train_dataloader=loader)
+    torch.save(loss.adjustment, folder / f"{rank}.pt")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_two_processes_measure_what_one_does(tmp_path):
+    """Each takes five of the ten images; both set the mismatch of all of them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=measure, args=(rank, port, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    with torch.no_grad():
+        features = encode_image(tiny_clip(), IMAGES)
+    expected = SageLoss(COUNTS, mismatch=estimate_mismatch(features, torch.tensor(LABELS), 3, scale=25.0)).adjustment
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected)
