@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -124,6 +125,9 @@ class SageConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.task_type is not None:
+            # PEFT would wrap the model in a class for language models, which asks for methods that this one lacks.
+            raise ValueError(f"`task_type` must be None: PEFT has none for images, got {self.task_type!r}.")
         self.peft_type = PeftType[PEFT_TYPE_NAME]
         if self.class_descriptions is not None:
             if isinstance(self.class_descriptions, Mapping) and self.class_names is not None:
@@ -230,6 +234,8 @@ class SageConfig(PeftConfig):
         if self.r is not None:
             if not _is_int(self.r) or self.r < 1:
                 raise ValueError(f"`r` must be a positive integer or None, got {self.r!r}.")
+            if self.r > 2**16:
+                raise ValueError(f"`r` must be at most 65536, got {self.r}.")
             if self.r % self.num_heads:
                 raise ValueError(f"`r` must be divisible by `num_heads`, got r={self.r}, num_heads={self.num_heads}.")
         if not _is_finite(self.scaling) or abs(self.scaling) > 1e6:
@@ -249,6 +255,10 @@ class SageConfig(PeftConfig):
         are_names = isinstance(names, (list, tuple, set)) and all(isinstance(name, str) for name in names)
         if names is not None and not are_names:
             raise TypeError(f"`modules_to_save` must be a list of str, got {names!r}.")
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            value = getattr(self, name)
+            for pattern in [value] if isinstance(value, str) else value or []:
+                _check_pattern(name, pattern)
         layers = self.layers_to_transform
         if layers is not None:
             layers = [layers] if _is_int(layers) else layers
@@ -295,6 +305,13 @@ def check_guidance(guidance: torch.Tensor, name: str = "guidance") -> None:
     if (guidance == 0).all(dim=1).any():
         rows = (guidance == 0).all(dim=1).nonzero().flatten().tolist()
         raise ValueError(f"`{name}` must have no rows of zeros, got them in rows {rows[:10]}.")
+
+
+def _check_pattern(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"`{name}` must hold names or regular expressions, got {pattern!r}: {error}.") from error
 
 
 def _is_int(value: Any) -> TypeGuard[int]:
