@@ -22,6 +22,7 @@ EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "finetune.py"
 SCORES = ("overall", "macro", "many", "medium", "few")
 #: Title in the table, and the flags of the example.
 RUNS = {
+    "head alone, logit adjustment": ["--method", "head", "--loss", "la"],
     "head alone, Sage loss": ["--method", "head", "--loss", "sage"],
     "AdaptFormer + head, logit adjustment (LIFT's recipe)": ["--method", "adaptformer", "--loss", "la"],
     "**Sage**: guided adapter + head, Sage loss": ["--method", "sage", "--loss", "sage"],
