@@ -51,6 +51,8 @@ def folder(tmp_path_factory):
         "2",
         "--batch-size",
         "8",
+        "--lr",
+        "0.01",
     ]
     finetune.main([*flags, "--num-workers", "0", "--cpu-threads", "1"])
     return root / "out"
