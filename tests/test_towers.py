@@ -20,6 +20,7 @@ from peft_sage.towers import (
     block_input_index,
     block_widths,
     candidate_modules,
+    families_line,
     families_table,
     find_blocks,
     layer_scale,
@@ -155,7 +156,9 @@ def test_every_listed_family_has_a_row() -> None:
 
 
 def test_documentation_lists_the_families() -> None:
-    assert families_table() in (Path(__file__).parents[1] / "docs" / "towers.md").read_text()
+    root = Path(__file__).parents[1]
+    assert families_table() in (root / "docs" / "towers.md").read_text()
+    assert families_line() in (root / "README.md").read_text()
 
 
 @pytest.mark.parametrize("tiny", UNLISTED, ids=lambda tiny: tiny.id)

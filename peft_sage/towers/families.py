@@ -126,3 +126,8 @@ def families_table() -> str:
     """Return the families as a Markdown table."""
     rows = [f"| `{f.model_type}` | `{f.blocks.replace('{}', '*')}` | {'yes' if f.text else ''} |" for f in FAMILIES]
     return "\n".join(["| `model_type` | adapted blocks | text embeddings |", "|---|---|---|", *rows])
+
+
+def families_line() -> str:
+    """Return the names of the families, for the README."""
+    return ", ".join(f"`{family.model_type}`" for family in FAMILIES)
