@@ -4,12 +4,15 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 
+ROOT = Path(__file__).parent.parent
 TOKEN = "hf_stand_in"
 USER = "user"
 
@@ -38,6 +41,20 @@ class Hub:
     def __exit__(self, *exception):
         self.server.shutdown()
         self.server.server_close()
+
+    def environment(self, home):
+        """The environment of a process that takes this for the Hub, with its cache in `home`."""
+        return {
+            **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+            "HF_ENDPOINT": self.endpoint,
+            "HF_HOME": str(home),
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1,localhost",
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+        }
 
     def files(self, repo_id):
         """The content of a repository's latest commit, by path."""

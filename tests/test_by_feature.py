@@ -2,7 +2,6 @@
 """Every script of `examples/by_feature` runs, on a few of the demo's images, and does what it says."""
 
 import json
-import os
 import re
 import runpy
 import subprocess
@@ -20,7 +19,7 @@ from transformers import AutoModel, BertConfig, BertModel
 
 from peft_sage import SageConfig, ZeroShotClassifier
 from tests.conftest import byte_tokenizer
-from tests.hub_stand_in import TOKEN, Hub
+from tests.hub_stand_in import Hub
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -172,17 +171,7 @@ def test_push_to_hub(tmp_path):
     (tmp_path / "adapter" / "checkpoints").mkdir()
     (tmp_path / "adapter" / "checkpoints" / "large.bin").write_bytes(b"0")
     with Hub() as hub:
-        environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
-            "HF_ENDPOINT": hub.endpoint,
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_TOKEN": TOKEN,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "NO_PROXY": "127.0.0.1,localhost",
-            "PYTHONPATH": str(EXAMPLES.parent),
-            "OMP_NUM_THREADS": "1",
-        }
+        environment = hub.environment(tmp_path / "home")
         command = [
             sys.executable,
             str(SCRIPTS / "push_to_hub.py"),

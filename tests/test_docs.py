@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """README and docs: every Python snippet runs, links lead somewhere, generated pages are fresh."""
 
-import os
 import re
 import runpy
 import subprocess
@@ -14,7 +13,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 import peft_sage
-from tests.hub_stand_in import TOKEN, Hub
+from tests.hub_stand_in import Hub
 
 
 ROOT = Path(__file__).parents[1]
@@ -84,17 +83,7 @@ def test_hub_snippets_run(folder):
         part.from_pretrained(DEMO_CLIP).save_pretrained("clip")
     code = "\n".join(snippets("docs/hub.md"))
     with Hub() as hub:
-        environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
-            "HF_ENDPOINT": hub.endpoint,
-            "HF_HOME": str(folder / "home"),
-            "HF_TOKEN": TOKEN,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "NO_PROXY": "127.0.0.1,localhost",
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-        }
+        environment = hub.environment(folder / "home")
         done = subprocess.run(
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
         )

@@ -2,7 +2,6 @@
 """Push and load through the unmodified huggingface_hub, against a stand-in for the Hub."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from peft import get_peft_model
 from peft_sage import SageConfig, ZeroShotClassifier, create_model_card
 from tests.conftest import randomise, tiny_clip
 from tests.hub_client import RESULTS
-from tests.hub_stand_in import TOKEN, Hub
+from tests.hub_stand_in import Hub
 
 
 ROOT = Path(__file__).parent.parent
@@ -24,17 +23,7 @@ ROOT = Path(__file__).parent.parent
 def pushed(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     with Hub() as hub:
-        environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
-            "HF_ENDPOINT": hub.endpoint,
-            "HF_HOME": str(home),
-            "HF_TOKEN": TOKEN,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "NO_PROXY": "127.0.0.1,localhost",
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-        }
+        environment = hub.environment(home)
         command = [sys.executable, "-m", "tests.hub_client"]
         result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr[-4000:]
