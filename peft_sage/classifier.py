@@ -63,7 +63,7 @@ class ZeroShotClassifier(nn.Module):
         scale: Factor of the cosines. It does not change the predictions before training, but the loss.
 
     Raises:
-        ValueError: If the embeddings are not of shape (K, e), or not finite.
+        ValueError: If the embeddings are not of shape (K, e) or not finite, or the number is not positive.
         TypeError: If they are not a floating-point tensor or a number of classes.
     """
 
@@ -75,6 +75,8 @@ class ZeroShotClassifier(nn.Module):
     def __init__(self, clip: nn.Module, class_embeddings: torch.Tensor | int, scale: float = 25.0) -> None:
         super().__init__()
         if isinstance(class_embeddings, int):
+            if class_embeddings < 1:
+                raise ValueError(f"`class_embeddings` must be at least one class, got {class_embeddings!r}.")
             class_embeddings = torch.randn(class_embeddings, _embedding_width(clip))
         check_guidance(class_embeddings, "class_embeddings")
         if not scale > 0:

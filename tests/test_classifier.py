@@ -63,6 +63,7 @@ def test_half_precision_tower_with_float32_head(clip, pixel_values):
     ("embeddings", "scale", "error", "message"),
     [
         ([[1.0]], 25.0, TypeError, "`class_embeddings`"),
+        (0, 25.0, ValueError, "`class_embeddings` must be at least one class, got 0"),
         (torch.randn(5), 25.0, ValueError, "`class_embeddings` must have the shape"),
         (torch.full((2, 16), float("nan")), 25.0, ValueError, "`class_embeddings` must be finite"),
         (torch.randn(5, 16), 0.0, ValueError, "`scale` must be positive"),
