@@ -115,19 +115,13 @@ def _features(model: nn.Module, loader: DataLoader[Any], device: torch.device) -
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
     )
-    training = {module: module.training for module in model.modules()}
-    model.eval()
     features, labels = [], []
-    try:
-        # Nor may random augmentation shift the random numbers of the training.
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            for batch in tqdm(
-                batches, desc="Measuring mismatch", leave=False, disable=not processes.is_local_main_process
-            ):
-                features.append(towers.encode_image(model, batch["pixel_values"].to(device)).float().cpu())
-                labels.append(batch["labels"].cpu())
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    # Nor may random augmentation shift the random numbers of the training.
+    with towers.eval_mode(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for batch in tqdm(
+            batches, desc="Measuring mismatch", leave=False, disable=not processes.is_local_main_process
+        ):
+            features.append(towers.encode_image(model, batch["pixel_values"].to(device)).float().cpu())
+            labels.append(batch["labels"].cpu())
     gathered = gather_object([(torch.cat(features), torch.cat(labels))] if features else [])
     return torch.cat([part for part, _ in gathered]), torch.cat([part for _, part in gathered])

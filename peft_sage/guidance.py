@@ -139,17 +139,12 @@ def _encode_texts(
     batches = TextBatches(model, tokenizer, texts, batch_size)
     device = next(model.parameters()).device
     hide = not (len(batches) > 20 and _is_main_process()) if progress_bar is None else not progress_bar
-    training = {module: module.training for module in model.modules()}
-    model.eval()
     encoded, order = [], []
-    try:
+    with towers.eval_mode(model):
         for positions, inputs in tqdm(batches, desc="Encoding class descriptions", disable=hide):
             inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
             encoded.append(towers.encode_text(model, inputs).float())
             order += positions
-    finally:
-        for module, mode in training.items():
-            module.training = mode
     rows = torch.cat(encoded)
     return rows[torch.tensor(order, device=rows.device).argsort()]
 

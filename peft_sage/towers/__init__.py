@@ -5,7 +5,7 @@ Nothing here changes a model, keeps state, or imports a model library.
 """
 
 from .blocks import block_input_index, block_widths, candidate_modules, find_blocks, layer_scale
-from .embeddings import encode_image, encode_text, has_text_tower, logit_scale_and_bias, text_config
+from .embeddings import encode_image, encode_text, eval_mode, has_text_tower, logit_scale_and_bias, text_config
 from .families import FAMILIES, Family, families_line, families_table
 
 
@@ -17,6 +17,7 @@ __all__ = [
     "candidate_modules",
     "encode_image",
     "encode_text",
+    "eval_mode",
     "families_line",
     "families_table",
     "find_blocks",

@@ -8,7 +8,8 @@ Nearly every family has `get_text_features` and `get_image_features` (transforme
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -39,6 +40,22 @@ def text_config(model: nn.Module) -> Any | None:
     """
     owner = _owner(model, "get_text_features") or model
     return getattr(owner, "config", None)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and every module back into its own mode afterwards.
+
+    Args:
+        model: Any model.
+    """
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
 
 
 def encode_text(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
