@@ -27,17 +27,23 @@ class Split:
         images: RGBA (N, 4, H, W), uint8, with the colours already laid on white, as Emoji-LT stores them.
         labels: Class indices (N,).
         groups: What is resampled together by the bootstrap (concept, or image), (N,) integers.
+        rows: Where the images stood in the whole split (N,). Default: this is the whole split.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     groups: torch.Tensor
+    rows: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.rows is None:
+            self.rows = torch.arange(len(self.labels), device=self.labels.device)
 
     def __getitem__(self, index: torch.Tensor) -> Split:
-        return Split(self.images[index], self.labels[index], self.groups[index])
+        return Split(self.images[index], self.labels[index], self.groups[index], self.rows[index])
 
     def to(self, device: torch.device | str) -> Split:
-        return Split(self.images.to(device), self.labels.to(device), self.groups.to(device))
+        return Split(*(t.to(device) for t in (self.images, self.labels, self.groups, self.rows)))
 
     def counts(self, num_classes: int) -> torch.Tensor:
         """Images of each class (K,)."""
