@@ -41,7 +41,16 @@ from checkpoints import (
     save_checkpoint,
 )
 from huggingface_hub import create_repo, upload_folder
-from image_data import LabelledImages, PixelDataset, PixelTransform, load_images, long_tailed_subset
+from image_data import (
+    FiveCropView,
+    LabelledImages,
+    PixelDataset,
+    PixelTransform,
+    ProcessorView,
+    RandomCropView,
+    load_images,
+    long_tailed_subset,
+)
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from report import write_report
@@ -100,6 +109,18 @@ def make_loss(args: argparse.Namespace, class_counts: np.ndarray) -> SageLoss:
     return SageLoss(class_counts.tolist(), tau=tau, compensation=compensation)
 
 
+def make_optimizer(args: argparse.Namespace, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Return AdamW, or SGD with momentum, over the parameters."""
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    return torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
+
+
+def cosine(done: float) -> float:
+    """Return the factor of the learning rate after the share `done` of the training: half a cosine from 1 to 0."""
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
 def make_loaders(
     args: argparse.Namespace,
     accelerator: Accelerator,
@@ -107,9 +128,14 @@ def make_loaders(
     processor: BaseImageProcessor,
 ) -> dict[str, DataLoader]:
     """Return a prepared loader a split; a split that fits into memory is decoded once."""
+    views = dict.fromkeys(splits, ProcessorView(processor))
+    if args.augmentation == "resized-crop-flip":
+        views["train"] = RandomCropView(processor, args.crop_scale, args.seed)
+    if args.test_crops == 5:
+        views["test"] = FiveCropView(processor)
     loaders = {}
     for name, split in splits.items():
-        pixels = PixelDataset(split, processor)
+        pixels = PixelDataset(split, views[name])
         pixels.cache_if_small(int(args.cache_gib * 2**30), progress=accelerator.is_local_main_process)
         full_batch = len(split) >= args.batch_size * accelerator.num_processes
         loaders[name] = DataLoader(
@@ -128,15 +154,20 @@ def make_loaders(
 def evaluate(
     accelerator: Accelerator, model: nn.Module, loader: DataLoader, transform: PixelTransform, class_counts: np.ndarray
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    """Return the accuracies in percent (`None` where there is no such class) and the predicted classes."""
+    """Return the accuracies in percent (`None` where there is no such class) and the predicted classes.
+
+    Where the loader gives several crops of an image, (B, crops, 3, H, W), their logits are averaged.
+    """
     model.eval()
     transform.eval()
     # The predictions of all processes are gathered here, so the metric must not add them up again.
     metric = LongTailAccuracy(class_counts.tolist(), sync_on_compute=False).to(accelerator.device)
     predictions = []
     for batch in loader:
+        pixels = batch["pixel_values"]
         with accelerator.autocast():
-            logits = model(pixel_values=transform(batch["pixel_values"])).logits
+            logits = model(pixel_values=transform(pixels.flatten(0, -4))).logits
+        logits = logits.unflatten(0, (len(pixels), -1)).mean(dim=1)
         predicted, labels = accelerator.gather_for_metrics((logits.argmax(dim=-1), batch["labels"]))
         metric.update(predicted, labels)
         predictions.append(predicted.cpu())
@@ -166,12 +197,13 @@ def train(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Train, with a checkpoint after every epoch; end with the weights of the best epoch on the validation split."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = make_optimizer(args, trainable)
     model, optimizer = accelerator.prepare(model, optimizer)
     # Not prepared: it counts optimiser steps, however many processes and however large the gradient accumulation.
     steps_per_epoch = math.ceil(len(loaders["train"]) / args.gradient_accumulation_steps)
     total_steps = args.epochs * steps_per_epoch
-    scheduler = LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / total_steps))))
+    decay_every = steps_per_epoch if args.lr_decay == "epoch" else 1
+    scheduler = LambdaLR(optimizer, lambda step: cosine(step // decay_every * decay_every / total_steps))
     loss_function = make_loss(args, class_counts).to(accelerator.device)
     progress = TrainingProgress()
     accelerator.register_for_checkpointing(scheduler, progress)
@@ -190,6 +222,7 @@ def train(
         model.train()
         transform.train()
         loaders["train"].set_epoch(progress.epoch)
+        loaders["train"].dataset.set_epoch(progress.epoch)
         for batch in skip_first_batches(loaders["train"], progress.batch):
             seed_batch(args.seed, progress.epoch, progress.batch, accelerator.process_index)
             with accelerator.accumulate(model):
@@ -262,7 +295,8 @@ def training_function(args: argparse.Namespace) -> dict[str, Any]:
     embeddings = encode_class_descriptions(clip, AutoTokenizer.from_pretrained(args.model), texts)
     classifier = ZeroShotClassifier(clip, embeddings).to(accelerator.device)
     loaders = make_loaders(args, accelerator, splits, processor)
-    transform = PixelTransform(processor, args.augmentation, args.crop_scale).to(accelerator.device)
+    augmentation = "flip" if args.augmentation == "resized-crop-flip" else args.augmentation
+    transform = PixelTransform(processor, augmentation, args.crop_scale).to(accelerator.device)
 
     results: dict[str, Any] = {
         "settings": vars(args),
@@ -297,15 +331,20 @@ def training_function(args: argparse.Namespace) -> dict[str, Any]:
         trained.save_pretrained(args.output_dir)
         folder = Path(args.output_dir)
         (folder / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False))
-        pixels = {split: loaders[split].dataset for split in ("train", "test")}
+        pixels = [whole_images(loaders[split].dataset, processor) for split in ("train", "test")]
         repo_id = args.hub_model_id or args.output_dir
-        write_report(folder, trained, args.method, results, pixels["train"], pixels["test"], transform, repo_id)
+        write_report(folder, trained, args.method, results, *pixels, transform, repo_id, args.num_workers)
         if args.push_to_hub:
             create_repo(repo_id, exist_ok=True)
             upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=["checkpoints/*", "logs/*"])
     accelerator.wait_for_everyone()
     verify_saved_model(args, accelerator, loaders["test"], transform, class_counts, results["trained"], predictions)
     return results
+
+
+def whole_images(pixels: PixelDataset, processor: BaseImageProcessor) -> PixelDataset:
+    """Return the same images as the processor gives them, where they were seen in random or several crops."""
+    return pixels if type(pixels.view) is ProcessorView else PixelDataset(pixels.split, ProcessorView(processor))
 
 
 def verify_saved_model(
@@ -379,13 +418,22 @@ def make_parser() -> argparse.ArgumentParser:
     add("--tau", type=float, default=1.0, help="strength of the prior correction (sage, la)")
     add("--compensation", type=float, default=1.0, help="strength of the mismatch compensation (sage)")
     add("--r", type=int, default=64, help="width of adapter or LoRA")
+    add("--optimizer", choices=["adamw", "sgd"], default="adamw")
+    add("--momentum", type=float, default=0.9, help="of SGD")
     add("--lr", type=float, default=0.003)
+    add("--lr-decay", choices=["step", "epoch"], default="step", help="how often the cosine lowers the learning rate")
     add("--weight-decay", type=float, default=0.0)
     add("--epochs", type=int, default=15)
     add("--batch-size", type=int, default=128, help="images a process and step")
     add("--gradient-accumulation-steps", type=int, default=1)
-    add("--augmentation", choices=["crop-flip", "none"], default="crop-flip")
+    add(
+        "--augmentation",
+        choices=["crop-flip", "resized-crop-flip", "none"],
+        default="crop-flip",
+        help="crop-flip: random crops of the resized image, on the device; resized-crop-flip: of the original image",
+    )
     add("--crop-scale", type=float, default=0.5, help="smallest share of an image that a random crop keeps")
+    add("--test-crops", type=int, choices=[1, 5], default=1, help="5: mean of the logits over centre and corners")
     add("--model-selection", choices=["best", "last"], default="best", help="best: epoch by validation macro accuracy")
     add("--mixed-precision", choices=["no", "fp16", "bf16"], help="default: what `accelerate launch` says")
     add("--seed", type=int, default=0)

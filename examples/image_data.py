@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import kornia.augmentation as K
 import numpy as np
+import PIL.Image
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset
 from torch import nn
@@ -149,7 +151,8 @@ def long_tailed_subset(labels: np.ndarray, num_classes: int, imbalance_ratio: fl
 
     Class i of C keeps at most n_i = int(n_max * imb^(i / (C - 1))) images, drawn with the seed, where
     imb = 1 / imbalance_ratio and n_max is the size of the largest class; at least one, where it has any. It is the
-    rule of CIFAR-100-LT (Cao et al. 2019), with the classes in their own order.
+    rule of CIFAR-100-LT (Cao et al. 2019, arXiv 1906.07413), with the classes in their own order; seed 0 draws its
+    images.
 
     Args:
         labels: (N,) class indices.
@@ -166,7 +169,8 @@ def long_tailed_subset(labels: np.ndarray, num_classes: int, imbalance_ratio: fl
     if not imbalance_ratio >= 1:
         raise ValueError(f"`imbalance_ratio` must be at least 1 (head over tail), got {imbalance_ratio}.")
     largest = np.bincount(labels, minlength=num_classes).max()
-    generator = np.random.default_rng(seed)
+    # The published subsets of CIFAR-100-LT come from this older generator, class by class.
+    generator = np.random.RandomState(seed)
     kept = []
     for label in range(num_classes):
         size = int(largest * (1 / imbalance_ratio) ** (label / max(1, num_classes - 1)))
@@ -174,17 +178,81 @@ def long_tailed_subset(labels: np.ndarray, num_classes: int, imbalance_ratio: fl
     return np.sort(np.concatenate(kept))
 
 
+class ProcessorView:
+    """An image as the model's own processor resizes and crops it, as uint8.
+
+    Args:
+        processor: The model's image processor, of which only the geometry is used here.
+    """
+
+    def __init__(self, processor: BaseImageProcessor) -> None:
+        self.processor = processor
+
+    def __call__(self, image: PIL.Image.Image, index: int) -> torch.Tensor:
+        """Return (3, H, W)."""
+        return self._process(image)
+
+    def _process(self, image: PIL.Image.Image, **geometry: Any) -> torch.Tensor:
+        processed = self.processor(images=image, do_rescale=False, do_normalize=False, return_tensors="pt", **geometry)
+        return processed["pixel_values"][0].to(torch.uint8)
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """Height and width of what the processor returns."""
+        height, width = self._process(PIL.Image.new("RGB", (64, 64))).shape[-2:]
+        return height, width
+
+
+class FiveCropView(ProcessorView):
+    """The centre and the corners of an image that is enlarged by 248 / 224, for test-time ensembling as in LIFT."""
+
+    def __call__(self, image: PIL.Image.Image, index: int) -> torch.Tensor:
+        """Return (5, 3, H, W)."""
+        enlarged = {edge: round(length * 248 / 224) for edge, length in dict(self.processor.size).items()}
+        pixels = self._process(image, size=enlarged, do_center_crop=False)
+        height, width = self.size
+        bottom, right = pixels.shape[-2] - height, pixels.shape[-1] - width
+        corners = [(bottom // 2, right // 2), (0, 0), (0, right), (bottom, 0), (bottom, right)]
+        return torch.stack([pixels[:, top : top + height, left : left + width] for top, left in corners])
+
+
+class RandomCropView(ProcessorView):
+    """A random part of the whole image, resized to the model's size; another one for each image and epoch.
+
+    Args:
+        processor: The model's image processor.
+        scale: Smallest share of the image's area that a crop keeps.
+        seed: With the epoch and the index of the image, decides which part.
+    """
+
+    def __init__(self, processor: BaseImageProcessor, scale: float, seed: int) -> None:
+        super().__init__(processor)
+        self.crop = K.RandomResizedCrop(self.size, scale=(scale, 1.0))
+        self.seed = seed
+        self.epoch = 0
+
+    def __call__(self, image: PIL.Image.Image, index: int) -> torch.Tensor:
+        """Return (3, H, W)."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)[0]))
+            corners = self.crop.forward_parameters(torch.Size((1, 3, image.height, image.width)))["src"][0]
+        (left, top), (right, bottom) = corners[0].tolist(), (corners[2] + 1).tolist()
+        # By PIL rather than kornia, which does not smooth what it makes smaller.
+        part = image.resize(self.size[::-1], PIL.Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+        return torch.from_numpy(np.array(part)).permute(2, 0, 1)
+
+
 class PixelDataset(TorchDataset):
-    """Images in the geometry that the model's own processor gives them, as uint8.
+    """Images in the geometry of the model, as uint8.
 
     Args:
         split: The images.
-        processor: The model's image processor, of which only resizing and cropping happen here.
+        view: Gives that geometry to an image.
     """
 
-    def __init__(self, split: LabelledImages, processor: BaseImageProcessor) -> None:
+    def __init__(self, split: LabelledImages, view: ProcessorView) -> None:
         self.split = split
-        self.processor = processor
+        self.view = view
         self.pixels: torch.Tensor | None = None
 
     def __len__(self) -> int:
@@ -194,21 +262,27 @@ class PixelDataset(TorchDataset):
         pixels = self._decode(index) if self.pixels is None else self.pixels[index]
         return {"pixel_values": pixels, "labels": self.split.labels[index]}
 
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch comes next, to a view that is random."""
+        if isinstance(self.view, RandomCropView):
+            self.view.epoch = epoch
+
     def _decode(self, index: int) -> torch.Tensor:
         try:
             image = self.split.images[int(index)][self.split.image_column].convert("RGB")
         except OSError as error:
             raise ValueError(f"Image {index} cannot be read: {error}") from error
-        processed = self.processor(images=image, do_rescale=False, do_normalize=False, return_tensors="pt")
-        return processed["pixel_values"][0].to(torch.uint8)
+        return self.view(image, int(index))
 
     def cache_if_small(self, max_bytes: int, progress: bool) -> None:
-        """Decode all images now, once, if they fit.
+        """Decode all images now, once, if they fit and are the same every epoch.
 
         Args:
             max_bytes: Largest size of the decoded split, in bytes.
             progress: Whether to show a progress bar.
         """
+        if isinstance(self.view, RandomCropView):
+            return
         first = self._decode(0)
         if first.numel() * len(self) <= max_bytes:
             indices = tqdm(range(len(self)), desc="decoding images", disable=not progress, leave=False)
@@ -220,7 +294,7 @@ class PixelTransform(nn.Module):
 
     Args:
         processor: The model's image processor, which knows the scale, mean and standard deviation.
-        augmentation: "crop-flip", or "none".
+        augmentation: "crop-flip"; "flip", where crops are made elsewhere; or "none".
         crop_scale: Smallest share of the image that a random crop keeps.
     """
 
@@ -246,5 +320,7 @@ class PixelTransform(nn.Module):
         images = pixels.float() * self.scale
         if self.training and self.augmentation == "crop-flip":
             crop = K.RandomResizedCrop(images.shape[-2:], scale=(self.crop_scale, 1.0), cropping_mode="resample")
-            images = K.RandomHorizontalFlip()(crop(images))
+            images = crop(images)
+        if self.training and self.augmentation != "none":
+            images = K.RandomHorizontalFlip()(images)
         return (images - self.mean) / self.std

@@ -33,6 +33,7 @@ def write_report(
     test: PixelDataset,
     transform: PixelTransform,
     repo_id: str,
+    num_workers: int = 0,
 ) -> None:
     """Write the pictures, and the model card where the adapter is one of Sage's.
 
@@ -45,6 +46,7 @@ def write_report(
         test: Test images.
         transform: What turns them into the model's input.
         repo_id: Where the adapter will be found.
+        num_workers: Processes that decode images which are not decoded yet.
     """
     model.eval()
     transform.eval()
@@ -53,8 +55,8 @@ def write_report(
     pictures = {"long_tail.png": "Test accuracy, %: each class (points), running mean (lines), and the groups."}
     plot_long_tail(runs, counts).savefig(folder / "long_tail.png")
 
-    features, labels, train_logits = own_class(model, train, transform)
-    _, test_labels, test_logits = own_class(model, test, transform)
+    features, labels, train_logits = own_class(model, train, transform, num_workers)
+    _, test_labels, test_logits = own_class(model, test, transform, num_workers)
     if max(counts) > 1:
         estimated = estimate_mismatch(features, labels, len(counts), model.get_base_model().head.scale)
         measured = class_means(train_logits, labels, len(counts)) - class_means(test_logits, test_labels, len(counts))
@@ -90,13 +92,13 @@ def write_report(
 
 @torch.inference_mode()
 def own_class(
-    model: PeftModel, images: PixelDataset, transform: PixelTransform
+    model: PeftModel, images: PixelDataset, transform: PixelTransform, num_workers: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the images' embeddings (N, e), their labels (N,), and the logit of the right class (N,)."""
     classifier = model.get_base_model()
     device = next(model.parameters()).device
     features, labels, logits = [], [], []
-    for batch in DataLoader(images, batch_size=128):
+    for batch in DataLoader(images, batch_size=128, num_workers=0 if images.pixels is not None else num_workers):
         embeddings = encode_image(classifier, transform(batch["pixel_values"].to(device)))
         own = classifier.head(embeddings).gather(1, batch["labels"].to(device)[:, None])
         features.append(embeddings.float().cpu())

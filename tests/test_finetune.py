@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -160,6 +161,7 @@ def test_losses_are_one_formula():
 
 def test_resumed_after_a_kill_ends_with_the_same_weights(command, tmp_path, monkeypatch):
     command = [*command, "--epochs", "30", "--gradient-accumulation-steps", "2", "--checkpointing-steps", "1"]
+    command += ["--augmentation", "resized-crop-flip", "--num-workers", "0"]
     finetune.main([*command, "--output-dir", str(tmp_path / "whole")])
 
     process = subprocess.Popen([sys.executable, str(EXAMPLES / "finetune.py"), *command], stdout=subprocess.DEVNULL)
@@ -395,11 +397,121 @@ def test_imbalance_gives_the_published_sizes_of_cifar_100_lt(ratio, images):
     assert not np.array_equal(kept, image_data.long_tailed_subset(labels, 100, ratio, seed=1))
 
 
+def test_the_subset_of_cifar_100_lt_is_the_published_one():
+    """Class by class, in order, NumPy's global generator shuffles the images and the first ones stay."""
+    labels = np.random.default_rng(0).permutation(np.tile(np.arange(10), 30))
+    np.random.seed(0)
+    expected = []
+    for label in range(10):
+        own = np.where(labels == label)[0]
+        np.random.shuffle(own)
+        expected.extend(own[: int(30 * 0.1 ** (label / 9))])
+    assert image_data.long_tailed_subset(labels, 10, 10, seed=0).tolist() == sorted(expected)
+
+
+def test_random_crops_of_the_original_image(clip_folder):
+    processor = AutoImageProcessor.from_pretrained(clip_folder)
+    ramp = Image.fromarray(np.linspace(0, 255, 100).round().astype(np.uint8)[None, :, None].repeat(40, 0).repeat(3, 2))
+    view = image_data.RandomCropView(processor, scale=0.1, seed=0)
+    state = torch.get_rng_state()
+    crops = torch.stack([view(ramp, index) for index in range(50)]).float()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert crops.shape == (50, 3, 16, 16)
+    left, right = crops[:, 0, :, 0].mean(1), crops[:, 0, :, -1].mean(1)
+    # A crop of the share s of 100 x 40 pixels and aspect a is sqrt(4000 s a) wide: 17 to 73 of the ramp's pixels.
+    width = (right - left) / 2.55 * 16 / 15
+    assert (width > 15).all() and (width < 75).all() and width.std() > 5
+    assert left.min() < 40 and right.max() > 215  # from one end to the other
+    assert torch.equal(view(ramp, 3), crops[3].byte())
+    view.epoch = 1
+    assert not torch.equal(view(ramp, 3), crops[3].byte())
+    whole = image_data.RandomCropView(processor, scale=1.0, seed=0)(Image.new("RGB", (30, 30), (9, 8, 7)), 0)
+    assert (whole == torch.tensor([9, 8, 7])[:, None, None]).all()
+
+
+def test_five_crops_are_the_centre_and_the_corners_of_the_enlarged_image(clip_folder):
+    processor = AutoImageProcessor.from_pretrained(clip_folder)
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 255, size=(40, 60, 3), dtype=np.uint8))
+    crops = image_data.FiveCropView(processor)(image, 0)
+    assert crops.shape == (5, 3, 16, 16) and crops.dtype == torch.uint8
+    enlarged = np.array(image.resize((27, 18), Image.BICUBIC))
+    for crop, (top, left) in zip(crops, [(1, 5), (0, 0), (0, 11), (2, 0), (2, 11)], strict=True):
+        np.testing.assert_array_equal(crop.permute(1, 2, 0), enlarged[top : top + 16, left : left + 16])
+
+
+def test_logits_of_several_crops_are_averaged(clip_folder, image_folder, command):
+    args = finetune.parse_args([*command, "--test-crops", "5"])
+    processor = AutoImageProcessor.from_pretrained(clip_folder)
+    splits, _ = image_data.load_images(str(image_folder), "image", "label", "train", "validation", "test")
+    accelerator = finetune.Accelerator()
+    loaders = finetune.make_loaders(args, accelerator, splits, processor)
+    transform = image_data.PixelTransform(processor, "none", 1.0)
+
+    class Head(torch.nn.Module):
+        """Logits that differ between crops, and whose mean is not what any single crop says."""
+
+        def forward(self, pixel_values):
+            return SimpleNamespace(logits=pixel_values[:, :, 0, :4].abs().sum(dim=1))
+
+    _, predictions = finetune.evaluate(accelerator, Head(), loaders["test"], transform, np.array([1, 1, 1, 1]))
+    view = image_data.FiveCropView(processor)
+    images = [view(row["image"], 0) for row in splits["test"].images]
+    logits = [Head()(transform.eval()(crops)).logits for crops in images]
+    expected = torch.stack([row.mean(dim=0) for row in logits]).argmax(dim=-1)
+    assert torch.equal(predictions, expected)
+    assert not torch.equal(expected, torch.stack([row[0] for row in logits]).argmax(dim=-1))
+    assert loaders["validation"].dataset[0]["pixel_values"].shape == (3, 16, 16)
+
+
+def test_random_crops_do_not_depend_on_workers_and_change_every_epoch(command, monkeypatch):
+    command = [*command, "--augmentation", "resized-crop-flip", "--crop-scale", "0.08"]
+    alone = finetune.main([*command, "--num-workers", "0"])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with_workers = finetune.main([*command, "--num-workers", "1", "--cache-gib", "0"])
+    assert alone["validation"] == with_workers["validation"] and alone["trained"] == with_workers["trained"]
+
+    epochs = []
+    crop = image_data.RandomCropView.__call__
+    monkeypatch.setattr(
+        image_data.RandomCropView, "__call__", lambda self, *image: (epochs.append(self.epoch), crop(self, *image))[1]
+    )
+    AcceleratorState._reset_state(reset_partial_state=True)
+    finetune.main([*command, "--num-workers", "0", "--method", "head"])
+    assert set(epochs[:20]) == {0} and set(epochs[-20:]) == {1} and epochs == sorted(epochs)
+
+
+def test_sgd_with_momentum_is_the_textbooks():
+    args = finetune.parse_args(["--optimizer", "sgd", "--lr", "0.1", "--momentum", "0.5", "--weight-decay", "0.2"])
+    weight = torch.nn.Parameter(torch.tensor([2.0]))
+    optimizer = finetune.make_optimizer(args, [weight])
+    expected, velocity = 2.0, 0.0
+    for gradient in (1.0, -3.0, 0.5):
+        weight.grad = torch.tensor([gradient])
+        optimizer.step()
+        velocity = 0.5 * velocity + gradient + 0.2 * expected
+        expected -= 0.1 * velocity
+    assert weight.item() == pytest.approx(expected)
+    assert isinstance(finetune.make_optimizer(finetune.parse_args([]), [weight]), torch.optim.AdamW)
+
+
+@pytest.mark.parametrize("decay", ["step", "epoch"])
+def test_the_learning_rate_falls_as_a_cosine(command, monkeypatch, decay):
+    rates = []
+    step = torch.optim.SGD.step
+    monkeypatch.setattr(
+        torch.optim.SGD, "step", lambda self, *_: (rates.append(self.param_groups[0]["lr"]), step(self))
+    )
+    finetune.main([*command, *f"--method head --optimizer sgd --epochs 4 --lr 0.1 --lr-decay {decay}".split()])
+    done = np.arange(20) // 5 / 4 if decay == "epoch" else np.arange(20) / 20
+    np.testing.assert_allclose(rates, 0.05 * (1 + np.cos(np.pi * done)))
+
+
 def test_pixels_are_those_of_the_models_own_processor(clip_folder, image_folder):
     processor = AutoImageProcessor.from_pretrained(clip_folder)
     splits, _ = image_data.load_images(str(image_folder), "image", "label", "train", "validation", "test")
     split = splits["test"]
-    pixels = image_data.PixelDataset(split, processor)
+    pixels = image_data.PixelDataset(split, image_data.ProcessorView(processor))
     transform = image_data.PixelTransform(processor, "crop-flip", crop_scale=0.5)
     batch = torch.stack([pixels[i]["pixel_values"] for i in range(len(split))])
     expected = processor(images=[row["image"] for row in split.images], return_tensors="pt")["pixel_values"]
