@@ -13,9 +13,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from peft_sage import SageConfig, SageLoss, ZeroShotClassifier
-from tests.conftest import tiny_clip
+from tests.conftest import VISION, tiny_clip
 
 
 COUNTS = [12, 6, 3]
@@ -34,6 +35,14 @@ def make_model(guidance_seed: int = 3) -> PeftModel:
     classifier = ZeroShotClassifier(tiny_clip(), torch.randn(3, 16, generator=generator))
     guidance = torch.randn(3, 24, generator=torch.Generator().manual_seed(guidance_seed))
     return get_peft_model(classifier, SageConfig(guidance=guidance, modules_to_save=["head"]))
+
+
+def make_vision_model() -> PeftModel:
+    """Without CLIP's `logit_scale`: DeepSpeed takes no scalars."""
+    torch.manual_seed(0)
+    vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION, projection_dim=16))
+    config = SageConfig(guidance=torch.randn(3, 24), modules_to_save=["head"])
+    return get_peft_model(ZeroShotClassifier(vision, torch.randn(3, 16)), config)
 
 
 def train(folder: Path) -> None:
@@ -118,8 +127,39 @@ def fsdp2(folder: Path) -> None:
         torch.save((state, get_peft_model_state_dict(whole)), folder / "fsdp2.pt")
 
 
+def deepspeed(folder: Path) -> None:
+    """Gradients and optimiser states spread by ZeRO stage 2, against the whole model on the whole batch."""
+    from deepspeed import init_distributed, initialize
+
+    init_distributed("gloo")
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    spread, whole = make_vision_model(), make_vision_model()
+    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2) for m in (spread, whole)]
+    settings = {
+        "train_micro_batch_size_per_gpu": GLOBAL_BATCH // processes,
+        "zero_optimization": {"stage": 2},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": 0.0,
+    }
+    engine, *_ = initialize(model=spread, optimizer=optimizers[0], config=settings)
+    loss, data = SageLoss(COUNTS), make_data(32)
+    for start in range(0, len(data), GLOBAL_BATCH):
+        images = torch.stack([item["pixel_values"] for item in data[start : start + GLOBAL_BATCH]])
+        labels = torch.tensor([item["labels"] for item in data[start : start + GLOBAL_BATCH]])
+        engine.backward(loss(engine(pixel_values=images[rank::processes]), labels[rank::processes]))
+        engine.step()
+        loss(whole(pixel_values=images), labels).backward()
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+    if rank == 0:
+        states = [get_peft_model_state_dict(model) for model in (spread, whole, make_vision_model())]
+        torch.save((engine.zero_optimization_stage(), states), folder / "deepspeed.pt")
+
+
 if __name__ == "__main__":
+    jobs = {"train": train, "gather": gather, "disagree": disagree, "fsdp2": fsdp2, "deepspeed": deepspeed}
     for job in sys.argv[2:]:
-        {"train": train, "gather": gather, "disagree": disagree, "fsdp2": fsdp2}[job](Path(sys.argv[1]))
+        jobs[job](Path(sys.argv[1]))
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -2,6 +2,7 @@
 """Every script of `examples/by_feature` runs, on a few of the demo's images, and does what it says."""
 
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -127,6 +128,26 @@ def test_own_guidance(run, tmp_path):
     BertModel(BertConfig(vocab_size=300, max_position_embeddings=40, **size)).save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
     assert run("own_guidance", "--text-encoder", "bert")["model"].peft_config["default"].guidance_shape == [86, 20]
+
+
+def test_several_gpus(run, tmp_path):
+    """Two CPU processes, which `accelerate launch` starts as its configuration says; and one."""
+    one = run("several_gpus", "--batch-size", 16)
+    script = [str(SCRIPTS / "several_gpus.py"), "--max-images", "48", "--epochs", "1", "--batch-size", "8"]
+    config = str(EXAMPLES / "accelerate_configs" / "ddp.yaml")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--mixed_precision", "no"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, *script, "--output-dir", "two"], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 processes, MULTI_CPU: macro" in done.stdout
+    assert sorted(path.name for path in Path("two").iterdir()) == sorted(
+        path.name for path in Path("several_gpus").iterdir()
+    )
+    weights = [load_file(f"{folder}/adapter_model.safetensors") for folder in ("two", "several_gpus")]
+    assert one["accelerator"].num_processes == 1 and weights[0].keys() == weights[1].keys()
+    assert any(weight.any() for name, weight in weights[0].items() if name.endswith("peft_sage_up.weight"))
 
 
 @pytest.fixture(scope="module")

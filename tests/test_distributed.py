@@ -62,3 +62,12 @@ def test_fsdp2_gives_the_weights_of_one_process(folder):
     sharded, whole = torch.load(folder / "fsdp2.pt")
     assert any("guidance" in name for name in sharded)
     torch.testing.assert_close(sharded, whole, atol=1e-5, rtol=1e-4)
+
+
+def test_deepspeed_gives_the_weights_of_one_process(tmp_path):
+    pytest.importorskip("deepspeed")
+    run(tmp_path, 2, "deepspeed")
+    stage, (spread, whole, start) = torch.load(tmp_path / "deepspeed.pt")
+    assert stage == 2
+    torch.testing.assert_close(spread, whole, atol=1e-5, rtol=1e-4)
+    assert any((start[name] - whole[name]).abs().max() > 1e-2 for name in whole if "peft_sage_up" in name)
