@@ -88,7 +88,19 @@ class LongTailCallback(TrainerCallback):
         train_dataloader: DataLoader[Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Measure the mismatch; called by Trainer."""
+        """Measure the mismatch and give it to the loss; called by Trainer.
+
+        Args:
+            args: Trainer's arguments, of which the device is used.
+            state: Unused.
+            control: Unused.
+            model: The model, unwrapped.
+            train_dataloader: Its batches have `pixel_values` (B, C, H, W) and `labels` (B,).
+            **kwargs: Unused.
+
+        Raises:
+            ValueError: If no `scale` was given and the model has no [`CosineHead`], or the data set has no length.
+        """
         if not self.refresh or model is None or train_dataloader is None:
             return
         scale = self.scale

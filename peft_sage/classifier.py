@@ -34,7 +34,14 @@ class CosineHead(nn.Linear):
         self.scale = scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return logits (..., K) for features (..., e)."""
+        """Return the logits of features.
+
+        Args:
+            x: Features (..., e), of any length.
+
+        Returns:
+            Logits (..., K), between -scale and scale.
+        """
         return self.scale * F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
 
     def extra_repr(self) -> str:

@@ -161,6 +161,9 @@ class SageConfig(PeftConfig):
             subfolder: Folder inside it.
             **kwargs: As PEFT takes them, such as `revision` and `token`.
 
+        Returns:
+            The configuration, of the class that its `peft_type` names.
+
         Raises:
             ValueError: If there is no such configuration, or it is not valid.
             TypeError: If it holds values of the wrong type.
@@ -188,6 +191,9 @@ class SageConfig(PeftConfig):
         Args:
             save_directory: The folder; it is made if need be.
             **kwargs: As PEFT takes them.
+
+        Raises:
+            ValueError: If `save_directory` is a file.
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"`save_directory` must be a folder, but {save_directory!r} is a file.")
