@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .config import SageConfig
+from .key_value_cache import KeyValueCache, project
 
 
 class SageLayer(nn.Module, BaseTunerLayer):
@@ -29,6 +30,9 @@ class SageLayer(nn.Module, BaseTunerLayer):
     All blocks share one guidance tensor. It is a buffer of the first adapted block, its owner, so that it is saved
     once; the other blocks hold a reference to the owner's `BufferDict`, never to the tensor, which loading may
     replace.
+
+    Evaluation without gradients on the CPU keeps the keys `G W_k` and the values `G W_v` from batch to batch
+    (`KeyValueCache`); results are the same, bit for bit.
 
     Args:
         base_layer: The block, a module from (..., d) to (..., d).
@@ -69,6 +73,7 @@ class SageLayer(nn.Module, BaseTunerLayer):
         self._awaits_loading: set[str] = set()
         # A plain dict, so that what other layers own is not registered here as well.
         self._guidance: dict[str, BufferDict] = {}
+        self._cache = KeyValueCache()
 
     def update_layer(
         self, adapter_name: str, config: SageConfig, guidance: BufferDict | None, scaling: float = 1.0
@@ -178,8 +183,9 @@ class SageLayer(nn.Module, BaseTunerLayer):
         Returns:
             A tensor (..., r). The matrix of all weights is never kept (`scaled_dot_product_attention`).
         """
-        values = self._split_heads(self._project(self.peft_sage_value, adapter_name), adapter_name)
-        return self._attention(z, values, adapter_name).transpose(1, 2).reshape(z.shape)
+        keys, values = (self._split_heads(rows, adapter_name) for rows in self._keys_and_values(adapter_name))
+        queries = self._split_heads(z, adapter_name)
+        return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).reshape(z.shape)
 
     def attention_weights(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """Return how much each token attends to each row of the guidance.
@@ -203,20 +209,21 @@ class SageLayer(nn.Module, BaseTunerLayer):
         # Attention to one-hot values is the weights themselves, so that there is one formula for both.
         one_hot = torch.eye(len(self._guidance[adapter_name][adapter_name]), dtype=z.dtype, device=z.device)
         values = one_hot.expand(1, self.num_heads[adapter_name], *one_hot.shape)
-        return self._attention(z, values, adapter_name)[0].reshape(-1, *x.shape[:-1], len(one_hot))
+        queries, keys = (self._split_heads(t, adapter_name) for t in (z, self._keys_and_values(adapter_name)[0]))
+        return F.scaled_dot_product_attention(queries, keys, values)[0].reshape(-1, *x.shape[:-1], len(one_hot))
 
     def _bottleneck(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
         down: Any = self.peft_sage_down[adapter_name]
         x = self._cast_input_dtype(x, down.weight.dtype)
         return down(self.peft_sage_norm[adapter_name](x))
 
-    def _attention(self, z: torch.Tensor, values: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        keys = self._split_heads(self._project(self.peft_sage_key, adapter_name), adapter_name)
-        return F.scaled_dot_product_attention(self._split_heads(z, adapter_name), keys, values)
-
-    def _project(self, projections: nn.ModuleDict, adapter_name: str) -> torch.Tensor:
-        projection: Any = projections[adapter_name]
-        return projection(self._guidance[adapter_name][adapter_name].to(projection.weight.dtype))
+    def _keys_and_values(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        guidance = self._guidance[adapter_name][adapter_name]
+        key: Any = self.peft_sage_key[adapter_name]
+        value: Any = self.peft_sage_value[adapter_name]
+        if self.training or torch.compiler.is_compiling():
+            return project(guidance, key, value)
+        return self._cache.project(adapter_name, guidance, key, value)
 
     def _split_heads(self, t: torch.Tensor, adapter_name: str) -> torch.Tensor:
         # The tokens of all images share their keys and values: one sequence of queries, a batch of one.
@@ -237,12 +244,18 @@ class SageLayer(nn.Module, BaseTunerLayer):
                 result[index] += self.update(x[index], name).to(result.dtype)
         return result
 
+    def train(self, mode: bool = True) -> SageLayer:
+        """Set training or evaluation mode. Either drops the keys and values that evaluation keeps."""
+        self._cache.clear()
+        return super().train(mode)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter from the layer, with its guidance where this layer owns it."""
         super().delete_adapter(adapter_name)
         for attributes in (self._guidance, self.fixed_scaling, self.num_heads):
             attributes.pop(adapter_name, None)
         self._awaits_loading.discard(adapter_name)
+        self._cache.clear()
         for entries in (self.peft_sage_guidance, self.peft_sage_num_heads, self.peft_sage_dropout):
             if adapter_name in entries:
                 del entries[adapter_name]

@@ -34,7 +34,9 @@ class SageLoss(nn.Module):
     It can be handed to `transformers.Trainer` as it is: `Trainer(..., compute_loss_func=SageLoss(class_counts))`. Note
     that Trainer's `eval_loss` is then this loss too, adjustment included; judge a model by its accuracies.
 
-    With thousands of classes, `torch.compile(loss)` is faster: it fuses the float32 arithmetic into fewer passes.
+    For logits in half precision, class indices and no label smoothing, nothing of the logits' size is kept in float32
+    for the backward pass; that case cannot be differentiated twice. With thousands of classes, `torch.compile(loss)`
+    is faster: it fuses the float32 arithmetic into fewer passes.
 
     Args:
         class_counts: (K,) numbers of training images. A class without images counts as one with a single image.
@@ -182,15 +184,25 @@ class SageLoss(nn.Module):
 
         if self.adjustment.device != logits.device and not torch.compiler.is_compiling():
             self.to(logits.device)  # Trainer moves the model, but not its loss
-        # At least float32 by type promotion, without a float32 copy of the logits beside the sum.
-        adjusted = logits + self.adjustment.to(logits.device)
-        loss = F.cross_entropy(
-            adjusted,
-            labels.to(adjusted.device, adjusted.dtype if soft else torch.long),
-            ignore_index=-100 if soft else self.ignore_index,
-            reduction=self.reduction if num_items_in_batch is None else "sum",
-            label_smoothing=self.label_smoothing,
-        )
+        reduction = self.reduction if num_items_in_batch is None else "sum"
+        if logits.element_size() > 2 or soft or self.label_smoothing or torch.compiler.is_compiling():
+            # At least float32 by type promotion, without a float32 copy of the logits beside the sum.
+            adjusted = logits + self.adjustment.to(logits.device)
+            loss = F.cross_entropy(
+                adjusted,
+                labels.to(adjusted.device, adjusted.dtype if soft else torch.long),
+                ignore_index=-100 if soft else self.ignore_index,
+                reduction=reduction,
+                label_smoothing=self.label_smoothing,
+            )
+        else:
+            labels = labels.to(logits.device, torch.long)
+            counted = labels != self.ignore_index
+            needs_grad = logits.requires_grad and torch.is_grad_enabled()
+            loss, _ = _HalfPrecisionLoss.apply(logits, self.adjustment, labels.where(counted, 0), needs_grad)
+            loss = loss.where(counted, 0)
+            loss = loss if reduction == "none" else loss.sum()
+            loss = loss / counted.sum() if reduction == "mean" else loss
         if num_items_in_batch is None:
             return loss
         if isinstance(num_items_in_batch, torch.Tensor):
@@ -206,6 +218,59 @@ class SageLoss(nn.Module):
             f"num_classes={len(self.adjustment)}, tau={self.tau}, compensation={self.compensation}, "
             f"label_smoothing={self.label_smoothing}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
         )
+
+
+# 1 MiB in float32: some rows of the logits stay in the processor's cache between the steps. Elsewhere as many as it
+# takes for starting the steps to take no time.
+_CHUNK_ELEMENTS, _CHUNK_ELEMENTS_ACCELERATOR = 2**18, 2**25
+
+
+class _HalfPrecisionLoss(torch.autograd.Function):
+    """-log softmax_y(z + adjustment) of each image (B,) in float32, for logits (B, K) in half precision.
+
+    The derivative softmax(z + adjustment) - onehot(y) is computed along with it, some rows at a time, and kept in the
+    logits' precision: as much memory as `F.cross_entropy` keeps, where a sum in float32 would take twice as much.
+    """
+
+    @staticmethod
+    def forward(
+        logits: torch.Tensor, adjustment: torch.Tensor, labels: torch.Tensor, needs_grad: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        elements = _CHUNK_ELEMENTS if logits.device.type == "cpu" else _CHUNK_ELEMENTS_ACCELERATOR
+        size = min(max(1, elements // logits.shape[1]), max(1, len(logits)))
+        losses = adjustment.new_empty(len(logits), 1)
+        derivative = torch.empty_like(logits if needs_grad else logits[:0])
+        # Written to again and again: new memory for each step would cost as much as the step.
+        sums, shares = adjustment.new_empty(2, size, logits.shape[1])
+        minus_one = adjustment.new_full((size, 1), -1.0)
+        for start in range(0, len(logits), size):
+            rows, label = logits[start : start + size], labels[start : start + size, None]
+            adjusted, share = sums[: len(rows)].copy_(rows).add_(adjustment), shares[: len(rows)]
+            torch.softmax(adjusted, 1, out=share)
+            # The largest logit's share tells the denominator; the label's own may have underflowed.
+            log_denominator = adjusted.amax(1, keepdim=True) - share.amax(1, keepdim=True).log_()
+            losses[start : start + size] = log_denominator - adjusted.gather(1, label)
+            if needs_grad:
+                derivative[start : start + size] = share.scatter_add_(1, label, minus_one)
+        return losses.squeeze(1), derivative
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor, None, None, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "`SageLoss` of half-precision logits has no second derivative; give it `logits.float()`."
+            )
+        (derivative,) = ctx.saved_tensors
+        elements = _CHUNK_ELEMENTS if grad.device.type == "cpu" else _CHUNK_ELEMENTS_ACCELERATOR
+        result, size = torch.empty_like(derivative), max(1, elements // derivative.shape[1])
+        for rows, out, factor in zip(derivative.split(size), result.split(size), grad.split(size), strict=True):
+            torch.mul(rows, factor[:, None], out=out)
+        return result, None, None, None
 
 
 def _logits(outputs: torch.Tensor | Mapping[str, Any] | Sequence[Any]) -> torch.Tensor:

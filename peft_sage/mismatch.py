@@ -12,9 +12,12 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 
-_CHUNK_ELEMENTS = 2**18  # 1 MiB in float32: a chunk of features stays in the processor's cache between the steps
+# 1 MiB in float32: a chunk of features stays in the processor's cache between the steps. Elsewhere a chunk has to be
+# large enough that starting the steps takes no time.
+_CHUNK_ELEMENTS, _CHUNK_ELEMENTS_ACCELERATOR = 2**18, 2**26
 
 
 def mismatch_from_counts(class_counts: Sequence[int] | torch.Tensor, effective_dim: float = 8.0) -> torch.Tensor:
@@ -57,9 +60,9 @@ def estimate_mismatch(
         cos(f_i, m_k)      = a_i / |S_k|                                  where a_i = f_i . S_k
         cos(f_i, m_{k,-i}) = (a_i - 1) / sqrt(|S_k|^2 - 2 a_i + 1)
 
-    so that two passes over the features suffice. A few images say little about the dispersion of their class, and one
-    image says nothing. So `o_k` is drawn towards the optimism of `n_k` images with the pooled within-class dispersion
-    `1 - c`, `c` being the mean cosine of two images of one class:
+    so that three passes over the features suffice: for the lengths, the sums and the `a_i`. A few images say little
+    about the dispersion of their class, and one image says nothing. So `o_k` is drawn towards the optimism of `n_k`
+    images with the pooled within-class dispersion `1 - c`, `c` being the mean cosine of two images of one class:
 
         o(n, c) = sqrt((1 + (n - 1) c) / n) - c sqrt(m / (1 + (m - 1) c)),   m = max(n - 1, 1);   o(1, c) = 1 - c
         delta_k = scale * [ w_k o_k + (1 - w_k) o(n_k, c) ],                 w_k = (n_k - 1) / (n_k - 1 + shrinkage)
@@ -70,7 +73,7 @@ def estimate_mismatch(
 
     Args:
         features: (N, d) image features of the training images, of any floating type; normalised here. Beyond the
-            features, memory is one (K, d) sum of float32.
+            features, memory is one (K, d) sum of float32 and a few numbers an image.
         labels: (N,) class indices.
         num_classes: K. A class without images counts as one with a single image.
         scale: the scale by which the head multiplies its cosines, which turns cosines into nats.
@@ -100,25 +103,28 @@ def estimate_mismatch(
     check_label_range(labels, num_classes)
 
     labels = labels.to(features.device, torch.long)
+    counts = torch.bincount(labels, minlength=num_classes)
+    chunk = _CHUNK_ELEMENTS if features.device.type == "cpu" else _CHUNK_ELEMENTS_ACCELERATOR
+    rows = max(1, chunk // max(1, features.shape[1]))
     dtype = torch.promote_types(features.dtype, torch.float32)
-    rows = max(1, _CHUNK_ELEMENTS // max(1, features.shape[1]))
-    sums = features.new_zeros(num_classes, features.shape[1], dtype=dtype)
-    norm, own = features.new_empty(2, len(features), dtype=dtype)  # |f_i|, and a_i = f_i . S_k
-    chunks = list(zip(*(tensor.split(rows) for tensor in (features, labels, norm, own)), strict=True))
-    for chunk, label, length, _ in chunks:
-        length.copy_(torch.linalg.vector_norm(chunk, dim=1, dtype=dtype))
-        sums.index_add_(0, label, chunk / length[:, None])
+    norm = torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=dtype) for part in features.split(rows)])
     if not (norm.isfinite() & (norm > 0)).all():
         raise ValueError("`features` must be finite and no row may be zero.")
-    for chunk, label, length, dot in chunks:
-        torch.div(torch.linalg.vecdot(chunk.to(dtype), sums.index_select(0, label)), length, out=dot)
+    sums = _class_sums(features, norm.reciprocal(), labels, counts)
+    squares = torch.linalg.vecdot(sums, sums)
+    a = torch.empty_like(norm)  # f_i . S_k
+    products = sums.new_empty(rows, sums.shape[1])  # new memory for each chunk would cost as much as the products
+    for part, label, out in zip(features.split(rows), labels.split(rows), a.split(rows), strict=True):
+        own = torch.index_select(sums, 0, label, out=products[: len(label)])
+        torch.sum(own.mul_(part), dim=1, out=out)
+    a /= norm
 
     # The two cosines differ by O(1 / n): their difference is taken in float64, which costs nothing at size (N,).
-    a, squares = own.double(), torch.linalg.vecdot(sums, sums).double()
+    a, squares = a.double(), squares.double()
+    counts = counts.double()
     square = squares[labels]
     with_self = a / square.clamp(min=1e-12).sqrt()
     without_self = (a - 1) / (square - 2 * a + 1).clamp(min=1e-12).sqrt()
-    counts = torch.bincount(labels, minlength=num_classes).double()
     total = torch.zeros_like(squares).index_add_(0, labels, with_self - without_self)
     optimism = total / counts.clamp(min=1)
 
@@ -129,6 +135,22 @@ def estimate_mismatch(
     pooled = _expected_optimism(counts.clamp(min=1), cosine.clamp(0, 1))
     weight = torch.where(degrees > 0, degrees / (degrees + shrinkage), 0.0)
     return (scale * torch.lerp(pooled, optimism, weight).clamp(min=0)).float()
+
+
+def _class_sums(
+    features: torch.Tensor, weights: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor
+) -> torch.Tensor:
+    """Sums (K, d) of the weighted features of each class, in the precision of the weights."""
+    if features.dtype == weights.dtype:
+        order = labels.argsort(stable=True)
+        starts = counts.cumsum(0) - counts
+        return F.embedding_bag(order, features, starts, mode="sum", per_sample_weights=weights[order])
+    # A bag of rows in half precision would be rounded to it.
+    sums = weights.new_zeros(len(counts), features.shape[1])
+    rows = max(1, _CHUNK_ELEMENTS // max(1, features.shape[1]))
+    for part, weight, label in zip(features.split(rows), weights.split(rows), labels.split(rows), strict=True):
+        sums.index_add_(0, label, part * weight[:, None])
+    return sums
 
 
 def _expected_optimism(n: torch.Tensor, c: torch.Tensor) -> torch.Tensor:

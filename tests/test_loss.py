@@ -8,6 +8,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from peft_sage import loss as loss_module
 from peft_sage.loss import SageLoss
 from peft_sage.mismatch import mismatch_from_counts
 
@@ -140,6 +141,55 @@ def test_low_precision_logits_are_computed_in_float32(batch, dtype):
     torch.testing.assert_close(grad, want_grad.to(dtype))
     extreme = torch.full((1, K), -6e4, dtype=dtype).index_fill(1, torch.tensor([0]), 6e4)
     assert loss(extreme, torch.tensor([3])).isfinite()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("chunk", [1, 2 * K, 2**18])
+def test_half_precision_in_chunks_is_the_formula_in_float32(batch, reduction, chunk, monkeypatch):
+    monkeypatch.setattr(loss_module, "_CHUNK_ELEMENTS", chunk)
+    logits, labels = batch[0].bfloat16(), batch[1].clone()
+    labels[3] = 2
+    loss = SageLoss(COUNTS, reduction=reduction, ignore_index=2)
+    exact = logits.double().requires_grad_()
+    want = F.cross_entropy(exact + loss.adjustment, labels, reduction=reduction, ignore_index=2)
+    (want_grad,) = torch.autograd.grad(want.sum(), exact)
+    value, grad = value_and_grad(loss, logits, labels)
+    torch.testing.assert_close(value, want.float())
+    # Rounded where it is kept and where it is returned, and not where softmax - onehot cancels.
+    torch.testing.assert_close(grad.double(), want_grad, rtol=2**-7, atol=0)
+    with torch.no_grad():
+        assert torch.equal(loss(logits, labels), value)
+
+
+def test_half_precision_takes_masked_classes_and_weights_of_the_images():
+    logits = torch.tensor([[0.0, -torch.inf, 1, 2, 3], [-torch.inf, 0, 1, 2, 3]]).bfloat16()
+    labels, weights = torch.tensor([0, 1]), torch.tensor([2.0, -3.0])
+    loss = SageLoss(COUNTS, reduction="none")
+    exact = logits.double().requires_grad_()
+    (F.cross_entropy(exact + loss.adjustment, labels, reduction="none") * weights).sum().backward()
+    _, grad = value_and_grad(lambda z: loss(z, labels) * weights, logits)
+    torch.testing.assert_close(grad.double(), exact.grad, rtol=2**-7, atol=0)
+
+
+def test_half_precision_keeps_no_float32_copy_for_the_backward_pass(batch):
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        SageLoss(COUNTS)(batch[0].bfloat16().requires_grad_(), batch[1])
+    of_logits_size = [tensor for tensor in kept if tensor.numel() >= batch[0].numel()]
+    assert [tensor.dtype for tensor in of_logits_size] == [torch.bfloat16]
+
+
+def test_half_precision_says_that_it_has_no_second_derivative(batch):
+    logits = batch[0].bfloat16().requires_grad_()
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(SageLoss(COUNTS)(logits, batch[1]), logits, create_graph=True)
+    twice = torch.autograd.functional.hessian(lambda z: SageLoss(COUNTS)(z, batch[1]), batch[0])
+    assert twice.abs().sum() > 0
 
 
 def test_adjustment_keeps_float32_and_its_values():

@@ -127,6 +127,14 @@ def test_half_features_are_accumulated_in_float32(dtype):
     torch.testing.assert_close(got, estimate_mismatch(rounded.float(), labels, 3, scale=25.0), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_gradient_mode_makes_no_difference(context):
+    features, labels = clustered([9, 4, 2])
+    want = estimate_mismatch(features, labels, 3, scale=25.0)
+    with context():
+        assert torch.equal(estimate_mismatch(features.clone(), labels.clone(), 3, scale=25.0), want)
+
+
 def test_no_gradient_and_input_untouched():
     features, labels = clustered([30, 5])
     before = features.clone()
