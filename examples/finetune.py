@@ -60,11 +60,12 @@ from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, BaseImageProcessor, PreTrainedModel
 
 from peft_sage import LongTailAccuracy, SageConfig, SageLoss, ZeroShotClassifier, encode_class_descriptions
+from peft_sage.towers import find_blocks
 
 
 DEMO = Path(__file__).parent / "emoji_lt"
 #: LoRA goes into the attention of the vision tower; the text tower stays as it is for every method.
-LORA_TARGETS = r"(?!.*text_model).*\.(q_proj|v_proj|query|value)"
+LORA_TARGETS, TEXT_TOWER = ["q_proj", "v_proj", "query", "value"], r".*text_model.*"
 #: Flags that say how a run is carried out, not what comes out of it: they may differ when a run goes on.
 HOW = {"config", "output_dir", "resume_from_checkpoint", "checkpointing_steps", "num_workers", "cpu_threads"}
 HOW |= {"cache_gib", "with_tracking", "push_to_hub", "hub_model_id"}
@@ -92,14 +93,17 @@ def load_clip(name: str) -> PreTrainedModel:
     return AutoModel.from_pretrained(name, dtype=torch.float32)
 
 
-def peft_config(args: argparse.Namespace, texts: list[str] | dict[str, Any]) -> PeftConfig:
-    """Say what is trained: always the head, and with it what `--method` names."""
-    if args.method == "sage":
-        return SageConfig(class_descriptions=texts, r=args.r, modules_to_save=["head"])
-    if args.method == "adaptformer":
-        return SageConfig(r=args.r, modules_to_save=["head"])
-    targets = LORA_TARGETS if args.method == "lora" else DUMMY_TARGET_MODULES
-    return LoraConfig(r=args.r, lora_alpha=args.r, target_modules=targets, modules_to_save=["head"])
+def peft_config(args: argparse.Namespace, model: nn.Module, texts: list[str] | dict[str, Any]) -> PeftConfig:
+    """Say what is trained: always the head, and with it what `--method` names in the last blocks of the tower."""
+    common: dict[str, Any] = {"r": args.r, "modules_to_save": ["head"]}
+    if args.method == "head":
+        return LoraConfig(target_modules=DUMMY_TARGET_MODULES, **common)
+    if args.last_blocks:
+        depth = len(find_blocks(model))
+        common["layers_to_transform"] = list(range(max(0, depth - args.last_blocks), depth))
+    if args.method == "lora":
+        return LoraConfig(lora_alpha=args.r, target_modules=LORA_TARGETS, exclude_modules=TEXT_TOWER, **common)
+    return SageConfig(class_descriptions=texts if args.method == "sage" else None, **common)
 
 
 def make_loss(args: argparse.Namespace, class_counts: np.ndarray) -> SageLoss:
@@ -309,7 +313,7 @@ def training_function(args: argparse.Namespace) -> dict[str, Any]:
     if args.with_tracking:
         accelerator.init_trackers("logs", {key: value for key, value in vars(args).items() if value is not None})
 
-    model = get_peft_model(classifier, peft_config(args, texts))
+    model = get_peft_model(classifier, peft_config(args, classifier, texts))
     counts = [
         sum(p.numel() for p in model.parameters() if p.requires_grad),
         sum(p.numel() for p in model.parameters()),
@@ -417,13 +421,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--loss", choices=["sage", "la", "ce"], default="sage", help="la: logit adjustment, ce: cross-entropy")
     add("--tau", type=float, default=1.0, help="strength of the prior correction (sage, la)")
     add("--compensation", type=float, default=1.0, help="strength of the mismatch compensation (sage)")
-    add("--r", type=int, default=64, help="width of adapter or LoRA")
+    add("--r", type=int, default=16, help="width of adapter or LoRA")
+    add("--last-blocks", type=int, default=1, help="adapt so many blocks of the vision tower, from its end; 0 for all")
     add("--optimizer", choices=["adamw", "sgd"], default="adamw")
     add("--momentum", type=float, default=0.9, help="of SGD")
-    add("--lr", type=float, default=0.003)
+    add("--lr", type=float, default=0.01)
     add("--lr-decay", choices=["step", "epoch"], default="step", help="how often the cosine lowers the learning rate")
     add("--weight-decay", type=float, default=0.0)
-    add("--epochs", type=int, default=15)
+    add("--epochs", type=int, default=8)
     add("--batch-size", type=int, default=128, help="images a process and step")
     add("--gradient-accumulation-steps", type=int, default=1)
     add(
@@ -458,6 +463,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("epochs", "batch_size", "gradient_accumulation_steps", "r"):
         if getattr(args, name) < 1:
             parser.error(f"`--{name.replace('_', '-')}` must be at least 1, got {getattr(args, name)}.")
+    if args.last_blocks < 0:
+        parser.error(f"`--last-blocks` must be at least 0, got {args.last_blocks}.")
     if args.push_to_hub and not args.hub_model_id:
         parser.error("`--push-to-hub` needs `--hub-model-id`.")
     if args.descriptions is None and Path(args.dataset, "descriptions.json").is_file():

@@ -19,17 +19,20 @@ class SageLoss(nn.Module):
 
     With the training prior `pi_k = n_k / n`, the target prior `q_k` and the mismatch `delta_k >= 0` of a class,
 
-        L(z, y) = -log softmax_y( z + adjustment ),    adjustment_k = tau (log pi_k - log q_k) - lambda delta_k
+        L(z, y) = -log softmax_y( z + adjustment - lambda delta_y e_y ),    adjustment_k = tau (log pi_k - log q_k)
 
-    A class of few images is known through those few only, so its logit ends too low on new images, on average by
-    `delta_k` (an optimism in nats, as in AIC). Taking `lambda delta_k` away during training makes the learned logit
-    end higher by as much. At test time the logits are used as they are. Special cases: `tau = lambda = 0` is
-    cross-entropy; `tau = 1, lambda = 0` the logit-adjusted loss (Menon et al. 2021) or balanced softmax (Ren et al.
-    2020).
+    where `e_y` is the unit vector of the right class. A training image took part in what was learned of its class, a
+    new one did not: on new images the right logit is lower, on average by `delta_y` (an optimism in nats, as in AIC),
+    and the other logits are not. With `lambda delta_y` taken from the right logit the training loss stands for that of
+    new images. The fewer images a class has, the larger its `delta_y`. At test time the logits are used as they are.
+    Special cases: `tau = lambda = 0` is cross-entropy; `tau = 1, lambda = 0` the logit-adjusted loss (Menon et al.
+    2021) or balanced softmax (Ren et al. 2020).
+
+    `delta_k` is `base_mismatch`, for what no training image of any class shows, and what `mismatch` says of the class.
 
     The loss is computed in float32 (float64 for float64 logits), whatever the type of the logits, and follows the
-    logits to their device. `adjustment` stays float32 under `.half()` and `.bfloat16()`, and belongs to the state
-    dict, so that a resumed run goes on with the mismatch that was measured last.
+    logits to their device. Its buffers stay float32 under `.half()` and `.bfloat16()`. `mismatch` belongs to the
+    state dict, so that a resumed run goes on with the mismatch that was measured last.
 
     It can be handed to `transformers.Trainer` as it is: `Trainer(..., compute_loss_func=SageLoss(class_counts))`. Note
     that Trainer's `eval_loss` is then this loss too, adjustment included; judge a model by its accuracies.
@@ -49,15 +52,20 @@ class SageLoss(nn.Module):
         ignore_index: label of the images that do not count.
         reduction: `"mean"`, `"sum"` or `"none"`.
         effective_dim: effective dimension of the estimate from counts; without effect when `mismatch` is a tensor.
+        base_mismatch: mismatch of every class in nats, which is added to `mismatch`; 2 nats are a cosine of 0.08 under
+            a head of scale 25.
 
     Attributes:
-        adjustment: (K,) float32 buffer, what is added to the logits.
+        adjustment: (K,) float32 buffer, what is added to the logits: the correction for the prior.
+        mismatch: (K,) float32 buffer, `delta` in nats, of which the right logit loses `compensation` times as much.
 
     Raises:
         ValueError: an argument has a wrong value or shape.
         TypeError: an argument has a wrong type.
 
-    Reference: the compensation is the paper's (arXiv 2507.12807); its formula, restated above, is ours.
+    Reference: the compensation is the paper's (arXiv 2507.12807); its formula, restated above, is ours. Its defaults
+    are what a validation split chose (RESULTS.md, `benchmarks/longtail/experiments/losses.yaml`), and so is its form:
+    taking `delta_k` from the logit of every class, whatever the label, gained nothing over another `tau`.
 
     Example:
         >>> loss = SageLoss([500, 50, 5])
@@ -66,7 +74,7 @@ class SageLoss(nn.Module):
     """
 
     adjustment: torch.Tensor
-    prior_adjustment: torch.Tensor
+    mismatch: torch.Tensor
 
     def __init__(
         self,
@@ -78,12 +86,15 @@ class SageLoss(nn.Module):
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
         reduction: Literal["mean", "sum", "none"] = "mean",
-        effective_dim: float = 8.0,
+        effective_dim: float = 32.0,
+        base_mismatch: float = 2.0,
     ) -> None:
         super().__init__()
         for name, value in (("tau", tau), ("compensation", compensation)):
             if not math.isfinite(value):
                 raise ValueError(f"`{name}` must be a finite number, got {value}.")
+        if not (math.isfinite(base_mismatch) and base_mismatch >= 0):
+            raise ValueError(f"`base_mismatch` must be a finite number, at least 0, got {base_mismatch}.")
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"`label_smoothing` must lie in [0, 1], got {label_smoothing}.")
         if reduction not in ("mean", "sum", "none"):
@@ -91,6 +102,7 @@ class SageLoss(nn.Module):
         if isinstance(mismatch, str) and mismatch != "counts":
             raise ValueError(f'`mismatch` must be "counts" or a (K,) tensor, got {mismatch!r}.')
         self.tau = tau
+        self.base_mismatch = base_mismatch
         self.compensation = compensation
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
@@ -99,9 +111,8 @@ class SageLoss(nn.Module):
         counts = check_class_counts(class_counts).double().clamp(min=1)
         log_prior = (counts / counts.sum()).log()
         log_target = _check_target_prior(target_prior, len(counts)).log()
-        # Kept apart, and out of the state dict, for `set_mismatch`.
-        self.register_buffer("prior_adjustment", (tau * (log_prior - log_target)).float(), persistent=False)
-        self.register_buffer("adjustment", self.prior_adjustment.clone())
+        self.register_buffer("adjustment", (tau * (log_prior - log_target)).float(), persistent=False)
+        self.register_buffer("mismatch", torch.zeros_like(self.adjustment))
         self.set_mismatch(mismatch_from_counts(class_counts, effective_dim) if isinstance(mismatch, str) else mismatch)
 
     @classmethod
@@ -133,15 +144,15 @@ class SageLoss(nn.Module):
             ValueError: another shape, or a value that is negative or not finite.
             TypeError: `mismatch` does not hold numbers.
         """
-        delta = as_numbers(mismatch, "mismatch").to(self.prior_adjustment)
-        if delta.shape != self.prior_adjustment.shape:
+        delta = as_numbers(mismatch, "mismatch").to(self.adjustment)
+        if delta.shape != self.adjustment.shape:
             raise ValueError(
-                f"`mismatch` must have shape {tuple(self.prior_adjustment.shape)}, one value a class, "
+                f"`mismatch` must have shape {tuple(self.adjustment.shape)}, one value a class, "
                 f"got {tuple(delta.shape)}."
             )
         if not (delta.isfinite() & (delta >= 0)).all():
             raise ValueError(f"`mismatch` must be finite and not negative, got {delta}.")
-        self.adjustment = self.prior_adjustment - self.compensation * delta
+        self.mismatch = self.base_mismatch + delta
 
     def forward(
         self,
@@ -185,21 +196,29 @@ class SageLoss(nn.Module):
         if self.adjustment.device != logits.device and not torch.compiler.is_compiling():
             self.to(logits.device)  # Trainer moves the model, but not its loss
         reduction = self.reduction if num_items_in_batch is None else "sum"
+        labels = labels.to(logits.device)
+        compensation = self.compensation * self.mismatch.to(logits.device)
         if logits.element_size() > 2 or soft or self.label_smoothing or torch.compiler.is_compiling():
             # At least float32 by type promotion, without a float32 copy of the logits beside the sum.
             adjusted = logits + self.adjustment.to(logits.device)
+            labels = labels.to(adjusted.dtype if soft else torch.long)
+            if soft:
+                adjusted = adjusted - labels * compensation
+            else:
+                label = labels.clamp(0, num_classes - 1)  # that of an ignored image is any class
+                adjusted = adjusted.scatter_add(1, label[:, None], -compensation[label][:, None].to(adjusted.dtype))
             loss = F.cross_entropy(
                 adjusted,
-                labels.to(adjusted.device, adjusted.dtype if soft else torch.long),
+                labels,
                 ignore_index=-100 if soft else self.ignore_index,
                 reduction=reduction,
                 label_smoothing=self.label_smoothing,
             )
         else:
-            labels = labels.to(logits.device, torch.long)
             counted = labels != self.ignore_index
+            label = labels.long().where(counted, 0)
             needs_grad = logits.requires_grad and torch.is_grad_enabled()
-            loss, _ = _HalfPrecisionLoss.apply(logits, self.adjustment, labels.where(counted, 0), needs_grad)
+            loss, _ = _HalfPrecisionLoss.apply(logits, self.adjustment, label, compensation[label], needs_grad)
             loss = loss.where(counted, 0)
             loss = loss if reduction == "none" else loss.sum()
             loss = loss / counted.sum() if reduction == "mean" else loss
@@ -216,6 +235,7 @@ class SageLoss(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"num_classes={len(self.adjustment)}, tau={self.tau}, compensation={self.compensation}, "
+            f"base_mismatch={self.base_mismatch}, "
             f"label_smoothing={self.label_smoothing}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
         )
 
@@ -226,15 +246,19 @@ _CHUNK_ELEMENTS, _CHUNK_ELEMENTS_ACCELERATOR = 2**18, 2**25
 
 
 class _HalfPrecisionLoss(torch.autograd.Function):
-    """-log softmax_y(z + adjustment) of each image (B,) in float32, for logits (B, K) in half precision.
+    """-log softmax_y(z + adjustment - c e_y) of each image (B,) in float32, for logits (B, K) in half precision.
 
-    The derivative softmax(z + adjustment) - onehot(y) is computed along with it, some rows at a time, and kept in the
+    The derivative, the softmax less onehot(y), is computed along with it, some rows at a time, and kept in the
     logits' precision: as much memory as `F.cross_entropy` keeps, where a sum in float32 would take twice as much.
     """
 
     @staticmethod
     def forward(
-        logits: torch.Tensor, adjustment: torch.Tensor, labels: torch.Tensor, needs_grad: bool
+        logits: torch.Tensor,
+        adjustment: torch.Tensor,
+        labels: torch.Tensor,
+        compensation: torch.Tensor,
+        needs_grad: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         elements = _CHUNK_ELEMENTS if logits.device.type == "cpu" else _CHUNK_ELEMENTS_ACCELERATOR
         size = min(max(1, elements // logits.shape[1]), max(1, len(logits)))
@@ -246,6 +270,7 @@ class _HalfPrecisionLoss(torch.autograd.Function):
         for start in range(0, len(logits), size):
             rows, label = logits[start : start + size], labels[start : start + size, None]
             adjusted, share = sums[: len(rows)].copy_(rows).add_(adjustment), shares[: len(rows)]
+            adjusted.scatter_add_(1, label, -compensation[start : start + size, None])
             torch.softmax(adjusted, 1, out=share)
             # The largest logit's share tells the denominator; the label's own may have underflowed.
             log_denominator = adjusted.amax(1, keepdim=True) - share.amax(1, keepdim=True).log_()
@@ -260,7 +285,7 @@ class _HalfPrecisionLoss(torch.autograd.Function):
         ctx.save_for_backward(output[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor, None, None, None, None]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "`SageLoss` of half-precision logits has no second derivative; give it `logits.float()`."
@@ -270,7 +295,7 @@ class _HalfPrecisionLoss(torch.autograd.Function):
         result, size = torch.empty_like(derivative), max(1, elements // derivative.shape[1])
         for rows, out, factor in zip(derivative.split(size), result.split(size), grad.split(size), strict=True):
             torch.mul(rows, factor[:, None], out=out)
-        return result, None, None, None
+        return result, None, None, None, None
 
 
 def _logits(outputs: torch.Tensor | Mapping[str, Any] | Sequence[Any]) -> torch.Tensor:

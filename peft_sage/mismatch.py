@@ -20,7 +20,7 @@ import torch.nn.functional as F
 _CHUNK_ELEMENTS, _CHUNK_ELEMENTS_ACCELERATOR = 2**18, 2**26
 
 
-def mismatch_from_counts(class_counts: Sequence[int] | torch.Tensor, effective_dim: float = 8.0) -> torch.Tensor:
+def mismatch_from_counts(class_counts: Sequence[int] | torch.Tensor, effective_dim: float = 32.0) -> torch.Tensor:
     """Expected mismatch of a class of which only the number of training images is known.
 
     For Gaussian class conditionals with a shared covariance and a mean estimated from `n_k` images, the expected
@@ -31,7 +31,7 @@ def mismatch_from_counts(class_counts: Sequence[int] | torch.Tensor, effective_d
     Args:
         class_counts: (K,) numbers of training images. A class without images counts as one with a single image.
         effective_dim: number of directions in which an estimated class mean really errs; far below the embedding
-            width. The default gives a single-image class 2.8 nats; it is an order of magnitude, not a tuned value.
+            width. The default is what the validation split of Emoji-LT chose (RESULTS.md).
 
     Returns:
         (K,) float32, in nats; falls with the count and tends to 0.
@@ -49,7 +49,12 @@ def mismatch_from_counts(class_counts: Sequence[int] | torch.Tensor, effective_d
 
 @torch.no_grad()
 def estimate_mismatch(
-    features: torch.Tensor, labels: torch.Tensor, num_classes: int, scale: float, shrinkage: float = 10.0
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    num_classes: int,
+    scale: float,
+    shrinkage: float = 10.0,
+    groups: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Measured mismatch: how much closer images are to their class mean because they took part in it.
 
@@ -67,6 +72,11 @@ def estimate_mismatch(
         o(n, c) = sqrt((1 + (n - 1) c) / n) - c sqrt(m / (1 + (m - 1) c)),   m = max(n - 1, 1);   o(1, c) = 1 - c
         delta_k = scale * [ w_k o_k + (1 - w_k) o(n_k, c) ],                 w_k = (n_k - 1) / (n_k - 1 + shrinkage)
 
+    Images of one class are often several of the same thing: of one animal, one patient, one product. An image that is
+    left out alone is then still known through the others, and the mismatch comes out too small. With `groups`, all
+    images of a group are left out together: the group's sum `G_g` takes the place of `f_i` in `S_k - f_i`, and the
+    effective number of groups, n_k^2 / sum_g n_g^2, that of n_k.
+
     Under several processes, pass the features and labels gathered from all of them: sums over a part of a class give
     another result than their mean. To follow the adapted tower, measure anew each epoch and hand the result to
     `SageLoss.set_mismatch`.
@@ -77,15 +87,17 @@ def estimate_mismatch(
         labels: (N,) class indices.
         num_classes: K. A class without images counts as one with a single image.
         scale: the scale by which the head multiplies its cosines, which turns cosines into nats.
-        shrinkage: the number of images that the pooled dispersion is worth; 0 trusts each class's own from two images.
+        shrinkage: the number of images (or groups) that the pooled dispersion is worth; 0 trusts each class's own from
+            two.
+        groups: (N,) integers that tell which images of a class belong together. Default: each image stands alone.
 
     Returns:
         (K,) float32, in nats, on the device of the features.
 
     Raises:
         ValueError: a shape, a label or a number is out of range, a feature is zero or not finite, or no class has two
-            images, so that there is no dispersion to measure.
-        TypeError: the features are not floating-point, or the labels are not integers.
+            images (or groups), so that there is no dispersion to measure.
+        TypeError: the features are not floating-point, or the labels or groups are not integers.
 
     Reference: ours.
     """
@@ -101,40 +113,74 @@ def estimate_mismatch(
     if not (math.isfinite(shrinkage) and shrinkage >= 0):
         raise ValueError(f"`shrinkage` must be a finite number, at least 0, got {shrinkage}.")
     check_label_range(labels, num_classes)
+    if groups is not None:
+        if groups.shape != labels.shape:
+            raise ValueError(f"`groups` must have shape {tuple(labels.shape)}, got {tuple(groups.shape)}.")
+        if groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool:
+            raise TypeError(f"`groups` must be integers, got {groups.dtype}.")
 
     labels = labels.to(features.device, torch.long)
-    counts = torch.bincount(labels, minlength=num_classes)
-    chunk = _CHUNK_ELEMENTS if features.device.type == "cpu" else _CHUNK_ELEMENTS_ACCELERATOR
-    rows = max(1, chunk // max(1, features.shape[1]))
-    dtype = torch.promote_types(features.dtype, torch.float32)
-    norm = torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=dtype) for part in features.split(rows)])
+    norm = _lengths(features)
     if not (norm.isfinite() & (norm > 0)).all():
         raise ValueError("`features` must be finite and no row may be zero.")
+    a, squares, counts = _class_products(features, norm, labels, num_classes)
+    if groups is None:
+        # Of the sum of what is left out with an image: |G|^2, S_k . G, f_i . G, and the images in it.
+        group_square, group_product, own, size = torch.ones_like(a), a, torch.ones_like(a), torch.ones_like(a)
+    else:
+        _, group = torch.stack([labels, groups.to(labels)], dim=1).unique(dim=0, return_inverse=True)
+        num_groups = int(group.max()) + 1
+        own, group_squares, sizes = _class_products(features, norm, group, num_groups)
+        group_product = torch.zeros_like(group_squares).index_add_(0, group, a)[group]
+        group_square, size = group_squares[group], sizes[group]
+
+    # The two cosines differ by O(1 / n): their difference is taken in float64, which costs nothing at size (N,).
+    square = squares[labels]
+    with_own = a / square.clamp(min=1e-12).sqrt()
+    without_own = (a - own) / (square - 2 * group_product + group_square).clamp(min=1e-12).sqrt()
+
+    def of_class(values: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(squares).index_add_(0, labels, values)
+
+    counts = counts.clamp(min=1)
+    optimism = of_class(with_own - without_own) / counts
+    repeats = (of_class(size) / counts).clamp(min=1)  # images in the group of an image, on average
+    number = counts / repeats  # of groups
+    degrees = number - 1
+    if not degrees.any():
+        things = "images" if groups is None else "groups"
+        raise ValueError(f'`labels` hold no class with two {things}; use `mismatch="counts"`, which needs none.')
+    between = ((squares - of_class(group_square / size)) / counts).sum() / (counts - repeats).sum()
+    within = (group_square / size.square()).mean()
+    pooled = _expected_optimism(number, between.clamp(0, 1), within)
+    weight = torch.where(degrees > 0, degrees / (degrees + shrinkage), 0.0)
+    return (scale * torch.lerp(pooled, optimism, weight).clamp(min=0)).float()
+
+
+def _lengths(features: torch.Tensor) -> torch.Tensor:
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    parts = features.split(_chunk_rows(features))
+    return torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=dtype) for part in parts])
+
+
+def _chunk_rows(features: torch.Tensor) -> int:
+    elements = _CHUNK_ELEMENTS if features.device.type == "cpu" else _CHUNK_ELEMENTS_ACCELERATOR
+    return max(1, elements // max(1, features.shape[1]))
+
+
+def _class_products(
+    features: torch.Tensor, norm: torch.Tensor, labels: torch.Tensor, num_classes: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """With the sum S_k of a class's unit features f_i: f_i . S_k (N,), |S_k|^2 (K,), the images (K,), in float64."""
+    counts = torch.bincount(labels, minlength=num_classes)
     sums = _class_sums(features, norm.reciprocal(), labels, counts)
-    squares = torch.linalg.vecdot(sums, sums)
-    a = torch.empty_like(norm)  # f_i . S_k
+    rows = _chunk_rows(features)
+    a = torch.empty_like(norm)
     products = sums.new_empty(rows, sums.shape[1])  # new memory for each chunk would cost as much as the products
     for part, label, out in zip(features.split(rows), labels.split(rows), a.split(rows), strict=True):
         own = torch.index_select(sums, 0, label, out=products[: len(label)])
         torch.sum(own.mul_(part), dim=1, out=out)
-    a /= norm
-
-    # The two cosines differ by O(1 / n): their difference is taken in float64, which costs nothing at size (N,).
-    a, squares = a.double(), squares.double()
-    counts = counts.double()
-    square = squares[labels]
-    with_self = a / square.clamp(min=1e-12).sqrt()
-    without_self = (a - 1) / (square - 2 * a + 1).clamp(min=1e-12).sqrt()
-    total = torch.zeros_like(squares).index_add_(0, labels, with_self - without_self)
-    optimism = total / counts.clamp(min=1)
-
-    degrees = (counts - 1).clamp(min=0)
-    if not degrees.any():
-        raise ValueError('`labels` hold no class with two images; use `mismatch="counts"`, which needs none.')
-    cosine = ((squares - counts) / counts.clamp(min=1)).sum() / degrees.sum()
-    pooled = _expected_optimism(counts.clamp(min=1), cosine.clamp(0, 1))
-    weight = torch.where(degrees > 0, degrees / (degrees + shrinkage), 0.0)
-    return (scale * torch.lerp(pooled, optimism, weight).clamp(min=0)).float()
+    return (a / norm).double(), torch.linalg.vecdot(sums, sums).double(), counts.double()
 
 
 def _class_sums(
@@ -147,16 +193,16 @@ def _class_sums(
         return F.embedding_bag(order, features, starts, mode="sum", per_sample_weights=weights[order])
     # A bag of rows in half precision would be rounded to it.
     sums = weights.new_zeros(len(counts), features.shape[1])
-    rows = max(1, _CHUNK_ELEMENTS // max(1, features.shape[1]))
+    rows = _chunk_rows(features)
     for part, weight, label in zip(features.split(rows), weights.split(rows), labels.split(rows), strict=True):
         sums.index_add_(0, label, part * weight[:, None])
     return sums
 
 
-def _expected_optimism(n: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    """Optimism `o(n, c)` of a class of `n` images any two of which have the cosine `c`."""
-    m = (n - 1).clamp(min=1)  # a lone image is compared with one other image of its class
-    return ((1 + (n - 1) * c) / n).sqrt() - c * (m / (1 + (m - 1) * c)).sqrt()
+def _expected_optimism(n: torch.Tensor, between: torch.Tensor, within: torch.Tensor) -> torch.Tensor:
+    """Optimism of a class of `n` groups, from the cosine of two images of different groups and of the same group."""
+    m = (n - 1).clamp(min=1)  # a lone group is compared with one other group of its class
+    return ((within + (n - 1) * between) / n).sqrt() - between * (m / (within + (m - 1) * between)).sqrt()
 
 
 def as_numbers(values: Sequence[float] | torch.Tensor, name: str) -> torch.Tensor:

@@ -63,12 +63,12 @@ class Witness(TrainerCallback):
             features = encode_image(model.eval(), IMAGES)
         model.train()
         expected = SageLoss(COUNTS, mismatch=estimate_mismatch(features, torch.tensor(LABELS), 3, scale=25.0))
-        self.seen.append((self.loss.adjustment.clone(), expected.adjustment))
+        self.seen.append((self.loss.mismatch.clone(), expected.mismatch))
 
 
 def test_measures_the_mismatch_before_each_epoch(tmp_path):
     loss = SageLoss(COUNTS)
-    from_counts = loss.adjustment.clone()
+    from_counts = loss.mismatch.clone()
     callback, witness = LongTailCallback(loss, COUNTS), Witness(loss)
     make_trainer(tmp_path, [callback, witness], loss).train()
     assert len(witness.seen) == 2
@@ -128,7 +128,7 @@ def measure(rank, port, folder):
     loader = DataLoader(DATA, batch_size=4, collate_fn=default_data_collator)
     callback = LongTailCallback(loss, COUNTS, scale=25.0)
     callback.on_epoch_begin(args, None, None, model=tiny_clip(), train_dataloader=loader)
-    torch.save(loss.adjustment, folder / f"{rank}.pt")
+    torch.save(loss.mismatch, folder / f"{rank}.pt")
 
 
 def test_two_processes_measure_what_one_does(tmp_path):
@@ -146,6 +146,6 @@ def test_two_processes_measure_what_one_does(tmp_path):
         assert process.exitcode == 0
     with torch.no_grad():
         features = encode_image(tiny_clip(), IMAGES)
-    expected = SageLoss(COUNTS, mismatch=estimate_mismatch(features, torch.tensor(LABELS), 3, scale=25.0)).adjustment
+    expected = SageLoss(COUNTS, mismatch=estimate_mismatch(features, torch.tensor(LABELS), 3, scale=25.0)).mismatch
     for rank in range(2):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from peft import get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -36,6 +37,8 @@ sys.path.insert(0, str(EXAMPLES))
 import finetune  # noqa: E402
 import image_data  # noqa: E402
 from checkpoints import TrainingProgress  # noqa: E402
+
+from peft_sage import ZeroShotClassifier  # noqa: E402
 
 
 COLOURS = {"blue": (30, 40, 220), "green": (40, 200, 60), "grey": (120, 120, 120), "red": (220, 30, 40)}
@@ -149,14 +152,27 @@ def test_it_learns(command):
 
 
 def test_losses_are_one_formula():
-    def adjustment(*flags):
-        return finetune.make_loss(finetune.parse_args(list(flags)), np.array([8, 2])).adjustment
+    def loss(*flags):
+        return finetune.make_loss(finetune.parse_args(list(flags)), np.array([8, 2]))
 
     prior = torch.tensor([0.8, 0.2]).log() - math.log(0.5)
-    torch.testing.assert_close(adjustment("--loss", "ce"), torch.zeros(2))
-    torch.testing.assert_close(adjustment("--loss", "la", "--tau", "0.5"), 0.5 * prior)
-    compensated = adjustment("--loss", "sage", "--compensation", "2") - adjustment("--loss", "la")
-    assert compensated[1] < compensated[0] < 0
+    torch.testing.assert_close(loss("--loss", "ce").adjustment, torch.zeros(2))
+    torch.testing.assert_close(loss("--loss", "la", "--tau", "0.5").adjustment, 0.5 * prior)
+    assert loss("--loss", "ce").compensation == loss("--loss", "la").compensation == 0
+    sage = loss("--loss", "sage", "--compensation", "2")
+    torch.testing.assert_close(sage.adjustment, prior)
+    assert sage.compensation == 2 and sage.mismatch[1] > sage.mismatch[0] > 0
+
+
+@pytest.mark.parametrize("method", ["sage", "adaptformer", "lora"])
+@pytest.mark.parametrize(("last", "adapted"), [(0, {0, 1}), (1, {1}), (5, {0, 1})])
+def test_last_blocks_of_the_vision_tower_are_adapted(command, method, last, adapted):
+    args = finetune.parse_args([*command, "--method", method, "--last-blocks", str(last)])
+    classifier = ZeroShotClassifier(finetune.load_clip(args.model), torch.eye(2, 16))
+    model = get_peft_model(classifier, finetune.peft_config(args, classifier, ["red", "blue"]))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and ".layers." in name]
+    assert {int(name.partition(".layers.")[2].partition(".")[0]) for name in trained} == adapted
+    assert not any("text_model" in name for name in trained)
 
 
 def test_resumed_after_a_kill_ends_with_the_same_weights(command, tmp_path, monkeypatch):

@@ -63,9 +63,35 @@ def test_adjustment_is_the_documented_formula():
     delta, prior = torch.tensor([0.1, 0.2, 0.5, 1.0, 3.0]), [0.5, 0.2, 0.1, 0.1, 0.1]
     loss = SageLoss(COUNTS, tau=0.7, compensation=1.5, mismatch=delta, target_prior=prior)
     pi = torch.tensor([400.0, 60, 9, 1, 1]) / 471
-    want = 0.7 * (pi.log() - torch.tensor(prior).log()) - 1.5 * delta
-    torch.testing.assert_close(loss.adjustment, want)
-    torch.testing.assert_close(SageLoss(COUNTS, tau=0, effective_dim=6).adjustment, -mismatch_from_counts(COUNTS, 6))
+    torch.testing.assert_close(loss.adjustment, 0.7 * (pi.log() - torch.tensor(prior).log()))
+    torch.testing.assert_close(loss.mismatch, 2 + delta)
+    from_counts = SageLoss(COUNTS, effective_dim=6, base_mismatch=0.5).mismatch
+    torch.testing.assert_close(from_counts, 0.5 + mismatch_from_counts(COUNTS, 6))
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_compensation_takes_the_mismatch_from_the_right_logit(batch, dtype, smoothing, compiled):
+    logits, labels = batch[0].to(dtype), batch[1]
+    loss = SageLoss(COUNTS, compensation=1.5, label_smoothing=smoothing)
+
+    def formula(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        z = z.float() + loss.adjustment - 1.5 * loss.mismatch * F.one_hot(y, K)
+        return F.cross_entropy(z, y, label_smoothing=smoothing)
+
+    expected = value_and_grad(formula, logits, labels)
+    got = value_and_grad(torch.compile(loss, fullgraph=True) if compiled else loss, logits, labels)
+    torch.testing.assert_close(got[0], expected[0])
+    torch.testing.assert_close(got[1], expected[1], rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+def test_compensation_is_the_loss_of_logits_without_the_optimism(batch):
+    """Training logits whose right entry is too high by the mismatch, as those of seen images are."""
+    logits, labels = batch
+    loss = SageLoss(COUNTS)
+    seen = logits + loss.mismatch * F.one_hot(labels, K)
+    torch.testing.assert_close(loss(seen, labels), SageLoss(COUNTS, compensation=0)(logits, labels))
 
 
 def test_a_target_like_the_training_data_needs_no_prior_correction():
@@ -80,20 +106,25 @@ def test_gradient_is_the_closed_form(batch):
     loss = SageLoss(COUNTS, label_smoothing=0.1)
     value, grad = value_and_grad(loss, logits, labels)
     assert value.dtype == torch.float64
-    target = 0.9 * F.one_hot(labels, K) + 0.1 / K
-    torch.testing.assert_close(grad, ((logits + loss.adjustment).softmax(1) - target) / len(labels))
+    one_hot = F.one_hot(labels, K)
+    softmax = (logits + loss.adjustment - loss.mismatch * one_hot).softmax(1)
+    torch.testing.assert_close(grad, (softmax - 0.9 * one_hot - 0.1 / K) / len(labels))
     assert torch.autograd.gradcheck(lambda z: loss(z, labels), logits.requires_grad_())
 
 
 def test_logits_learned_with_compensation_end_higher_for_the_tail():
-    """Two classes, one binary feature x; a logit for each (x, k), so that the optimum is known in closed form:
-    z_k(x) = log P_s(x|k) + lambda delta_k, up to a constant for each x."""
+    """Two classes, one binary feature x; a logit for each (x, k), so that the optimum is known in closed form.
+
+    With w = exp(z_1 - z_0) n_1 / n_0, a = exp(lambda delta_0), b = exp(lambda delta_1) and m_k images of (x, k), the
+    derivative of the loss is zero where m_0 a w / (1 + a w) = m_1 b / (w + b), a quadratic equation in w.
+    """
     counts = torch.tensor([900, 100])
     likelihood = torch.tensor([[0.8, 0.3], [0.2, 0.7]])  # P_s(x|k), rows x
     images = (likelihood * counts).round().long()  # images of each (x, k): 720, 30, 180, 70
+    delta = torch.tensor([0.05, 0.6])
 
     def learned_margin(compensation: float) -> torch.Tensor:
-        loss = SageLoss(counts, compensation=compensation, mismatch=torch.tensor([0.05, 0.6]), reduction="none")
+        loss = SageLoss(counts, compensation=compensation, mismatch=delta, base_mismatch=0, reduction="none")
         z = torch.zeros(2, 2, requires_grad=True)
         optimizer = torch.optim.LBFGS([z], max_iter=200, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
 
@@ -107,10 +138,21 @@ def test_logits_learned_with_compensation_end_higher_for_the_tail():
         optimizer.step(step)
         return z.detach()[:, 1] - z.detach()[:, 0]
 
+    def optimum(compensation: float) -> torch.Tensor:
+        a, b = (compensation * delta).exp()
+        m0, m1 = images.T
+        p, q = m0 * a, a * b * (m0 - m1)
+        w = (-q + (q**2 + 4 * p * m1 * b).sqrt()) / (2 * p)
+        return w.log() - (counts[1] / counts[0]).log()
+
     log_ratio = likelihood[:, 1].log() - likelihood[:, 0].log()
     torch.testing.assert_close(learned_margin(0.0), log_ratio, atol=1e-3, rtol=0)
-    torch.testing.assert_close(learned_margin(1.0), log_ratio + (0.6 - 0.05), atol=1e-3, rtol=0)
-    torch.testing.assert_close(learned_margin(2.0), log_ratio + 2 * (0.6 - 0.05), atol=1e-3, rtol=0)
+    for compensation in (1.0, 2.0):
+        torch.testing.assert_close(learned_margin(compensation), optimum(compensation), atol=1e-3, rtol=0)
+    # The tail's logit rises on images like its own, and not on those of the head.
+    _, on_its_own = zip(*(learned_margin(c).tolist() for c in (0.0, 1.0, 2.0)), strict=True)
+    assert on_its_own[0] < on_its_own[1] < on_its_own[2]
+    assert learned_margin(2.0)[0] < learned_margin(0.0)[0]
 
 
 def test_ignored_images_do_not_count(batch):
@@ -151,7 +193,8 @@ def test_half_precision_in_chunks_is_the_formula_in_float32(batch, reduction, ch
     labels[3] = 2
     loss = SageLoss(COUNTS, reduction=reduction, ignore_index=2)
     exact = logits.double().requires_grad_()
-    want = F.cross_entropy(exact + loss.adjustment, labels, reduction=reduction, ignore_index=2)
+    compensated = exact + loss.adjustment - loss.mismatch * F.one_hot(labels, K)
+    want = F.cross_entropy(compensated, labels, reduction=reduction, ignore_index=2)
     (want_grad,) = torch.autograd.grad(want.sum(), exact)
     value, grad = value_and_grad(loss, logits, labels)
     torch.testing.assert_close(value, want.float())
@@ -166,7 +209,8 @@ def test_half_precision_takes_masked_classes_and_weights_of_the_images():
     labels, weights = torch.tensor([0, 1]), torch.tensor([2.0, -3.0])
     loss = SageLoss(COUNTS, reduction="none")
     exact = logits.double().requires_grad_()
-    (F.cross_entropy(exact + loss.adjustment, labels, reduction="none") * weights).sum().backward()
+    compensated = exact + loss.adjustment - loss.mismatch * F.one_hot(labels, K)
+    (F.cross_entropy(compensated, labels, reduction="none") * weights).sum().backward()
     _, grad = value_and_grad(lambda z: loss(z, labels) * weights, logits)
     torch.testing.assert_close(grad.double(), exact.grad, rtol=2**-7, atol=0)
 
@@ -192,14 +236,15 @@ def test_half_precision_says_that_it_has_no_second_derivative(batch):
     assert twice.abs().sum() > 0
 
 
-def test_adjustment_keeps_float32_and_its_values():
+def test_buffers_keep_float32_and_their_values():
     loss = SageLoss(COUNTS)
-    want = loss.adjustment.clone()
+    want = loss.adjustment.clone(), loss.mismatch.clone()
     for cast in (nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to(torch.bfloat16)):
         model = cast(nn.ModuleList([copy.deepcopy(loss), nn.Linear(2, 2)]))
         assert model[1].weight.dtype != torch.float32
-        assert model[0].adjustment.dtype == torch.float32
-        assert torch.equal(model[0].adjustment, want)
+        for buffer, value in zip((model[0].adjustment, model[0].mismatch), want, strict=True):
+            assert buffer.dtype == torch.float32
+            assert torch.equal(buffer, value)
 
 
 def test_autocast(batch):
@@ -237,7 +282,7 @@ def test_set_mismatch_equals_a_new_loss():
     loss = SageLoss(COUNTS, tau=0.5, compensation=2.0)
     loss.set_mismatch(torch.ones(K))
     loss.set_mismatch(delta)  # replaces, does not add up
-    assert torch.equal(loss.adjustment, SageLoss(COUNTS, tau=0.5, compensation=2.0, mismatch=delta).adjustment)
+    assert torch.equal(loss.mismatch, SageLoss(COUNTS, tau=0.5, compensation=2.0, mismatch=delta).mismatch)
 
 
 def test_state_dict_brings_a_measured_mismatch_back():
@@ -245,8 +290,8 @@ def test_state_dict_brings_a_measured_mismatch_back():
     trained.set_mismatch(torch.arange(K).float())
     resumed = SageLoss(COUNTS)
     resumed.load_state_dict(trained.state_dict())
-    assert torch.equal(resumed.adjustment, trained.adjustment)
-    assert set(resumed.state_dict()) == {"adjustment"} and not list(resumed.parameters())
+    assert torch.equal(resumed.mismatch, trained.mismatch)
+    assert set(resumed.state_dict()) == {"mismatch"} and not list(resumed.parameters())
 
 
 def test_from_labels_counts():
@@ -333,6 +378,7 @@ def test_trainer_with_gradient_accumulation_takes_the_step_of_the_whole_batch(tm
         ({"target_prior": [float("nan"), 0.5]}, "`target_prior`"),
         ({"target_prior": [1.0]}, r"\(1,\)"),
         ({"effective_dim": 0.0}, "`effective_dim`"),
+        ({"base_mismatch": -1.0}, "`base_mismatch`"),
     ],
 )
 def test_wrong_settings(arguments, match):
@@ -362,10 +408,10 @@ def test_counts_come_in_any_form(counts):
 
 def test_a_refused_mismatch_changes_nothing():
     loss = SageLoss(COUNTS)
-    want = loss.adjustment.clone()
+    want = loss.mismatch.clone()
     with pytest.raises(ValueError, match="`mismatch`"):
         loss.set_mismatch(torch.full((K,), -1.0))
-    assert torch.equal(loss.adjustment, want)
+    assert torch.equal(loss.mismatch, want)
 
 
 LABELS = torch.tensor([0, 1])

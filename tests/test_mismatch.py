@@ -67,6 +67,48 @@ def test_measured_form_equals_brute_force(monkeypatch, chunk):
     torch.testing.assert_close(got, 25 * torch.tensor(brute_force(features, labels, 5)), atol=1e-5, rtol=1e-4)
 
 
+def test_groups_are_left_out_together():
+    features, labels = clustered([40, 12, 6])
+    groups = torch.arange(len(labels)) % 5
+    got = estimate_mismatch(features, labels, 3, scale=25.0, shrinkage=0.0, groups=groups)
+    unit = F.normalize(features.double(), dim=1)
+    for k in range(3):
+        gaps = []
+        for image, group in zip(unit[labels == k], groups[labels == k], strict=True):
+            others = unit[(labels == k) & (groups != group)]
+            own = F.cosine_similarity(image, unit[labels == k].mean(0), dim=0)
+            gaps.append(own - F.cosine_similarity(image, others.mean(0), dim=0))
+        torch.testing.assert_close(got[k].double(), 25 * torch.stack(gaps).mean(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 10.0])
+def test_groups_of_one_image_change_nothing(shrinkage):
+    features, labels = clustered([40, 12, 5, 1])
+    groups = torch.randperm(len(labels)) + 7
+    got = estimate_mismatch(features, labels, 5, scale=25.0, shrinkage=shrinkage, groups=groups)
+    torch.testing.assert_close(got, estimate_mismatch(features, labels, 5, scale=25.0, shrinkage=shrinkage))
+
+
+def test_copies_of_an_image_are_seen_through_by_groups():
+    """Every image three times: as groups they are worth one image each, which leaving out one image does not tell."""
+    features, labels = clustered([30, 10, 4])
+    copies = features.repeat(3, 1), labels.repeat(3)
+    groups = torch.arange(len(labels)).repeat(3)
+    want = estimate_mismatch(features, labels, 3, scale=25.0)
+    torch.testing.assert_close(estimate_mismatch(*copies, 3, scale=25.0, groups=groups), want)
+    assert (estimate_mismatch(*copies, 3, scale=25.0) < 0.7 * want).all()
+
+
+def test_wrong_groups():
+    features, labels = clustered([4, 3])
+    with pytest.raises(ValueError, match="`groups`"):
+        estimate_mismatch(features, labels, 2, scale=25.0, groups=torch.zeros(3, dtype=torch.long))
+    with pytest.raises(TypeError, match="`groups`"):
+        estimate_mismatch(features, labels, 2, scale=25.0, groups=torch.zeros(7))
+    with pytest.raises(ValueError, match="two groups"):
+        estimate_mismatch(features, labels, 2, scale=25.0, groups=torch.zeros(7, dtype=torch.long))
+
+
 def test_measured_form_is_accurate_for_large_classes():
     features, labels = clustered([20000], dim=8)
     reference = features.double(), labels

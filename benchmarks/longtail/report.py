@@ -14,16 +14,20 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import figures
 import numpy as np
 import yaml
 from data import Split, Task, load_task, long_tail
 from training import DEFAULTS
+
+from peft_sage import mismatch_from_counts
 
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parents[1] / "RESULTS.md"
 GROUPS = ("macro", "many", "medium", "few")
 RESAMPLES = 1000
+FIGURES = HERE / "figures"
 Arm = dict[int, dict[str, Any]]  # results by seed
 
 
@@ -112,7 +116,48 @@ def section(path: Path) -> list[str]:
                 cells[-1] += " ({:+.1f}; {:+.1f} to {:+.1f})".format(*(part[column] for part in gap))
         cells.append(_mean([run["ece"] for run in arm.values()]))
         lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *_figure(experiment.get("figure"), path.stem, arms, spec_of)]
     return [*lines, ""]
+
+
+def _figure(kind: str | None, name: str, arms: dict[str, Arm], spec_of: dict[str, dict[str, Any]]) -> list[str]:
+    """Draw what an experiment asks for, and return the lines that show it."""
+    if kind is None:
+        return []
+    path = FIGURES / f"{name}.png"
+    sentences = []
+    runs = {key: [arm[seed] for seed in sorted(arm)] for key, arm in arms.items()}
+    if kind == "bars":
+        figures.bars({_title(spec_of[key]): found for key, found in runs.items()}, path)
+    elif kind == "sweep":
+        lines: dict[str, list] = defaultdict(list)
+        for key, found in runs.items():
+            family, strength = _strength(spec_of[key])
+            lines[family].append((strength, found))
+        figures.sweep({family: sorted(points, key=lambda point: point[0]) for family, points in lines.items()}, path)
+    elif kind == "bias":
+        key = next(key for key, found in runs.items() if "gap" in found[0])
+        spec, task = spec_of[key], load_task(spec_of[key]["task"])
+        counts = long_tail(task.splits["train"], len(task.names), spec["ratio"]).counts(len(task.names))
+        estimates = {
+            "from counts": mismatch_from_counts(counts, spec["effective_dim"]).numpy(),
+            "leaving out an image": np.mean([run["from_images"] for run in runs[key]], axis=0),
+            "leaving out a concept": np.mean([run["from_concepts"] for run in runs[key]], axis=0),
+        }
+        sentences = figures.bias(counts.numpy(), runs[key], estimates, path)
+    return [f"![{name}]({path.relative_to(RESULTS.parent)})", "", *sentences]
+
+
+def _title(spec: dict[str, Any]) -> str:
+    return spec["method"] if spec["method"] == "zero_shot" else f"{spec['method']}, {spec['loss']}"
+
+
+def _strength(spec: dict[str, Any]) -> tuple[str, float]:
+    """Return the family that a loss belongs to, and its strength within."""
+    if spec["loss"] == "sage":
+        where = f"base {spec['base_mismatch']:g}" if spec["form"] == "target" else "all classes"
+        return f"compensation, {where} and {spec['mismatch']} (lambda)", spec["compensation"]
+    return "logit adjustment (tau)", 0.0 if spec["loss"] == "ce" else spec["tau"]
 
 
 def _mean(values: list[float]) -> str:

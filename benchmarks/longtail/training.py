@@ -31,6 +31,7 @@ from peft_sage import (
     ZeroShotClassifier,
     encode_class_descriptions,
     estimate_mismatch,
+    mismatch_from_counts,
 )
 
 
@@ -47,8 +48,10 @@ DEFAULTS: dict[str, Any] = {
     "loss": "la",
     "tau": 1.0,
     "compensation": 1.0,
-    "effective_dim": 8.0,
     "mismatch": "counts",
+    "effective_dim": 32.0,
+    "base_mismatch": 2.0,
+    "form": "target",
     "lr": 3e-3,
     "head_lr": 1.0,
     "weight_decay": 0.01,
@@ -308,25 +311,35 @@ def teaching_loss(
 def make_loss(
     spec: dict[str, Any], model: nn.Module, train: Split, counts: torch.Tensor, tokens: torch.Tensor, first: int
 ) -> SageLoss:
-    """Return cross-entropy, logit adjustment, or Sage's loss."""
+    """Return cross-entropy, logit adjustment, or Sage's loss.
+
+    `form` is `target` for the loss as it is, which compensates the right logit, or `all` for the variant that shifts
+    the logits of every class by its mismatch, whatever the label.
+    """
     if spec["loss"] == "ce":
         return SageLoss(counts, tau=0.0, compensation=0.0)
     if spec["loss"] == "la":
         return SageLoss(counts, tau=spec["tau"], compensation=0.0)
-    mismatch: Any = "counts"
-    if spec["mismatch"] == "features":
-        with torch.no_grad():
-            features = [
-                image_embeddings(tower_of(model), part.float(), first) for part in tokens[train.rows].split(512)
-            ]
-        mismatch = estimate_mismatch(torch.cat(features), train.labels, len(counts), spec["scale"])
-    return SageLoss(
-        counts,
-        tau=spec["tau"],
-        compensation=spec["compensation"],
-        mismatch=mismatch,
-        effective_dim=spec["effective_dim"],
-    )
+    if spec["mismatch"] == "counts":
+        mismatch = mismatch_from_counts(counts, spec["effective_dim"])
+    elif spec["mismatch"] == "none":
+        mismatch = torch.zeros(len(counts))
+    else:
+        features = image_features(model, tokens[train.rows], first)
+        groups = train.groups if spec["mismatch"] == "concepts" else None
+        mismatch = estimate_mismatch(features, train.labels, len(counts), spec["scale"], groups=groups).cpu()
+    if spec["form"] == "target":
+        settings = {name: spec[name] for name in ("tau", "compensation", "base_mismatch")}
+        return SageLoss(counts, mismatch=mismatch, **settings)
+    loss = SageLoss(counts, tau=spec["tau"], compensation=0.0)
+    loss.adjustment -= spec["compensation"] * mismatch
+    return loss
+
+
+@torch.no_grad()
+def image_features(model: nn.Module, tokens: torch.Tensor, first: int) -> torch.Tensor:
+    """Return image embeddings (n, e) from what enters block `first` (n, N, d)."""
+    return torch.cat([image_embeddings(tower_of(model), part.float(), first) for part in tokens.split(512)])
 
 
 def predict(
@@ -402,12 +415,13 @@ def bias(
 
     Returns:
         For each class the mean right logit of training images minus that of held-out ones, `gap` (K,), and the
-        mismatch measured from the features of the training images alone, `measured` (K,).
+        mismatch measured from the training images alone, leaving out an image, `from_images` (K,), or all images of
+        its concept, `from_concepts` (K,).
     """
     num_classes = logits.shape[1]
-    hidden = tokens[train.rows].split(512)
-    seen = torch.cat([logits_of(model, part, first) for part in hidden])
-    features = torch.cat([image_embeddings(tower_of(model), part.float(), first) for part in hidden])
+    hidden = tokens[train.rows]
+    seen = torch.cat([logits_of(model, part, first) for part in hidden.split(512)])
+    features = image_features(model, hidden, first)
 
     def right_logit(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         right = logits.gather(1, labels[:, None])[:, 0]
@@ -415,8 +429,10 @@ def bias(
         return total / torch.bincount(labels, minlength=num_classes)
 
     gap = right_logit(seen, train.labels) - right_logit(logits, labels)
-    measured = estimate_mismatch(features, train.labels, num_classes, scale)
-    return {"gap": [round(v, 3) for v in gap.tolist()], "measured": [round(v, 3) for v in measured.tolist()]}
+    images = estimate_mismatch(features, train.labels, num_classes, scale)
+    concepts = estimate_mismatch(features, train.labels, num_classes, scale, groups=train.groups)
+    found = {"gap": gap, "from_images": images, "from_concepts": concepts}
+    return {name: [round(v, 3) for v in values.tolist()] for name, values in found.items()}
 
 
 def swap_classes(model: nn.Module, embeddings: torch.Tensor, guidance: torch.Tensor | None) -> None:
