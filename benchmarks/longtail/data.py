@@ -87,8 +87,8 @@ def load_task(name: str, styles: str | None = None) -> Task:
 def long_tail(split: Split, num_classes: int, ratio: float | None, seed: int = 0) -> Split:
     """Thin a split to an imbalance ratio.
 
-    n_i = n_max ratio^(-i / (C - 1)) with the classes in the order of their own counts; a class that has fewer keeps
-    what it has.
+    n_i = n_max ratio^(-i / (C - 1)) with the classes in the order of their own counts, and n_max at most `ratio` times
+    the smallest class; a class that has fewer keeps what it has.
 
     Args:
         split: The split.
@@ -99,11 +99,12 @@ def long_tail(split: Split, num_classes: int, ratio: float | None, seed: int = 0
     if ratio is None:
         return split
     counts = split.counts(num_classes)
+    largest = min(counts.max().item(), ratio * max(1, counts.min().item()))
     order = counts.argsort(descending=True, stable=True).tolist()
     generator = torch.Generator().manual_seed(seed)
     keep = []
     for rank, label in enumerate(order):
-        wanted = max(1, round(counts.max().item() * ratio ** (-rank / (num_classes - 1))))
+        wanted = max(1, round(largest * ratio ** (-rank / (num_classes - 1))))
         index = (split.labels == label).nonzero().flatten()
         keep.append(index[torch.randperm(len(index), generator=generator)[:wanted]])
     return split[torch.cat(keep).sort().values]
@@ -197,7 +198,7 @@ def _digits() -> Task:
     labels = torch.from_numpy(digits.target).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     cuts = order.tensor_split([len(order) // 2, len(order) * 3 // 4])
-    every = Split(images, labels, torch.arange(len(labels)))
     names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-    splits = {name: every[index] for name, index in zip(("train", "validation", "test"), cuts, strict=True)}
+    parts = zip(("train", "validation", "test"), cuts, strict=True)
+    splits = {name: Split(images[index], labels[index], index) for name, index in parts}
     return Task(names, [[f"the digit {name}", f"the number {i}"] for i, name in enumerate(names)], splits, {})

@@ -75,14 +75,38 @@ def _right(arm: Arm, seeds: list[int]) -> np.ndarray:
     return np.array([[int(bit) for bit in bin(int(arm[seed]["right"], 16))[3:]] for seed in seeds], dtype=np.float32)
 
 
+def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return an experiment, its runs and their full specifications; no runs if there are none yet."""
+    results = HERE / "results" / f"{path.stem}.jsonl"
+    lines = results.read_text().splitlines() if results.exists() else []
+    runs = [json.loads(line) for line in lines]
+    return yaml.safe_load(path.read_text()), runs, [{**DEFAULTS, **run["spec"]} for run in runs]
+
+
+def comparisons(path: Path) -> list[str]:
+    """Return a row for each comparison that an experiment asks for (`compare`), paired by seed."""
+    experiment, runs, specs = read(path)
+    rows = []
+    for asked in experiment.get("compare", []) if runs else []:
+        arms: list[Arm] = []
+        for fields in (asked["arm"], asked["against"]):
+            wanted = {**DEFAULTS, **experiment.get("base", {}), **fields}
+            chosen = [i for i, spec in enumerate(specs) if all(spec[k] == v for k, v in wanted.items() if k != "seed")]
+            arms.append({specs[i]["seed"]: runs[i] for i in chosen})
+        if all(arms):
+            spec = specs[0]
+            gap = Bootstrap(load_task(spec["task"]), spec["split"], spec["ratio"]).difference(*arms)
+            cells = ["{:+.1f} ({:+.1f} to {:+.1f})".format(*(part[GROUPS.index(g)] for part in gap)) for g in GROUPS]
+            seeds = len(arms[0].keys() & arms[1].keys())
+            rows.append(f"| {asked['title']} | {path.stem}, {spec['split']} | {seeds} | {' | '.join(cells)} |")
+    return rows
+
+
 def section(path: Path) -> list[str]:
     """Return the lines about one experiment, none if it was not run."""
-    results = HERE / "results" / f"{path.stem}.jsonl"
-    if not results.exists():
+    experiment, runs, specs = read(path)
+    if not runs:
         return []
-    experiment = yaml.safe_load(path.read_text())
-    runs = [json.loads(line) for line in results.read_text().splitlines()]
-    specs = [{**DEFAULTS, **run["spec"]} for run in runs]
     fields = [name for name in DEFAULTS if name != "seed" and len({json.dumps(spec[name]) for spec in specs}) > 1]
     arms: dict[str, Arm] = defaultdict(dict)
     spec_of = {}
@@ -167,8 +191,21 @@ def _mean(values: list[float]) -> str:
 
 def main() -> None:
     """Write RESULTS.md."""
+    paths = sorted((HERE / "experiments").glob("*.yaml"))
     lines = ["# Results", "", "Made by `python benchmarks/longtail/report.py`; do not edit.", ""]
-    for path in sorted((HERE / "experiments").glob("*.yaml")):
+    lines += [
+        "## In short",
+        "",
+        "Differences in accuracy, points, with 95 % intervals over held-out concepts and seeds.",
+        "",
+    ]
+    lines += [
+        "| comparison | experiment, split | seeds | " + " | ".join(GROUPS) + " |",
+        "|---|---|---|" + "---|" * len(GROUPS),
+    ]
+    lines += [row for path in paths for row in comparisons(path)]
+    lines.append("")
+    for path in paths:
         lines += section(path)
     RESULTS.write_text("\n".join(lines))
     print(f"Wrote {RESULTS}")

@@ -94,16 +94,20 @@ def main() -> None:
         tasks.put(None)
         processes.append(context.Process(target=worker, args=(settings, tasks, results), daemon=True))
         processes[-1].start()
+    failed = 0
     with output.open("a") as file:
         for _ in tqdm(specs, desc=args.experiment.stem):
             spec, figures = results.get()
             if "error" in figures:
                 print(f"{spec}: {figures['error']}", file=sys.stderr)
+                failed += 1
                 continue
             file.write(json.dumps({"spec": spec, **figures}) + "\n")
             file.flush()
     for process in processes:
         process.join()
+    if failed:
+        sys.exit(f"{failed} of {len(specs)} runs failed.")
 
 
 if __name__ == "__main__":
