@@ -56,12 +56,12 @@ def bias(counts: np.ndarray, runs: list[dict[str, Any]], estimates: dict[str, np
         delta = delta[known]
         points = axis.scatter(delta, gap, c=np.log10(counts), s=14)
         axis.set_xlabel(f"{title}, nats")
-        axis.set_ylabel("right logit, training minus held-out, nats")
         slope, intercept = np.polyfit(delta, gap, 1)
         span = np.array([delta.min(), delta.max()])
         axis.plot(span, slope * span + intercept, color="gray", linewidth=1)
         correlation = np.corrcoef(delta.argsort().argsort(), gap.argsort().argsort())[0, 1]
         sentences.append(f"{title}: rank correlation {correlation:.2f}, slope {slope:.2f}.")
+    axes[0][0].set_ylabel("right logit, training minus held-out, nats")
     figure.colorbar(points, ax=axes[0].tolist(), label="log10 of training images")
     _save(figure, path)
     return sentences
@@ -69,7 +69,7 @@ def bias(counts: np.ndarray, runs: list[dict[str, Any]], estimates: dict[str, np
 
 def sweep(lines: dict[str, list[tuple[float, list[dict[str, Any]]]]], path: Path) -> None:
     """Draw few-shot against many-shot accuracy, a line for each family of losses, a point for each strength."""
-    figure, axes = plt.subplots(figsize=(5.5, 4))
+    figure, axes = plt.subplots(figsize=(6, 5))
     for title, points in lines.items():
         few = [np.mean([run["few"] for run in runs]) for _, runs in points]
         macro = [np.mean([run["macro"] for run in runs]) for _, runs in points]
@@ -78,7 +78,7 @@ def sweep(lines: dict[str, list[tuple[float, list[dict[str, Any]]]]], path: Path
             axes.annotate(f"{strength:g}", (x, y), fontsize=6, xytext=(2, 2), textcoords="offset points")
     axes.set_xlabel("few-shot accuracy, %")
     axes.set_ylabel("macro accuracy, %")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1))
     _save(figure, path)
 
 

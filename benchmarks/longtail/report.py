@@ -180,8 +180,9 @@ def _strength(spec: dict[str, Any]) -> tuple[str, float]:
     """Return the family that a loss belongs to, and its strength within."""
     if spec["loss"] == "sage":
         where = f"base {spec['base_mismatch']:g}" if spec["form"] == "target" else "all classes"
-        return f"compensation, {where} and {spec['mismatch']} (lambda)", spec["compensation"]
-    return "logit adjustment (tau)", 0.0 if spec["loss"] == "ce" else spec["tau"]
+        width = f", d_eff {spec['effective_dim']:g}" if spec["mismatch"] == "counts" else ""
+        return f"compensation, {where} and {spec['mismatch']}{width} (lambda)", spec["compensation"]
+    return f"logit adjustment, {spec['epochs']} epochs (tau)", 0.0 if spec["loss"] == "ce" else spec["tau"]
 
 
 def _mean(values: list[float]) -> str:
