@@ -206,7 +206,7 @@ class SageLoss(nn.Module):
                 adjusted = adjusted - labels * compensation
             else:
                 label = labels.clamp(0, num_classes - 1)  # that of an ignored image is any class
-                adjusted = adjusted.scatter_add(1, label[:, None], -compensation[label][:, None].to(adjusted.dtype))
+                adjusted = adjusted.scatter_add_(1, label[:, None], -compensation[label][:, None].to(adjusted.dtype))
             loss = F.cross_entropy(
                 adjusted,
                 labels,

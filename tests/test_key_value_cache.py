@@ -182,7 +182,8 @@ def test_copies_and_files_go_without(model):
 def test_threads(model):
     expected = evaluate(copy.deepcopy(model))
     with ThreadPoolExecutor(4) as pool:
-        assert all(torch.equal(result, expected) for result in pool.map(lambda _: evaluate(model), range(32)))
+        for result in pool.map(lambda _: evaluate(model), range(32)):
+            torch.testing.assert_close(result, expected)  # threads may split a product otherwise: not bit for bit
 
 
 @torch.no_grad()

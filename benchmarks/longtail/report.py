@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make RESULTS.md from the JSON lines of the experiments.
 
-    python benchmarks/longtail/report.py
+    STYLES=unseen_styles.parquet python benchmarks/longtail/report.py
 
 Each experiment's table shows what its runs differ in, the mean and standard deviation over seeds, and the paired
 difference to the experiment's `baseline` with its 95 % bootstrap interval over seeds and held-out concepts.
@@ -10,6 +10,7 @@ difference to the experiment's `baseline` with its 95 % bootstrap interval over 
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ RESULTS = HERE.parents[1] / "RESULTS.md"
 GROUPS = ("macro", "many", "medium", "few")
 RESAMPLES = 1000
 FIGURES = HERE / "figures"
+STYLES = os.environ.get("STYLES")  # parquet file of the unseen styles, for their experiment
 Arm = dict[int, dict[str, Any]]  # results by seed
 
 
@@ -95,7 +97,7 @@ def comparisons(path: Path) -> list[str]:
             arms.append({specs[i]["seed"]: runs[i] for i in chosen})
         if all(arms):
             spec = specs[0]
-            gap = Bootstrap(load_task(spec["task"]), spec["split"], spec["ratio"]).difference(*arms)
+            gap = Bootstrap(load_task(spec["task"], STYLES), spec["split"], spec["ratio"]).difference(*arms)
             cells = ["{:+.1f} ({:+.1f} to {:+.1f})".format(*(part[GROUPS.index(g)] for part in gap)) for g in GROUPS]
             seeds = len(arms[0].keys() & arms[1].keys())
             rows.append(f"| {asked['title']} | {path.stem}, {spec['split']} | {seeds} | {' | '.join(cells)} |")
@@ -133,7 +135,7 @@ def section(path: Path) -> list[str]:
         cells = [json.dumps(spec[name]).strip('"') for name in fields] + [str(len(arm))]
         gap = None
         if baseline is not None and arm is not baseline and spec["train_classes"] is None:
-            gap = Bootstrap(load_task(spec["task"]), spec["split"], spec["ratio"]).difference(arm, baseline)
+            gap = Bootstrap(load_task(spec["task"], STYLES), spec["split"], spec["ratio"]).difference(arm, baseline)
         for column, group in enumerate(GROUPS):
             cells.append(_mean([run[group] for run in arm.values()]))
             if gap is not None:
@@ -161,7 +163,7 @@ def _figure(kind: str | None, name: str, arms: dict[str, Arm], spec_of: dict[str
         figures.sweep({family: sorted(points, key=lambda point: point[0]) for family, points in lines.items()}, path)
     elif kind == "bias":
         key = next(key for key, found in runs.items() if "gap" in found[0])
-        spec, task = spec_of[key], load_task(spec_of[key]["task"])
+        spec, task = spec_of[key], load_task(spec_of[key]["task"], STYLES)
         counts = long_tail(task.splits["train"], len(task.names), spec["ratio"]).counts(len(task.names))
         estimates = {
             "from counts": mismatch_from_counts(counts, spec["effective_dim"]).numpy(),
