@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The experiments of `benchmarks/longtail`, in processes of their own: their modules have the names of the example's."""
+"""The experiments of `benchmarks/longtail`, in processes of their own, as their modules have the example's names."""
 
 import importlib.util
 import json
@@ -15,7 +15,8 @@ SKLEARN = importlib.util.find_spec("sklearn") is not None
 
 
 def run(*command):
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=FOLDER, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, *map(str, command)]
+    done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
