@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,6 @@ class Bootstrap:
         self.onehot = np.eye(num_classes, dtype=np.float32)[labels]
         self.member = np.eye(len(concepts), dtype=np.float32)[inverse].T
         self.groups = [counts >= 0, counts > 100, (counts >= 20) & (counts <= 100), counts < 20]
-        self.rng = np.random.default_rng(0)
 
     def accuracy(self, right: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Return percent for each of `GROUPS`, from scores (N,) and weights (N,) of the images."""
@@ -64,13 +64,23 @@ class Bootstrap:
         """Return the mean paired difference and the ends of its 95 % interval, for each of `GROUPS`."""
         seeds = sorted(arm.keys() & baseline.keys())
         gap = _right(arm, seeds) - _right(baseline, seeds)
-        draws = []
+        rng, draws = np.random.default_rng(0), []
         for _ in range(RESAMPLES):
-            drawn = self.rng.integers(len(self.member), size=len(self.member))
+            drawn = rng.integers(len(self.member), size=len(self.member))
             times = np.bincount(drawn, minlength=len(self.member)).astype(np.float32)
-            draws.append(self.accuracy(gap[self.rng.integers(len(gap), size=len(gap))].mean(0), times @ self.member))
+            draws.append(self.accuracy(gap[rng.integers(len(gap), size=len(gap))].mean(0), times @ self.member))
         low, high = np.nanpercentile(np.array(draws), [2.5, 97.5], axis=0)
         return self.accuracy(gap.mean(0), np.ones(gap.shape[1], dtype=np.float32)), low, high
+
+
+@cache
+def _bootstrap(task: str, split: str, ratio: float | None) -> Bootstrap:
+    return Bootstrap(_task(task), split, ratio)
+
+
+@cache
+def _task(name: str) -> Task:
+    return load_task(name, STYLES)
 
 
 def _right(arm: Arm, seeds: list[int]) -> np.ndarray:
@@ -97,7 +107,7 @@ def comparisons(path: Path) -> list[str]:
             arms.append({specs[i]["seed"]: runs[i] for i in chosen})
         if all(arms):
             spec = specs[0]
-            gap = Bootstrap(load_task(spec["task"], STYLES), spec["split"], spec["ratio"]).difference(*arms)
+            gap = _bootstrap(spec["task"], spec["split"], spec["ratio"]).difference(*arms)
             cells = ["{:+.1f} ({:+.1f} to {:+.1f})".format(*(part[GROUPS.index(g)] for part in gap)) for g in GROUPS]
             seeds = len(arms[0].keys() & arms[1].keys())
             rows.append(f"| {asked['title']} | {path.stem}, {spec['split']} | {seeds} | {' | '.join(cells)} |")
@@ -135,7 +145,7 @@ def section(path: Path) -> list[str]:
         cells = [json.dumps(spec[name]).strip('"') for name in fields] + [str(len(arm))]
         gap = None
         if baseline is not None and arm is not baseline and spec["train_classes"] is None:
-            gap = Bootstrap(load_task(spec["task"], STYLES), spec["split"], spec["ratio"]).difference(arm, baseline)
+            gap = _bootstrap(spec["task"], spec["split"], spec["ratio"]).difference(arm, baseline)
         for column, group in enumerate(GROUPS):
             cells.append(_mean([run[group] for run in arm.values()]))
             if gap is not None:
@@ -163,7 +173,7 @@ def _figure(kind: str | None, name: str, arms: dict[str, Arm], spec_of: dict[str
         figures.sweep({family: sorted(points, key=lambda point: point[0]) for family, points in lines.items()}, path)
     elif kind == "bias":
         key = next(key for key, found in runs.items() if "gap" in found[0])
-        spec, task = spec_of[key], load_task(spec_of[key]["task"], STYLES)
+        spec, task = spec_of[key], _task(spec_of[key]["task"])
         counts = long_tail(task.splits["train"], len(task.names), spec["ratio"]).counts(len(task.names))
         estimates = {
             "from counts": mismatch_from_counts(counts, spec["effective_dim"]).numpy(),
@@ -201,8 +211,6 @@ def main() -> None:
         "",
         "Differences in accuracy, points, with 95 % intervals over held-out concepts and seeds.",
         "",
-    ]
-    lines += [
         "| comparison | experiment, split | seeds | " + " | ".join(GROUPS) + " |",
         "|---|---|---|" + "---|" * len(GROUPS),
     ]

@@ -190,7 +190,8 @@ def make_model(
         return classifier
     head = None if spec["head"] == "fixed" else ["head"]
     if spec["method"] == "lora":
-        layers = "|".join(str(layer % 5) for layer in spec["layers"] or range(5))
+        depth = len(clip.vision_model.encoder.layers)
+        layers = "|".join(str(layer % depth) for layer in spec["layers"] or range(depth))
         targets = rf"model\.vision_model\..*layers\.({layers})\..*(q_proj|v_proj)"
         config = LoraConfig(r=spec["r"], lora_alpha=2 * spec["r"], target_modules=targets, modules_to_save=head)
         return get_peft_model(classifier, config)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from settings import Measurement, Point, Settings
+from settings import Measurement, Point, Row, Settings
 from timing import exponents, interleaved, row
 from variants import METHODS, RUNS, images, make, operations
 
@@ -19,11 +19,7 @@ RANKS = (8, 16, 32, 64, 128)
 def training(settings: Settings) -> Measurement:
     """Training step over AdaptFormer's and over LoRA's, and its growth with C."""
     seconds, points = _over_classes(settings, "training")
-    rows = []
-    for count in settings.classes:
-        ratio = seconds["sage", count] / seconds["adaptformer", count]
-        bound = _bound(settings, "training", count, "adaptformer")
-        rows.append(row(f"training step / AdaptFormer's, C = {count:,}", ratio, TRAINING_GOALS.get(count), note=bound))
+    rows = _against("adaptformer", "training step / AdaptFormer's", settings, "training", seconds, TRAINING_GOALS)
     middle = settings.middle
     ratio = seconds["sage", middle] / seconds["lora", middle]
     rows.append(row(f"training step / LoRA's (q, v, same r), C = {middle:,}", ratio, 1.0))
@@ -38,12 +34,7 @@ def training(settings: Settings) -> Measurement:
 def inference(settings: Settings) -> Measurement:
     """Inference over the frozen base's."""
     seconds, points = _over_classes(settings, "inference")
-    rows = []
-    for count in settings.classes:
-        ratio = seconds["sage", count] / seconds["base", count]
-        bound = _bound(settings, "inference", count, "base")
-        rows.append(row(f"inference / base model, C = {count:,}", ratio, INFERENCE_GOALS.get(count), note=bound))
-    return rows, points
+    return _against("base", "inference / base model", settings, "inference", seconds, INFERENCE_GOALS), points
 
 
 def ranks(settings: Settings) -> Measurement:
@@ -94,6 +85,18 @@ def _run(settings: Settings, figure: str, method: str, count: int, r: int | None
     return RUNS[figure](make(settings, method, count, r), images(settings), count)
 
 
-def _bound(settings: Settings, figure: str, count: int, rival: str) -> str:
-    ratio = operations(settings, figure, "sage", count) / operations(settings, figure, rival, count)
-    return f"operations: {ratio:.3f}"
+def _against(
+    rival: str,
+    what: str,
+    settings: Settings,
+    figure: str,
+    seconds: dict[tuple[str, int], np.ndarray],
+    goals: dict[int, float],
+) -> list[Row]:
+    """Return a row for each number of classes: the time over a rival's, with the ratio of operations beside it."""
+    rows = []
+    for count in settings.classes:
+        ratio = seconds["sage", count] / seconds[rival, count]
+        bound = operations(settings, figure, "sage", count) / operations(settings, figure, rival, count)
+        rows.append(row(f"{what}, C = {count:,}", ratio, goals.get(count), note=f"operations: {bound:.3f}"))
+    return rows

@@ -96,6 +96,7 @@ class Inference:
 RUNS = {"training": TrainingStep, "inference": Inference}
 
 
+@cache
 def operations(settings: Settings, figure: str, method: str, num_classes: int, r: int | None = None) -> float:
     """Return the floating-point operations of the matrix products of one run.
 
