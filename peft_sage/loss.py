@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .mismatch import as_numbers, check_class_counts, check_label_range, mismatch_from_counts
+from .mismatch import as_numbers, check_class_counts, check_label_range, chunk_rows, mismatch_from_counts
 
 
 class SageLoss(nn.Module):
@@ -165,7 +165,8 @@ class SageLoss(nn.Module):
         Args:
             outputs: (B, K) logits, or what a model returned: a `ModelOutput` or mapping with `logits`, or a tuple that
                 starts with them.
-            labels: (B,) class indices, or (B, K) probabilities (mixup, soft labels). On the CPU an index out of range
+            labels: (B,) class indices, or (B, K) probabilities (mixup, soft labels), with which the logit of a class
+                loses its mismatch in proportion to its probability. On the CPU an index out of range
                 raises; on an accelerator the kernel asserts it, since a check here would stall every step.
             num_items_in_batch: Trainer's number of label elements in all batches of an optimizer step (so `B * K` for
                 probabilities). If given, the sum of the losses is divided by the number of images that it stands for,
@@ -260,8 +261,7 @@ class _HalfPrecisionLoss(torch.autograd.Function):
         compensation: torch.Tensor,
         needs_grad: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        elements = _CHUNK_ELEMENTS if logits.device.type == "cpu" else _CHUNK_ELEMENTS_ACCELERATOR
-        size = min(max(1, elements // logits.shape[1]), max(1, len(logits)))
+        size = min(chunk_rows(logits, _CHUNK_ELEMENTS, _CHUNK_ELEMENTS_ACCELERATOR), max(1, len(logits)))
         losses = adjustment.new_empty(len(logits), 1)
         derivative = torch.empty_like(logits if needs_grad else logits[:0])
         # Written to again and again: new memory for each step would cost as much as the step.
@@ -291,8 +291,8 @@ class _HalfPrecisionLoss(torch.autograd.Function):
                 "`SageLoss` of half-precision logits has no second derivative; give it `logits.float()`."
             )
         (derivative,) = ctx.saved_tensors
-        elements = _CHUNK_ELEMENTS if grad.device.type == "cpu" else _CHUNK_ELEMENTS_ACCELERATOR
-        result, size = torch.empty_like(derivative), max(1, elements // derivative.shape[1])
+        size = chunk_rows(derivative, _CHUNK_ELEMENTS, _CHUNK_ELEMENTS_ACCELERATOR)
+        result = torch.empty_like(derivative)
         for rows, out, factor in zip(derivative.split(size), result.split(size), grad.split(size), strict=True):
             torch.mul(rows, factor[:, None], out=out)
         return result, None, None, None, None

@@ -105,6 +105,8 @@ def test_wrong_groups():
         estimate_mismatch(features, labels, 2, scale=25.0, groups=torch.zeros(3, dtype=torch.long))
     with pytest.raises(TypeError, match="`groups`"):
         estimate_mismatch(features, labels, 2, scale=25.0, groups=torch.zeros(7))
+    with pytest.raises(TypeError, match="`groups`.*list"):
+        estimate_mismatch(features, labels, 2, scale=25.0, groups=[0] * 7)
     with pytest.raises(ValueError, match="two groups"):
         estimate_mismatch(features, labels, 2, scale=25.0, groups=torch.zeros(7, dtype=torch.long))
 
