@@ -72,7 +72,15 @@ def read_weights(model_id: str, hub_kwargs: dict[str, Any]) -> dict[str, torch.T
 
 
 def adapted_blocks(model: nn.Module, adapter_name: str) -> list[str]:
-    """Names of the modules that hold an adapter, without PEFT's prefix."""
+    """Return where an adapter sits.
+
+    Args:
+        model: A model with the adapter, wrapped or not.
+        adapter_name: The adapter's name.
+
+    Returns:
+        Names of the modules that hold the adapter, in depth order, without PEFT's prefix.
+    """
     return [
         name.removeprefix(PEFT_ROOT)
         for name, module in model.named_modules()

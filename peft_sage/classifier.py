@@ -45,7 +45,7 @@ class CosineHead(nn.Linear):
         return self.scale * F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
 
     def extra_repr(self) -> str:
-        """Describe the head in one line."""
+        """Return the head's sizes and scale in one line, for `print(model)`."""
         return f"{super().extra_repr()}, scale={self.scale}"
 
 
@@ -114,11 +114,21 @@ class ZeroShotClassifier(nn.Module):
         return ImageClassifierOutput(loss=loss, logits=logits)
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Recompute the tower's activations in the backward pass. Trainer calls it; arguments as in transformers."""
+        """Recompute the tower's activations in the backward pass; Trainer calls it.
+
+        Args:
+            *args: As for transformers' models.
+            **kwargs: As for transformers' models.
+        """
         self.model.activation_checkpointing_enable(*args, **kwargs)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Do the same under the name that it has in older versions of transformers."""
+        """Do the same under the name that it has in older versions of transformers.
+
+        Args:
+            *args: As for transformers' models.
+            **kwargs: As for transformers' models.
+        """
         self.model.gradient_checkpointing_enable(*args, **kwargs)
 
     def set_class_embeddings(self, class_embeddings: torch.Tensor) -> None:

@@ -37,13 +37,16 @@ class KeyValueCache:
     def project(
         self, adapter_name: str, guidance: torch.Tensor, key: nn.Linear, value: nn.Linear
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values (M, r), as kept if nothing has changed.
+        """Project the guidance, unless that was done before.
 
         Args:
             adapter_name: Under which they are kept.
             guidance: (M, e).
             key: Projection to keys.
             value: Projection to values.
+
+        Returns:
+            Keys and values (M, r), those that were kept if nothing has changed.
         """
         if not _may_keep(guidance):
             return project(guidance, key, value)
@@ -70,7 +73,16 @@ class KeyValueCache:
 
 
 def project(guidance: torch.Tensor, key: nn.Linear, value: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return keys and values (M, r) of the guidance (M, e), in the projections' precision."""
+    """Project the guidance to keys and values.
+
+    Args:
+        guidance: (M, e).
+        key: Projection to keys.
+        value: Projection to values.
+
+    Returns:
+        Keys and values (M, r) in the projections' precision.
+    """
     guidance = guidance.to(key.weight.dtype)
     return key(guidance), value(guidance)
 

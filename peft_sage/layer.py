@@ -130,18 +130,32 @@ class SageLayer(nn.Module, BaseTunerLayer):
                 nn.init.normal_(projection[adapter_name].weight)  # type: ignore[arg-type]
 
     def guidance(self, adapter_name: str) -> torch.Tensor | None:
-        """Return the guidance (M, e) that an adapter attends to, `None` without guidance."""
+        """Return the guidance that an adapter attends to.
+
+        Args:
+            adapter_name: The adapter's name.
+
+        Returns:
+            The tensor (M, e) itself, with L2-normalised rows; `None` without guidance.
+        """
         source = self._guidance.get(adapter_name)
         return None if source is None else source[adapter_name]
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> torch.Tensor:
-        """Return the block's output (..., d) with the active adapters' updates added.
+        """Run the block and add the active adapters' updates.
 
         Args:
             *args: The block's arguments.
             adapter_names: The adapter of each sample of a mixed batch, `"__base__"` for none; samples along the first
                 dimension. Given by PEFT.
             **kwargs: The block's keyword arguments.
+
+        Returns:
+            The block's output (..., d) with the updates added, in the block's precision.
+
+        Raises:
+            ValueError: If `adapter_names` does not have one entry a sample.
+            RuntimeError: If an adapter's weights were to be loaded and were not, or hold NaN.
         """
         result = self.base_layer(*args, **kwargs)
         if self.disable_adapters:
@@ -245,12 +259,23 @@ class SageLayer(nn.Module, BaseTunerLayer):
         return result
 
     def train(self, mode: bool = True) -> SageLayer:
-        """Set training or evaluation mode. Either drops the keys and values that evaluation keeps."""
+        """Set training or evaluation mode. Either drops the keys and values that evaluation keeps.
+
+        Args:
+            mode: Whether to train.
+
+        Returns:
+            The layer.
+        """
         self._cache.clear()
         return super().train(mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter from the layer, with its guidance where this layer owns it."""
+        """Delete an adapter from the layer, with its guidance where this layer owns it.
+
+        Args:
+            adapter_name: The adapter's name; nothing happens if there is none of that name.
+        """
         super().delete_adapter(adapter_name)
         for attributes in (self._guidance, self.fixed_scaling, self.num_heads):
             attributes.pop(adapter_name, None)
@@ -285,11 +310,23 @@ class SageLayer(nn.Module, BaseTunerLayer):
         return tensors if guidance is None else [*tensors, guidance]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Raise: the adapter is not linear in the block's input."""
+        """Refuse: the adapter is not linear in the block's input.
+
+        Args:
+            safe_merge: Unused.
+            adapter_names: Unused.
+
+        Raises:
+            NotImplementedError: Always.
+        """
         raise NotImplementedError(MERGE_ERROR)
 
     def unmerge(self) -> None:
-        """Raise: nothing was merged."""
+        """Refuse: nothing was merged.
+
+        Raises:
+            NotImplementedError: Always.
+        """
         raise NotImplementedError(MERGE_ERROR)
 
     def _get_base_layer_device_and_dtype(

@@ -56,7 +56,20 @@ class SageModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """Inject an adapter. What may fail is done first, before the model or the configuration is changed."""
+        """Inject an adapter. What may fail is done first, before the model or the configuration is changed.
+
+        Args:
+            model: The model to adapt.
+            adapter_name: The adapter's name, whose configuration is in `peft_config`.
+            autocast_adapter_dtype: Whether the weights of the adapter become float32 on a half-precision model.
+            low_cpu_mem_usage: Create the adapter's weights on the meta device, to be loaded.
+            state_dict: If given, its keys tell the adapted blocks, as in PEFT's `inject_adapter_in_model`.
+
+        Raises:
+            ValueError: If the name is a path, the model has no vision tower that can be adapted, no module matches the
+                targets, `num_heads` does not divide `r`, a saved adapter does not fit the model, or the guidance
+                cannot be had.
+        """
         config: SageConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         if not adapter_name or adapter_name != os.path.basename(adapter_name) or adapter_name in (".", ".."):
             raise ValueError(
@@ -232,7 +245,7 @@ class SageModel(BaseTuner):
 
 
 def default_r(num_classes: int, num_blocks: int) -> int:
-    """Width of the bottleneck, from the number of classes.
+    """Return the width of the bottleneck for a number of classes.
 
     2^max(0, floor(log2(C / (2 L)))) as in LIFT (arXiv 2309.10019), so that all adapters together have about half as
     many parameters as a linear head; but at least 8, as attention needs some width.
@@ -240,6 +253,9 @@ def default_r(num_classes: int, num_blocks: int) -> int:
     Args:
         num_classes: C.
         num_blocks: L, the number of adapted blocks.
+
+    Returns:
+        A power of two, at least 8.
     """
     exponent = math.floor(math.log2(num_classes / (2 * num_blocks))) if num_classes else 0
     return max(8, 2 ** max(0, exponent))

@@ -54,7 +54,15 @@ def find_targets(model: nn.Module, config: SageConfig, state_dict: dict[str, tor
 
 
 def is_excluded(config: SageConfig, name: str) -> bool:
-    """Whether `exclude_modules` or `modules_to_save` keeps a module from being adapted."""
+    """Tell whether `exclude_modules` or `modules_to_save` keeps a module from being adapted.
+
+    Args:
+        config: The adapter's configuration.
+        name: The module's name in the model.
+
+    Returns:
+        Whether it is kept as it is.
+    """
     return isinstance(check_target_module_exists(_as_peft(config), name), _ExcludedModule)
 
 

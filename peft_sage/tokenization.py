@@ -54,7 +54,15 @@ class TextBatches:
 
 
 def max_length(model: nn.Module, tokenizer: Any) -> int:
-    """Return the length in tokens at which the text tower cuts a text."""
+    """Return the length at which the text tower cuts a text.
+
+    Args:
+        model: A model with a text tower.
+        tokenizer: Its tokenizer, one of transformers.
+
+    Returns:
+        A number of tokens, start and end tokens included: the less of the tower's positions and the tokenizer's limit.
+    """
     config = towers.text_config(model)
     positions = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
     return min(positions or tokenizer.model_max_length, tokenizer.model_max_length)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """README and docs: every Python snippet runs, links lead somewhere, generated pages are fresh."""
 
+import ast
 import re
 import runpy
 import subprocess
@@ -19,6 +20,7 @@ from tests.hub_stand_in import Hub
 ROOT = Path(__file__).parents[1]
 DEMO_CLIP = "examples/emoji_lt/tiny-clip"
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
+MODULES = sorted(path for path in (ROOT / "peft_sage").rglob("*.py") if path.stem not in ("loss", "mismatch"))
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 #: Twelve classes, as of a small user: most have few images.
 COUNTS = dict(zip([f"colour_{i}" for i in range(12)], [20, 12, 8, 6, 5, 4, 3, 3, 3, 3, 3, 3], strict=True))
@@ -128,3 +130,36 @@ def test_every_public_docstring_says_what_and_whence():
         item = getattr(peft_sage, name)
         if callable(item):
             assert item.__doc__ and item.__doc__.strip()[0].isupper() and "Args:" in item.__doc__, name
+
+
+def public_functions(path):
+    """(name, function, docstring) of each public function and method of a module; a class's is that of `__init__`."""
+
+    def of(node, prefix=""):
+        for item in node.body:
+            if isinstance(item, ast.ClassDef) and not item.name.startswith("_"):
+                yield from of(item, f"{item.name}.")
+            elif isinstance(item, ast.FunctionDef) and not is_exempt(item):
+                documented = node if item.name == "__init__" else item
+                if item.name == "__init__" or not item.name.startswith("_"):
+                    yield prefix + item.name, item, ast.get_docstring(documented) or ""
+
+    def is_exempt(function):
+        return {"property", "overload"} & {ast.unparse(decorator) for decorator in function.decorator_list}
+
+    return of(ast.parse(path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_docstrings_name_arguments_results_and_errors(path):
+    for name, function, docstring in public_functions(path):
+        arguments = [a.arg for a in ast.walk(function.args) if isinstance(a, ast.arg) and a.arg not in ("self", "cls")]
+        where = f"{path.name}: {name}"
+        assert docstring, where
+        for argument in arguments:
+            assert re.search(rf"^ +\*{{0,2}}{argument}( \(.+\))?: ", docstring, re.MULTILINE), f"{where}: {argument}"
+        returns = function.returns is not None and ast.unparse(function.returns) != "None"
+        if returns and not (docstring.startswith("Return ") and not arguments):
+            assert "\nReturns:\n" in docstring or "\nYields:\n" in docstring, where
+        if any(isinstance(part, ast.Raise) for part in ast.walk(function)):
+            assert "\nRaises:\n" in docstring, where

@@ -136,7 +136,14 @@ def layer_scale(model: nn.Module, name: str) -> torch.Tensor | None:
 
 
 def find_towers(model: nn.Module) -> list[str]:
-    """Name the outermost vision towers in `model`; the name is empty if `model` as a whole is one."""
+    """Find the outermost vision towers of a model.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        Their names; the empty name if the model as a whole is one.
+    """
     towers: list[str] = []
     for name, _ in model.named_modules():
         if name.rpartition(".")[2] in TOWER_NAMES and not name.startswith(tuple(f"{tower}." for tower in towers)):
@@ -145,7 +152,14 @@ def find_towers(model: nn.Module) -> list[str]:
 
 
 def describe(model: nn.Module) -> str:
-    """Name a model for an error message, by its class and its `model_type`."""
+    """Name a model for an error message.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        Its class and, where its configuration has one, its `model_type`.
+    """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     return type(model).__name__ + (f" (model_type {model_type!r})" if model_type else "")
 

@@ -25,7 +25,14 @@ NO_TEXT_EMBEDDING = frozenset({"blip-2", "sam3", "sam3_lite_text", "sam3_video"}
 
 
 def has_text_tower(model: nn.Module) -> bool:
-    """Whether [`encode_text`] works on this model."""
+    """Tell whether a model can embed texts.
+
+    Args:
+        model: Any model; it may be wrapped.
+
+    Returns:
+        Whether [`encode_text`] works on it.
+    """
     return _text_encoder(model) is not None
 
 
@@ -48,6 +55,9 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: Any model.
+
+    Yields:
+        Nothing.
     """
     training = {module: module.training for module in model.modules()}
     model.eval()
