@@ -59,7 +59,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, BaseImageProcessor, PreTrainedModel
 
-from peft_sage import LongTailAccuracy, SageConfig, SageLoss, ZeroShotClassifier, encode_class_descriptions
+from peft_sage import (
+    LongTailAccuracy,
+    SageConfig,
+    SageLoss,
+    ZeroShotClassifier,
+    encode_class_descriptions,
+    pool_guidance,
+)
 from peft_sage.towers import find_blocks
 
 
@@ -93,7 +100,9 @@ def load_clip(name: str) -> PreTrainedModel:
     return AutoModel.from_pretrained(name, dtype=torch.float32)
 
 
-def peft_config(args: argparse.Namespace, model: nn.Module, texts: list[str] | dict[str, Any]) -> PeftConfig:
+def peft_config(
+    args: argparse.Namespace, model: nn.Module, texts: list[str] | dict[str, Any], embeddings: torch.Tensor
+) -> PeftConfig:
     """Say what is trained: always the head, and with it what `--method` names in the last blocks of the tower."""
     common: dict[str, Any] = {"r": args.r, "modules_to_save": ["head"]}
     if args.method == "head":
@@ -103,7 +112,11 @@ def peft_config(args: argparse.Namespace, model: nn.Module, texts: list[str] | d
         common["layers_to_transform"] = list(range(max(0, depth - args.last_blocks), depth))
     if args.method == "lora":
         return LoraConfig(lora_alpha=args.r, target_modules=LORA_TARGETS, exclude_modules=TEXT_TOWER, **common)
-    return SageConfig(class_descriptions=texts if args.method == "sage" else None, **common)
+    if args.method == "adaptformer":
+        return SageConfig(**common)
+    if args.guidance_rows and len(embeddings) > args.guidance_rows:
+        return SageConfig(guidance=pool_guidance(embeddings, args.guidance_rows), **common)
+    return SageConfig(class_descriptions=texts, **common)
 
 
 def make_loss(args: argparse.Namespace, class_counts: np.ndarray) -> SageLoss:
@@ -313,7 +326,7 @@ def training_function(args: argparse.Namespace) -> dict[str, Any]:
     if args.with_tracking:
         accelerator.init_trackers("logs", {key: value for key, value in vars(args).items() if value is not None})
 
-    model = get_peft_model(classifier, peft_config(args, classifier, texts))
+    model = get_peft_model(classifier, peft_config(args, classifier, texts, embeddings))
     counts = [
         sum(p.numel() for p in model.parameters() if p.requires_grad),
         sum(p.numel() for p in model.parameters()),
@@ -423,6 +436,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--compensation", type=float, default=1.0, help="strength of the mismatch compensation (sage)")
     add("--r", type=int, default=16, help="width of adapter or LoRA")
     add("--last-blocks", type=int, default=1, help="adapt so many blocks of the vision tower, from its end; 0 for all")
+    add("--guidance-rows", type=int, help="pool the descriptions of more classes to so many, which is faster (sage)")
     add("--optimizer", choices=["adamw", "sgd"], default="adamw")
     add("--momentum", type=float, default=0.9, help="of SGD")
     add("--lr", type=float, default=0.01)
@@ -465,6 +479,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"`--{name.replace('_', '-')}` must be at least 1, got {getattr(args, name)}.")
     if args.last_blocks < 0:
         parser.error(f"`--last-blocks` must be at least 0, got {args.last_blocks}.")
+    if args.guidance_rows is not None and args.guidance_rows < 1:
+        parser.error(f"`--guidance-rows` must be at least 1, got {args.guidance_rows}.")
     if args.push_to_hub and not args.hub_model_id:
         parser.error("`--push-to-hub` needs `--hub-model-id`.")
     if args.descriptions is None and Path(args.dataset, "descriptions.json").is_file():

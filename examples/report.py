@@ -75,7 +75,8 @@ def write_report(
         pixels = test[index]["pixel_values"]
         images = transform(pixels[None].to(next(model.parameters()).device))
         name = results["class_names"][test.split.labels[index]]
-        figure = plot_attention(pixels.permute(1, 2, 0).numpy(), attention_maps(model, images)[0], config.class_names)
+        names = config.class_names or [f"group {index} of classes" for index in range(config.num_classes)]
+        figure = plot_attention(pixels.permute(1, 2, 0).numpy(), attention_maps(model, images)[0], names)
         figure.savefig(folder / "attention.png")
         pictures["attention.png"] = f"What the last adapter attends to in a test image of the class `{name}`."
     columns = ("overall", "macro", "many", "medium", "few", "worst")

@@ -13,6 +13,7 @@ from .loss import SageLoss
 from .mismatch import estimate_mismatch, mismatch_from_counts
 from .model import SageModel
 from .model_card import create_model_card
+from .pooling import pool_guidance
 from .registration import register
 from .version import __version__
 from .visualization import attention_maps, plot_attention, plot_long_tail, plot_mismatch
@@ -41,6 +42,7 @@ __all__ = [
     "plot_attention",
     "plot_long_tail",
     "plot_mismatch",
+    "pool_guidance",
     "read_class_descriptions",
     "templates",
 ]

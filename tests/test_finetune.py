@@ -169,10 +169,26 @@ def test_losses_are_one_formula():
 def test_last_blocks_of_the_vision_tower_are_adapted(command, method, last, adapted):
     args = finetune.parse_args([*command, "--method", method, "--last-blocks", str(last)])
     classifier = ZeroShotClassifier(finetune.load_clip(args.model), torch.eye(2, 16))
-    model = get_peft_model(classifier, finetune.peft_config(args, classifier, ["red", "blue"]))
+    config = finetune.peft_config(args, classifier, ["red", "blue"], torch.eye(2, 16))
+    model = get_peft_model(classifier, config)
     trained = [name for name, p in model.named_parameters() if p.requires_grad and ".layers." in name]
     assert {int(name.partition(".layers.")[2].partition(".")[0]) for name in trained} == adapted
     assert not any("text_model" in name for name in trained)
+
+
+def test_many_classes_are_pooled_for_the_guidance_and_not_for_the_head(command, tmp_path):
+    finetune.main([*command, "--guidance-rows", "3", "--epochs", "1"])
+    weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    (guidance,) = (tensor for name, tensor in weights.items() if "peft_sage_guidance" in name)
+    (head,) = (tensor for name, tensor in weights.items() if name.endswith(".head.weight"))
+    assert (len(guidance), len(head)) == (3, 4)
+    config = finetune.peft_config(
+        finetune.parse_args([*command, "--guidance-rows", "4", "--last-blocks", "0"]),
+        torch.nn.Module(),
+        list(COLOURS),
+        torch.eye(4),
+    )
+    assert config.guidance is None and config.class_names == list(COLOURS)  # few enough as they are
 
 
 def test_resumed_after_a_kill_ends_with_the_same_weights(command, tmp_path, monkeypatch):
@@ -325,6 +341,7 @@ def test_the_shipped_yaml_says_what_the_defaults_are():
         ("with_tracking: maybe", "must be true or false, got 'maybe'"),
         ("- lr", "must map flags to values"),
         ("epochs: 0", "`--epochs` must be at least 1, got 0"),
+        ("guidance_rows: 0", "`--guidance-rows` must be at least 1, got 0"),
         ("push_to_hub: true", "needs `--hub-model-id`"),
     ],
 )

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from settings import Measurement, Point, Settings
 from timing import row
-from towers_rows import RANKS
-from variants import METHODS, TrainingStep, images, make
+from towers_rows import RANKS, SWEPT, TITLES
+from variants import TrainingStep, images, make, methods
 
 
 REPETITIONS = 3
@@ -24,16 +24,18 @@ def memory(settings: Settings) -> Measurement:
     peaks: dict[tuple[str, int], list[int]] = {}
     for _ in range(REPETITIONS):
         for count in settings.classes:
-            for method in METHODS:
+            for method in methods(count):
                 peaks.setdefault((method, count), []).append(_peak(settings, method, count, settings.r))
     rows = []
-    for count in settings.classes:
-        ratio = np.array(peaks["sage", count]) / np.array(peaks["adaptformer", count])
-        goal = GOAL if count == settings.large else None
-        rows.append(row(f"peak memory of a step / AdaptFormer's, C = {count:,}", ratio, goal))
+    for method, how in TITLES.items():
+        for count in settings.classes:
+            if (method, count) in peaks:
+                ratio = np.array(peaks[method, count]) / np.array(peaks["adaptformer", count])
+                goal = GOAL if count == settings.large else None
+                rows.append(row(f"peak memory of a step / AdaptFormer's, C = {count:,}{how}", ratio, goal))
     points = [Point("memory", "C", count, method, float(np.median(v))) for (method, count), v in peaks.items()]
     for r in RANKS:
-        for method in METHODS:
+        for method in SWEPT:
             points.append(Point("memory", "r", r, method, _peak(settings, method, settings.middle, r)))
     return rows, points
 

@@ -8,12 +8,16 @@ import dataclasses
 import numpy as np
 from settings import Measurement, Point, Row, Settings
 from timing import exponents, interleaved, row
-from variants import METHODS, RUNS, images, make, operations
+from variants import POOLED_ROWS, RUNS, images, make, methods, operations
 
 
 TRAINING_GOALS = {100: 1.03, 1000: 1.05, 8142: 1.10, 21841: 1.20}
 INFERENCE_GOALS = {1000: 1.02, 8142: 1.05}
 RANKS = (8, 16, 32, 64, 128)
+#: Methods of the curves over r.
+SWEPT = ("base", "lora", "adaptformer", "sage")
+#: What has rows in the table, and how a row says so.
+TITLES = {"sage": "", "pooled": f", guidance pooled to {POOLED_ROWS} rows"}
 
 
 def training(settings: Settings) -> Measurement:
@@ -41,7 +45,7 @@ def ranks(settings: Settings) -> Measurement:
     """The same over r, for the figure."""
     points = []
     for figure in RUNS:
-        runs = {(method, r): _run(settings, figure, method, settings.middle, r) for r in RANKS for method in METHODS}
+        runs = {(method, r): _run(settings, figure, method, settings.middle, r) for r in RANKS for method in SWEPT}
         for (method, r), values in interleaved(runs, settings, settings.sweep_repetitions).items():
             points.append(Point(figure, "r", r, method, float(np.median(values))))
         base = operations(settings, figure, "base", settings.middle)
@@ -72,7 +76,11 @@ def tokens(settings: Settings) -> Measurement:
 
 
 def _over_classes(settings: Settings, figure: str) -> tuple[dict[tuple[str, int], np.ndarray], list[Point]]:
-    runs = {(method, count): _run(settings, figure, method, count) for count in settings.classes for method in METHODS}
+    runs = {
+        (method, count): _run(settings, figure, method, count)
+        for count in settings.classes
+        for method in methods(count)
+    }
     seconds = interleaved(runs, settings)
     points = [Point(figure, "C", count, method, float(np.median(v))) for (method, count), v in seconds.items()]
     for count in settings.classes:
@@ -95,8 +103,11 @@ def _against(
 ) -> list[Row]:
     """Return a row for each number of classes: the time over a rival's, with the ratio of operations beside it."""
     rows = []
-    for count in settings.classes:
-        ratio = seconds["sage", count] / seconds[rival, count]
-        bound = operations(settings, figure, "sage", count) / operations(settings, figure, rival, count)
-        rows.append(row(f"{what}, C = {count:,}", ratio, goals.get(count), note=f"operations: {bound:.3f}"))
+    for method, how in TITLES.items():
+        for count in settings.classes:
+            if (method, count) in seconds:
+                ratio = seconds[method, count] / seconds[rival, count]
+                bound = operations(settings, figure, method, count) / operations(settings, figure, rival, count)
+                note = f"operations: {bound:.3f}"
+                rows.append(row(f"{what}, C = {count:,}{how}", ratio, goals.get(count), note=note))
     return rows

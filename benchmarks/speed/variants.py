@@ -18,8 +18,20 @@ from peft_sage import SageConfig, ZeroShotClassifier
 
 
 #: Method and its title. Each trains the cosine head as well; with "base" that is all.
-METHODS = {"base": "frozen base", "lora": "LoRA (q, v)", "adaptformer": "AdaptFormer", "sage": "Sage"}
+METHODS = {
+    "base": "frozen base",
+    "lora": "LoRA (q, v)",
+    "adaptformer": "AdaptFormer",
+    "sage": "Sage",
+    "pooled": "Sage, guidance pooled to 512 rows",
+}
 EMBEDDING_WIDTH = 512
+POOLED_ROWS = 512
+
+
+def methods(num_classes: int) -> list[str]:
+    """Return what is compared with so many classes; fewer than `POOLED_ROWS` need no pooling."""
+    return [method for method in METHODS if method != "pooled" or num_classes > POOLED_ROWS]
 
 
 @cache
@@ -53,7 +65,8 @@ def make(settings: Settings, method: str, num_classes: int, r: int | None = None
         return get_peft_model(
             classifier, LoraConfig(r=r, lora_alpha=r, target_modules=targets, modules_to_save=["head"])
         )
-    guidance = {"guidance": embeddings} if method == "sage" else {}
+    rows = {"sage": embeddings, "pooled": embeddings[:POOLED_ROWS]}  # which rows does not matter to the time
+    guidance = {"guidance": rows[method]} if method in rows else {}
     return get_peft_model(classifier, SageConfig(r=r, init_weights=False, modules_to_save=["head"], **guidance))
 
 
