@@ -9,7 +9,6 @@ in nats, how much better a class fits its own training images than images it has
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
 
 import torch
@@ -66,7 +65,7 @@ def estimate_mismatch(
         cos(f_i, m_k)      = a_i / |S_k|                                  where a_i = f_i . S_k
         cos(f_i, m_{k,-i}) = (a_i - 1) / sqrt(|S_k|^2 - 2 a_i + 1)
 
-    so that one pass over the features suffices, class by class. A few images say little
+    so that three passes over the features suffice: for the lengths, the sums and the `a_i`. A few images say little
     about the dispersion of their class, and one image says nothing. So `o_k` is drawn towards the optimism of `n_k`
     images with the pooled within-class dispersion `1 - c`, `c` being the mean cosine of two images of one class:
 
@@ -84,7 +83,7 @@ def estimate_mismatch(
 
     Args:
         features: (N, d) image features of the training images, of any floating type; normalised here. Beyond the
-            features, memory is a few numbers an image and float32 copies of the features of the largest class.
+            features, memory is one (K, d) sum of float32 and a few numbers an image.
         labels: (N,) class indices.
         num_classes: K. A class without images counts as one with a single image.
         scale: the scale by which the head multiplies its cosines, which turns cosines into nats.
@@ -123,16 +122,17 @@ def estimate_mismatch(
             raise TypeError(f"`groups` must be integers, got {groups.dtype}.")
 
     labels = labels.to(features.device, torch.long)
-    a, squares, counts = _class_products(features, labels, num_classes)
-    if not a.isfinite().all():
+    norm = _lengths(features)
+    if not (norm.isfinite() & (norm > 0)).all():
         raise ValueError("`features` must be finite and no row may be zero.")
+    a, squares, counts = _class_products(features, norm, labels, num_classes)
     if groups is None:
         # Of the sum of what is left out with an image: |G|^2, S_k . G, f_i . G, and the images in it.
         group_square, group_product, own, size = torch.ones_like(a), a, torch.ones_like(a), torch.ones_like(a)
     else:
         _, group = torch.stack([labels, groups.to(labels)], dim=1).unique(dim=0, return_inverse=True)
         num_groups = int(group.max()) + 1
-        own, group_squares, sizes = _class_products(features, group, num_groups)
+        own, group_squares, sizes = _class_products(features, norm, group, num_groups)
         group_product = torch.zeros_like(group_squares).index_add_(0, group, a)[group]
         group_square, size = group_squares[group], sizes[group]
 
@@ -159,39 +159,51 @@ def estimate_mismatch(
     return (scale * torch.lerp(pooled, optimism, weight).clamp(min=0)).float()
 
 
-def _class_products(
-    features: torch.Tensor, labels: torch.Tensor, num_classes: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """With the sum S_k of a class's unit features f_i: f_i . S_k (N,), |S_k|^2 (K,), the images (K,), in float64.
-
-    The features are read once: whole classes at a time, as many as a chunk holds.
-    """
-    counts = torch.bincount(labels, minlength=num_classes)
-    order = labels.argsort(stable=True)
-    starts = counts.cumsum(0) - counts
-    ends = counts.cumsum(0).tolist()
-    rows = chunk_rows(features, _CHUNK_ELEMENTS, _CHUNK_ELEMENTS_ACCELERATOR)
+def _lengths(features: torch.Tensor) -> torch.Tensor:
     dtype = torch.promote_types(features.dtype, torch.float32)
-    products, squares = features.new_empty(len(features), dtype=dtype), features.new_zeros(num_classes, dtype=dtype)
-    first = begin = 0
-    while begin < len(features):
-        last = max(bisect_right(ends, begin + rows), bisect_right(ends, begin) + 1)
-        end = ends[last - 1]
-        chosen = order[begin:end]
-        part = features[chosen].to(dtype)
-        inverse = torch.linalg.vector_norm(part, dim=1).reciprocal_()
-        row = torch.arange(end - begin, device=features.device)
-        sums = F.embedding_bag(row, part, starts[first:last] - begin, mode="sum", per_sample_weights=inverse)
-        products[chosen] = part.mul_(sums[labels[chosen] - first]).sum(1).mul_(inverse)
-        squares[first:last] = torch.linalg.vecdot(sums, sums)
-        first, begin = last, end
-    return products.double(), squares.double(), counts.double()
+    parts = features.split(_chunk_rows(features))
+    return torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=dtype) for part in parts])
 
 
 def chunk_rows(tensor: torch.Tensor, on_cpu: int, elsewhere: int) -> int:
     """How many rows of a (N, d) tensor to work on at a time, for so many elements on the CPU or elsewhere."""
     elements = on_cpu if tensor.device.type == "cpu" else elsewhere
     return max(1, elements // max(1, tensor.shape[1]))
+
+
+def _chunk_rows(features: torch.Tensor) -> int:
+    return chunk_rows(features, _CHUNK_ELEMENTS, _CHUNK_ELEMENTS_ACCELERATOR)
+
+
+def _class_products(
+    features: torch.Tensor, norm: torch.Tensor, labels: torch.Tensor, num_classes: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """With the sum S_k of a class's unit features f_i: f_i . S_k (N,), |S_k|^2 (K,), the images (K,), in float64."""
+    counts = torch.bincount(labels, minlength=num_classes)
+    sums = _class_sums(features, norm.reciprocal(), labels, counts)
+    rows = _chunk_rows(features)
+    a = torch.empty_like(norm)
+    products = sums.new_empty(rows, sums.shape[1])  # new memory for each chunk would cost as much as the products
+    for part, label, out in zip(features.split(rows), labels.split(rows), a.split(rows), strict=True):
+        own = torch.index_select(sums, 0, label, out=products[: len(label)])
+        torch.sum(own.mul_(part), dim=1, out=out)
+    return (a / norm).double(), torch.linalg.vecdot(sums, sums).double(), counts.double()
+
+
+def _class_sums(
+    features: torch.Tensor, weights: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor
+) -> torch.Tensor:
+    """Sums (K, d) of the weighted features of each class, in the precision of the weights."""
+    if features.dtype == weights.dtype:
+        order = labels.argsort(stable=True)
+        starts = counts.cumsum(0) - counts
+        return F.embedding_bag(order, features, starts, mode="sum", per_sample_weights=weights[order])
+    # A bag of rows in half precision would be rounded to it.
+    sums = weights.new_zeros(len(counts), features.shape[1])
+    rows = _chunk_rows(features)
+    for part, weight, label in zip(features.split(rows), weights.split(rows), labels.split(rows), strict=True):
+        sums.index_add_(0, label, part * weight[:, None])
+    return sums
 
 
 def _expected_optimism(n: torch.Tensor, between: torch.Tensor, within: torch.Tensor) -> torch.Tensor:
