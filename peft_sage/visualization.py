@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GROUPS = ("many", "medium", "few")
+NAMED_CLASSES = 40
 
 
 @torch.no_grad()
@@ -110,7 +111,11 @@ def plot_attention(
     return figure
 
 
-def plot_long_tail(results: Mapping[str, Mapping[str, Any]], class_counts: Sequence[int] | torch.Tensor) -> Figure:
+def plot_long_tail(
+    results: Mapping[str, Mapping[str, Any]],
+    class_counts: Sequence[int] | torch.Tensor,
+    class_names: Sequence[str] | None = None,
+) -> Figure:
     """Show class frequencies with the accuracy of each class, and the accuracies of the groups, for several runs.
 
     Args:
@@ -118,13 +123,14 @@ def plot_long_tail(results: Mapping[str, Mapping[str, Any]], class_counts: Seque
             returns them (fractions) or `examples/finetune.py` writes them (percent); all in the same unit. `None` or
             NaN for a group or class without images.
         class_counts: (K,) numbers of training images.
+        class_names: Names of the K classes, written below the axis where there are no more than 40.
 
     Returns:
         On the left the classes, ordered by their number of training images (bars), with a line of accuracy a run; on
         the right bars for the groups.
 
     Raises:
-        ValueError: If there is no run, or one of them has another number of classes.
+        ValueError: If there is no run, or one of them, or `class_names`, has another number of classes.
     """
     from matplotlib.figure import Figure
 
@@ -135,11 +141,17 @@ def plot_long_tail(results: Mapping[str, Mapping[str, Any]], class_counts: Seque
     for run, accuracy in per_class.items():
         if len(accuracy) != len(counts):
             raise ValueError(f"`results` of {run!r} must have {len(counts)} classes, got {len(accuracy)}.")
+    names = _names(class_names, len(counts))
     order = counts.argsort(descending=True, stable=True)
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     classes, groups = figure.subplots(1, 2, width_ratios=[2, 1])
     classes.bar(range(len(counts)), counts[order], width=1.0, color="0.85")
     classes.set(yscale="log", xlabel="classes, most frequent first", ylabel="training images")
+    if class_names is not None and len(counts) <= NAMED_CLASSES:
+        named = [names[k] for k in order.tolist()]
+        classes.set_xticks(
+            range(len(counts)), named, rotation=45, ha="right", rotation_mode="anchor", parse_math=False, fontsize=8
+        )
     accuracies = classes.twinx()
     accuracies.set_ylabel("test accuracy")
     width = 0.8 / len(results)

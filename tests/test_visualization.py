@@ -99,6 +99,8 @@ def test_refusals(clip, pixel_values):
         plot_attention(Image.new("RGB", (8, 8)), torch.rand(2, 2, 2), ["a"])
     with pytest.raises(ValueError, match="`results` of 'run' must have 3 classes, got 2"):
         plot_long_tail({"run": {"per_class": [0, 1]}}, [3, 2, 1])
+    with pytest.raises(ValueError, match="`class_names` must have 2 entries, got 1"):
+        plot_long_tail({"run": {"per_class": [0, 1]}}, [2, 1], ["cow"])
     with pytest.raises(ValueError, match="same length"):
         plot_mismatch([1.0], [1.0, 2.0], [1, 2])
 
@@ -124,6 +126,9 @@ def test_plot_long_tail_draws_the_results(tmp_path):
     assert math.isnan(points[0]) and list(points[1:]) == [1.0, 0.5]
     assert [bar.get_height() for container in groups.containers for bar in container][::3] == [0.9, 0.7]
     figure.savefig(tmp_path / "tail.png")
+    named = plot_long_tail({"one": run}, [3, 500, 50], ["owl", "cow $", "bat"])
+    assert [label.get_text() for label in named.axes[0].get_xticklabels()] == ["cow $", "bat", "owl"]
+    named.savefig(tmp_path / "named.png")
 
 
 def test_plot_mismatch_draws_a_point_a_class(tmp_path):
