@@ -57,7 +57,8 @@ def create_model_card(
         adapter_name: The adapter's name.
         settings: What it was trained with.
         pictures: From file names beside the card to captions.
-        per_class: (K,) accuracies, for a table of the worst classes; NaN or `None` for classes that were not tested.
+        per_class: (K,) accuracies, for a table of the worst classes, in percent or, if none is above 1, fractions; NaN
+            or `None` for classes that were not tested.
         class_counts: (K,) numbers of training images, for the same table.
 
     Returns:
@@ -166,7 +167,8 @@ def _worst(config: SageConfig, per_class: Sequence[float | None] | None, class_c
         [names[k] if names else f"class {k}", *([class_counts[k]] if class_counts is not None else []), accuracy]
         for accuracy, k in sorted(tested)[:WORST_CLASSES]
     ]
-    head = ["class", *(["training images"] if class_counts is not None else []), "accuracy"]
+    unit = ", %" if any(accuracy > 1 for accuracy, _ in tested) else ""
+    head = ["class", *(["training images"] if class_counts is not None else []), f"accuracy{unit}"]
     return f"\n## The worst classes\n\n{_table(head, rows)}"
 
 

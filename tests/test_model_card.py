@@ -49,6 +49,8 @@ def test_the_worst_classes(model):
         ["owl | night", "5", "0.25"],
         ["cow", "30", "0.9"],
     ]
+    percent = create_model_card(model, per_class=[90.0, 25.0, 0.5, None])
+    assert rows(render(percent), "The worst classes")[:2] == [["class", "accuracy, %"], ["bat", "0.5"]]
     with pytest.raises(ValueError, match="`class_counts` must have the 2 entries of `per_class`, got 1"):
         create_model_card(model, per_class=[1.0, 0.0], class_counts=[3])
 
