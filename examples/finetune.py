@@ -385,7 +385,7 @@ def verify_saved_model(
     if different or loaded_scores != scores:
         raise RuntimeError(f"The model loaded from {args.output_dir!r} predicts {different} images differently.")
     accelerator.print(
-        f"Saved to {args.output_dir}; a fresh model with it predicts the same {len(predictions)} classes."
+        f"Saved to {args.output_dir}; a fresh model with it predicts the same for all {len(predictions)} test images."
     )
 
 
