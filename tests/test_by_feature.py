@@ -171,10 +171,12 @@ def test_own_images_then_predict(run, photos, capsys):
     assert trained["scores"]["macro"] > 0.6
     card = Path("own_images", "README.md").read_text()
     assert "`dark red`" in card and f"| macro | {trained['scores']['macro']:.4g} |" in card
+    assert "| class | training images | accuracy |" in card and Path("own_images", "long_tail.png").is_file()
     capsys.readouterr()
 
     paths = sorted(photos.glob("test/*/*.png"))
-    run("predict", "own_images", *paths, "--top", 1, quick=False)
+    folders = sorted(photos.glob("test/*"))
+    run("predict", "own_images", *folders, "--top", 1, quick=False)
     lines = capsys.readouterr().out.splitlines()
     with torch.no_grad():
         pixel_values, _ = trained["collate"]([{"image": Image.open(path), "label": 0} for path in paths])
@@ -183,6 +185,12 @@ def test_own_images_then_predict(run, photos, capsys):
     for line, path, k, p in zip(lines, paths, expected.indices.tolist(), expected.values.tolist(), strict=True):
         name, percent = re.fullmatch(rf"{re.escape(str(path))}: (.*) ([\d.]+) %", line).groups()
         assert name == trained["names"][k] and float(percent) == pytest.approx(100 * p, abs=0.06)
+
+
+def test_own_images_wants_two_splits(run, photos, capsys):
+    with pytest.raises(SystemExit):
+        run("own_images", "--dataset", photos / "train", "--model", CLIP, quick=False)
+    assert "`--dataset` must have the folders train/ and test/" in capsys.readouterr().err
 
 
 def test_push_to_hub(tmp_path):
@@ -205,5 +213,9 @@ def test_push_to_hub(tmp_path):
         assert "Loaded user/owls with 2 classes: cow, owl" in done.stdout
         files = hub.files("user/owls")
         assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+        snippet = re.search(r"```python\n(.*?)```", files["README.md"].decode(), re.DOTALL)[1]
+        assert 'from_pretrained(base_model, "user/owls")' in snippet
+        done = subprocess.run([sys.executable, "-c", snippet], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
         assert hub.repos["user/owls"]["private"]
         assert json.loads(files["adapter_config.json"])["class_names"] == ["cow", "owl"]

@@ -4,6 +4,8 @@
     photos/train/CLASS/*.jpg
     photos/test/CLASS/*.jpg
 
+If there is only one folder a class, docs/own_data.md says how to part it.
+
 python examples/by_feature/own_images.py --dataset photos --model openai/clip-vit-base-patch16 --lr 0.001
 """
 
@@ -22,6 +24,7 @@ from peft_sage import (
     ZeroShotClassifier,
     create_model_card,
     encode_class_descriptions,
+    plot_long_tail,
     read_class_descriptions,
     templates,
 )
@@ -38,6 +41,8 @@ args = parser.parse_args()
 torch.manual_seed(0)
 
 images = load_dataset("imagefolder", data_dir=args.dataset)
+if not {"train", "test"} <= set(images):
+    parser.error(f"`--dataset` must have the folders train/ and test/ with one folder a class, got {args.dataset!r}.")
 class_label = images["train"].features["label"]
 names = read_class_descriptions(class_label)
 clip = AutoModel.from_pretrained(args.model, dtype=torch.float32)
@@ -67,11 +72,23 @@ for epoch in range(args.epochs):
     print(f"epoch {epoch + 1}: loss {loss.item():.3f}")
 
 model.eval()
-accuracy = LongTailAccuracy(torch.bincount(torch.tensor(labels), minlength=class_label.num_classes))
+class_counts = torch.bincount(torch.tensor(labels), minlength=class_label.num_classes)
+accuracy = LongTailAccuracy(class_counts)
 with torch.no_grad():
     for pixel_values, targets in DataLoader(images["test"], args.batch_size, collate_fn=collate):
         accuracy.update(model(pixel_values=pixel_values).logits, targets)
-scores = {name: score.item() for name, score in accuracy.compute().items() if score.ndim == 0}
+results = accuracy.compute()
+scores = {name: results[name].item() for name in ("overall", "macro", "many", "medium", "few", "worst")}
 print(scores)
+
 model.save_pretrained(args.output_dir)
-create_model_card(model, scores, args.output_dir).save(f"{args.output_dir}/README.md")
+plot_long_tail({"sage": results}, class_counts, names).savefig(f"{args.output_dir}/long_tail.png")
+create_model_card(
+    model,
+    scores,
+    args.output_dir,
+    settings=vars(args),
+    pictures={"long_tail.png": "Test accuracy of each class and group."},
+    per_class=results["per_class"].tolist(),
+    class_counts=class_counts.tolist(),
+).save(f"{args.output_dir}/README.md")

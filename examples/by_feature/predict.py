@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Predict with a saved adapter, on a model that has no text tower: neither texts nor tokenizer are needed.
 
-python examples/by_feature/predict.py finetuned photos/new/*.jpg
+python examples/by_feature/predict.py finetuned photos/new
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -16,7 +17,7 @@ from peft_sage import ZeroShotClassifier
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("adapter", help="folder or Hub id")
-parser.add_argument("images", nargs="+")
+parser.add_argument("images", nargs="+", help="files, or folders with nothing else in them")
 parser.add_argument("--top", type=int, default=3, help="classes to show")
 args = parser.parse_args()
 
@@ -26,7 +27,8 @@ tower = CLIPVisionModelWithProjection.from_pretrained(config.base_model_name_or_
 model = PeftModel.from_pretrained(ZeroShotClassifier(tower, config.num_classes), args.adapter).eval()
 processor = AutoImageProcessor.from_pretrained(config.base_model_name_or_path)
 
-for path in args.images:
+paths = [sorted(path.iterdir()) if path.is_dir() else [path] for path in map(Path, args.images)]
+for path in sum(paths, []):
     inputs = processor(images=Image.open(path).convert("RGB"), return_tensors="pt")
     with torch.inference_mode():
         probabilities = model(**inputs).logits[0].softmax(dim=-1)

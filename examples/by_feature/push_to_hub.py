@@ -5,9 +5,11 @@ python examples/by_feature/push_to_hub.py finetuned user/name --private
 """
 
 import argparse
+import re
+from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from peft import PeftConfig, PeftModel
 from transformers import AutoModel
 
@@ -20,11 +22,18 @@ parser.add_argument("repo_id", help="user/name")
 parser.add_argument("--private", action="store_true")
 args = parser.parse_args()
 
+base_model = PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
+if Path(base_model).is_dir():
+    print(f"The base model {base_model!r} is a folder of yours, which nobody else has: see docs/hub.md.")
+
 api = HfApi()
 api.create_repo(args.repo_id, private=args.private, exist_ok=True)
-url = api.upload_folder(
-    repo_id=args.repo_id, folder_path=args.adapter, ignore_patterns=["checkpoint*", "checkpoints/*", "logs/*"]
-)
+others = ["README.md", "checkpoint*", "checkpoints/*", "logs/*"]
+url = api.upload_folder(repo_id=args.repo_id, folder_path=args.adapter, ignore_patterns=others)
+# The card in a folder says how to load the folder; the card on the Hub says how to load it from there.
+card = ModelCard.load(Path(args.adapter, "README.md"))
+card.text = re.sub(r'(PeftModel\.from_pretrained\(.+, )".+"\)', rf'\1"{args.repo_id}")', card.text)
+card.push_to_hub(args.repo_id)
 print(f"Pushed: {url}")
 
 config = PeftConfig.from_pretrained(args.repo_id)
