@@ -52,13 +52,14 @@ def test_the_wheel_works_where_the_repository_is_not(tmp_path):
         assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
         return done.stdout
 
-    run(sys.executable, "-m", "build", "--wheel", "--sdist", "--outdir", tmp_path / "dist")
+    # The wheel is made from the source distribution, so nothing of an earlier build is in it.
+    run(sys.executable, "-m", "build", "--outdir", tmp_path / "dist")
     run(sys.executable, "-m", "twine", "check", "--strict", *(tmp_path / "dist").iterdir())
     wheel = next((tmp_path / "dist").glob("*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
     assert "peft_sage/py.typed" in names and {name.split("/")[0].split("-")[0] for name in names} == {"peft_sage"}
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "peft_sage").rglob("*.py")}
-    assert modules <= set(names)
+    assert modules == {name for name in names if name.endswith(".py")}
 
     run(sys.executable, "-m", "venv", tmp_path / "env")
     python = tmp_path / "env" / "bin" / "python"
