@@ -17,7 +17,7 @@ from settings import Settings
 from variants import METHODS
 
 
-STYLES = {"base": "k:", "lora": "C1s-", "adaptformer": "C2^-", "sage": "C0o-", "lower bound": "C0--"}
+STYLES = {"base": "k:", "lora": "C1s-", "adaptformer": "C2^-", "sage": "C0o-", "pooled": "C3d-", "lower bound": "C0--"}
 TITLES = {**METHODS, "lower bound": "Sage, operations only"}
 PANELS = {"training": "training step", "inference": "inference", "memory": "peak memory of a step"}
 AXES = {"C": "number of classes C", "r": "width r"}
