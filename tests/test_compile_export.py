@@ -4,9 +4,11 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from torch._dynamo.testing import CompileCounter
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from peft_sage import SageConfig, ZeroShotClassifier
-from tests.conftest import randomise, tiny_clip
+from tests.conftest import VISION, randomise, tiny_clip
 
 
 class Logits(torch.nn.Module):
@@ -18,6 +20,12 @@ class Logits(torch.nn.Module):
 
     def forward(self, pixel_values):
         return self.model(pixel_values=pixel_values).logits
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    """Dynamo keeps what it compiled by code object, `Logits.forward` here, and refuses to compile it a ninth time."""
+    torch._dynamo.reset()
 
 
 @pytest.fixture(params=[5, pytest.param(0, marks=pytest.mark.slow)], ids=["guidance", "no guidance"])
@@ -55,6 +63,51 @@ def test_compile_follows_a_new_guidance_and_another_adapter(pixel_values):
     peft_model.set_adapter("second")
     torch.testing.assert_close(compiled(pixel_values), model(pixel_values))
     assert not torch.allclose(compiled(pixel_values), first)
+
+
+def adapted_classifier():
+    torch.manual_seed(0)
+    model = get_peft_model(
+        ZeroShotClassifier(tiny_clip(), torch.randn(6, 16)), SageConfig(guidance=torch.randn(5, 24))
+    )
+    return model.eval()
+
+
+def test_compiles_once_for_all_that_has_the_same_shapes(pixel_values):
+    counter = CompileCounter()
+    model = adapted_classifier()
+    model.add_adapter("second", SageConfig(guidance=torch.randn(3, 7)))
+    compiled = torch.compile(Logits(model), fullgraph=True, backend=counter)
+    for count, name in ((1, "default"), (2, "second"), (2, "default"), (2, "second"), (2, "default")):
+        model.set_adapter(name)
+        compiled(pixel_values)
+        assert counter.frame_count == count
+    for _ in range(3):
+        model.set_guidance(torch.randn(5, 24))
+        randomise(model)
+        compiled(pixel_values)
+    model.set_guidance(torch.randn(9, 24))
+    compiled(pixel_values)
+    assert counter.frame_count == 3
+    torch._dynamo.reset()
+    counter.clear()
+    for _ in range(3):
+        torch.compile(Logits(adapted_classifier()), fullgraph=True, backend=counter)(pixel_values)
+    assert counter.frame_count == 1
+
+
+def test_compiles_two_blocks_for_any_depth(pixel_values):
+    """Block by block, as for deep models: the one that owns the guidance, and all others."""
+    counter = CompileCounter()
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(**{**VISION, "num_hidden_layers": 12})
+    model = get_peft_model(CLIPVisionModel(vision).eval(), SageConfig(guidance=torch.randn(5, 24)))
+    randomise(model)
+    expected = model(pixel_values=pixel_values).pooler_output
+    for layer in model.base_model.model.encoder.layers:
+        layer.compile(fullgraph=True, backend=counter)
+    torch.testing.assert_close(model(pixel_values=pixel_values).pooler_output, expected)
+    assert counter.frame_count == 2
 
 
 @pytest.mark.slow
