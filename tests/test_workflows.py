@@ -21,6 +21,8 @@ from peft import (
 from peft.tuners.lora import LoraLayer
 from transformers import (
     AutoModel,
+    BitsAndBytesConfig,
+    CLIPConfig,
     CLIPForImageClassification,
     CLIPModel,
     CLIPVisionModel,
@@ -449,6 +451,76 @@ def test_a_block_with_integer_weights(clip, pixel_values, config):
     features(model, pixel_values).square().sum().backward()
     adapter = [p for n, p in model.named_parameters() if "peft_sage_" in n]
     assert all(p.dtype == torch.float32 and p.grad is not None for p in adapter)
+
+
+def wide_clip():
+    """bitsandbytes packs 4-bit weights in blocks of 64."""
+    tower = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    vision = {**tower, "image_size": 16, "patch_size": 8}
+    return CLIPModel(CLIPConfig(text_config={**tower, "vocab_size": 300}, vision_config=vision, projection_dim=64))
+
+
+def dequantised(model):
+    """The same model with plain layers that hold the quantised numbers."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, bitsandbytes.nn.Linear4bit):
+            weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        elif isinstance(layer, bitsandbytes.nn.Linear8bitLt):
+            weight = layer.weight.data * layer.weight.SCB[:, None] / 127
+        else:
+            continue
+        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        plain.load_state_dict({"weight": weight, **({} if layer.bias is None else {"bias": layer.bias})})
+        model.set_submodule(name, plain)
+    return model
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        {"load_in_8bit": True},
+        {"load_in_4bit": True},
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
+    ],
+    ids=["int8", "fp4", "nf4 in bfloat16"],
+)
+def test_bitsandbytes_base(precision, pixel_values, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    wide_clip().save_pretrained(tmp_path / "clip")
+
+    def load():
+        settings = BitsAndBytesConfig(**precision)
+        return CLIPModel.from_pretrained(tmp_path / "clip", quantization_config=settings, device_map="cpu").eval()
+
+    @torch.no_grad()
+    def evaluate(model):
+        return features(model.eval(), pixel_values)
+
+    def step(model):
+        """The gradients of the adapters, after a step with them."""
+        model = get_peft_model(model, SageConfig(guidance=torch.eye(5, 24), r=8, num_heads=2))
+        randomise(model)
+        model.train()
+        adapters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        assert all("peft_sage_" in name and p.dtype == torch.float32 for name, p in adapters.items())
+        features(model, pixel_values).square().sum().backward()
+        torch.optim.SGD(adapters.values(), lr=1e-3).step()
+        return model, {name: p.grad for name, p in adapters.items()}
+
+    assert load().vision_model.encoder.layers[0].mlp.fc1.weight.dtype in (torch.int8, torch.uint8)
+    base = evaluate(load())
+    assert torch.equal(evaluate(get_peft_model(load(), SageConfig(guidance=torch.eye(5, 24)))), base)
+    # Trained before the first evaluation: on some CPUs bitsandbytes packs 4-bit weights for it, and then refuses.
+    model, gradients = step(load())
+    _, expected = step(dequantised(load()))
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).norm() <= 0.02 * expected[name].norm(), name
+    model.save_pretrained(tmp_path / "adapter")
+    output = evaluate(model)
+    assert not torch.allclose(output, base)
+    assert torch.equal(evaluate(PeftModel.from_pretrained(load(), tmp_path / "adapter")), output)
+    assert torch.equal(evaluate(model.unload()), base)
 
 
 # Gradient checkpointing
