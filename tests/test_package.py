@@ -31,6 +31,14 @@ def test_the_import_needs_no_extra():
     assert done.stdout.strip() == "True", done.stderr
 
 
+@pytest.mark.slow
+def test_the_import_costs_less_than_100_ms_beyond_peft():
+    code = "import peft, time; start = time.perf_counter(); import peft_sage; print(time.perf_counter() - start)"
+    run = [sys.executable, "-c", code]
+    # The least of several, which other work on the machine disturbs least.
+    assert min(float(subprocess.check_output(run, cwd=ROOT, text=True)) for _ in range(5)) < 0.1
+
+
 def test_the_version_is_in_one_place():
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+)?", peft_sage.__version__)
     for file in ("setup.cfg", "pyproject.toml", "README.md"):
