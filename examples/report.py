@@ -20,6 +20,7 @@ from peft_sage import (
     plot_attention,
     plot_long_tail,
     plot_mismatch,
+    read_class_descriptions,
 )
 from peft_sage.towers import encode_image
 
@@ -53,7 +54,8 @@ def write_report(
     counts = results["class_counts"]
     runs = {"zero-shot": results["zero_shot"], method: results["trained"]}
     pictures = {"long_tail.png": "Test accuracy, %: each class (points), running mean (lines), and the groups."}
-    plot_long_tail(runs, counts, results["class_names"]).savefig(folder / "long_tail.png")
+    class_names = read_class_descriptions(results["class_names"])
+    plot_long_tail(runs, counts, list(class_names)).savefig(folder / "long_tail.png")
 
     features, labels, train_logits = own_class(model, train, transform, num_workers)
     _, test_labels, test_logits = own_class(model, test, transform, num_workers)
@@ -74,7 +76,7 @@ def write_report(
         index = int(np.flatnonzero(test.split.labels == rarest)[0]) if rarest in test.split.labels else 0
         pixels = test[index]["pixel_values"]
         images = transform(pixels[None].to(next(model.parameters()).device))
-        name = (config.class_names or results["class_names"])[test.split.labels[index]]
+        name = class_names[test.split.labels[index]]
         names = config.class_names or [f"group {index} of classes" for index in range(config.num_classes)]
         figure = plot_attention(pixels.permute(1, 2, 0).numpy(), attention_maps(model, images)[0], names)
         figure.savefig(folder / "attention.png")
