@@ -288,7 +288,11 @@ def _check_base_model(model: nn.Module, config: SageConfig) -> None:
     trained_on, loaded_on = config.base_model_name_or_path, getattr(model, "name_or_path", None)
     # Only the last part: the same model may lie in a folder here and on the Hub there.
     if trained_on and loaded_on and os.path.basename(trained_on) != os.path.basename(loaded_on):
-        warnings.warn(f"The adapter was trained on {trained_on!r} and is loaded on {loaded_on!r}.", stacklevel=2)
+        warnings.warn(
+            f"The adapter was trained on {trained_on!r} and is loaded on {loaded_on!r}. Load the former, unless both "
+            "hold the same weights.",
+            stacklevel=2,
+        )
 
 
 def _mean_layer_scale(model: nn.Module, name: str) -> float:
