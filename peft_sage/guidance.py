@@ -38,7 +38,7 @@ def encode_class_descriptions(
             name to one or more written descriptions.
         templates: For bare class names, texts with one `{}` each. Default: "a photo of a {}.".
         batch_size: Texts a batch.
-        progress_bar: Whether to show one. Default: with more than 20 batches, on the main process.
+        progress_bar: Whether to show one, on the main process. Default: with more than 20 batches.
 
     Returns:
         A float32 tensor (M, e) on the model's device with one L2-normalised row a class.
@@ -138,10 +138,10 @@ def _encode_texts(
     """Return raw float32 text embeddings (n, e), in the order of `texts`."""
     batches = TextBatches(model, tokenizer, texts, batch_size)
     device = next(model.parameters()).device
-    hide = not (len(batches) > 20 and _is_main_process()) if progress_bar is None else not progress_bar
+    show = (len(batches) > 20 if progress_bar is None else progress_bar) and _is_main_process()
     encoded, order = [], []
     with towers.eval_mode(model):
-        for positions, inputs in tqdm(batches, desc="Encoding class descriptions", disable=hide):
+        for positions, inputs in tqdm(batches, desc="Encoding class descriptions", disable=not show):
             inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
             encoded.append(towers.encode_text(model, inputs).float())
             order += positions

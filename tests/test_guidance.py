@@ -31,6 +31,20 @@ def test_rows_are_means_of_normalised_embeddings(make, batch_size):
         torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_long_work_shows_a_progress_bar_on_the_main_process_only(clip, capsys, monkeypatch, rank):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+
+    def shown(count, **options):
+        texts = [[f"text {i}"] for i in range(count)]
+        encode_class_descriptions(clip, byte_tokenizer(), texts, batch_size=1, **options)
+        return "Encoding class descriptions" in capsys.readouterr().err
+
+    assert shown(21) == shown(2, progress_bar=True) == (rank == 0)
+    assert not shown(20) and not shown(21, progress_bar=False)
+
+
 def test_names_go_into_templates(clip):
     names = encode_class_descriptions(clip, byte_tokenizer(), ["cat", "{}"], templates=["a {}", "{} x"])
     texts = encode_class_descriptions(clip, byte_tokenizer(), [["a cat", "cat x"], ["a {}", "{} x"]])
