@@ -128,6 +128,8 @@ def section(path: Path) -> list[str]:
         spec_of[key] = spec
     wanted = {**DEFAULTS, **experiment.get("base", {}), **experiment["baseline"]}
     baseline = arms.get(json.dumps([wanted[name] for name in fields]))
+    differs = any("logit_difference" in run for run in runs)
+    columns = [*fields, "seeds", *GROUPS, "ECE", *(["largest difference of a logit"] if differs else [])]
     lines = [
         f"## {experiment['title']}",
         "",
@@ -137,8 +139,8 @@ def section(path: Path) -> list[str]:
         f"split: {specs[0]['split']}; baseline: {experiment['baseline']}. Mean ± standard deviation over seeds; "
         "in brackets the paired difference to the baseline with its 95 % interval.",
         "",
-        "| " + " | ".join([*fields, "seeds", *GROUPS, "ECE"]) + " |",
-        "|" + "---|" * (len(fields) + len(GROUPS) + 2),
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
     ]
     for key, arm in sorted(arms.items(), key=lambda item: -np.mean([run["macro"] for run in item[1].values()])):
         spec = spec_of[key]
@@ -151,6 +153,8 @@ def section(path: Path) -> list[str]:
             if gap is not None:
                 cells[-1] += " ({:+.1f}; {:+.1f} to {:+.1f})".format(*(part[column] for part in gap))
         cells.append(_mean([run["ece"] for run in arm.values()]))
+        if differs:
+            cells.append(_mean([run.get("logit_difference", 0.0) for run in arm.values()]))
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", *_figure(experiment.get("figure"), path.stem, arms, spec_of)]
     return [*lines, ""]

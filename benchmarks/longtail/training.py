@@ -32,6 +32,7 @@ from peft_sage import (
     encode_class_descriptions,
     estimate_mismatch,
     mismatch_from_counts,
+    pool_guidance,
 )
 
 
@@ -40,6 +41,8 @@ DEFAULTS: dict[str, Any] = {
     "ratio": None,
     "method": "sage",
     "guidance": "descriptions",
+    "guidance_rows": None,
+    "swapped_rows": None,
     "design": {},
     "head": "cosine",
     "r": 16,
@@ -141,7 +144,14 @@ def run(spec: dict[str, Any], bench: Bench) -> dict[str, Any]:
         counts = torch.full((len(unseen),), 50)
     with torch.no_grad():
         logits, report = predict(model, held_out, counts, tokens.evaluation(spec["split"], first), first)
+    if spec["swapped_rows"]:
+        model.set_guidance(pool_guidance(guidance, spec["swapped_rows"]))
+        exact = logits
+        with torch.no_grad():
+            logits, report = predict(model, held_out, counts, tokens.evaluation(spec["split"], first), first)
     figures = evaluate(logits, held_out.labels, counts)
+    if spec["swapped_rows"]:
+        figures["logit_difference"] = round((logits - exact).abs().max().item(), 4)
     if spec["gap"]:
         figures.update(bias(model, spec["scale"], train, tokens.train(first)[0], first, logits, held_out.labels))
     figures["attention"] = report
@@ -172,7 +182,7 @@ def make_guidance(spec: dict[str, Any], embeddings: torch.Tensor, names: torch.T
         rows = embeddings
     if spec["design"].get("centre"):
         rows = rows - rows.mean(0)
-    return F.normalize(rows, dim=-1)
+    return pool_guidance(rows, spec["guidance_rows"] or len(rows))
 
 
 def make_model(
