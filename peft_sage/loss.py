@@ -124,6 +124,9 @@ class SageLoss(nn.Module):
             num_classes: K.
             **kwargs: the other arguments of `SageLoss`.
 
+        Returns:
+            The loss for these class counts.
+
         Raises:
             ValueError: a label is out of range, or `labels` is not one-dimensional.
             TypeError: the labels are not integers.
@@ -234,6 +237,7 @@ class SageLoss(nn.Module):
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
     def extra_repr(self) -> str:
+        """Return what `repr` shows of the loss."""
         return (
             f"num_classes={len(self.adjustment)}, tau={self.tau}, compensation={self.compensation}, "
             f"base_mismatch={self.base_mismatch}, "

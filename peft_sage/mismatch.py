@@ -166,7 +166,16 @@ def _lengths(features: torch.Tensor) -> torch.Tensor:
 
 
 def chunk_rows(tensor: torch.Tensor, on_cpu: int, elsewhere: int) -> int:
-    """How many rows of a (N, d) tensor to work on at a time, for so many elements on the CPU or elsewhere."""
+    """Say how many rows of a tensor to work on at a time.
+
+    Args:
+        tensor: (N, d).
+        on_cpu: How many elements on the CPU.
+        elsewhere: How many elements on an accelerator.
+
+    Returns:
+        The number of rows, at least 1.
+    """
     elements = on_cpu if tensor.device.type == "cpu" else elsewhere
     return max(1, elements // max(1, tensor.shape[1]))
 
@@ -213,7 +222,18 @@ def _expected_optimism(n: torch.Tensor, between: torch.Tensor, within: torch.Ten
 
 
 def as_numbers(values: Sequence[float] | torch.Tensor, name: str) -> torch.Tensor:
-    """Reads an argument that holds one number a class as a tensor without gradient."""
+    """Read an argument that holds one number a class.
+
+    Args:
+        values: The numbers, as a list or a tensor.
+        name: The argument's name, for the message.
+
+    Returns:
+        A tensor without gradient.
+
+    Raises:
+        TypeError: If they are no real numbers.
+    """
     try:
         numbers = torch.as_tensor(values).detach()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -224,7 +244,18 @@ def as_numbers(values: Sequence[float] | torch.Tensor, name: str) -> torch.Tenso
 
 
 def check_class_counts(class_counts: Sequence[int] | torch.Tensor) -> torch.Tensor:
-    """Reads numbers of training images as a (K,) int64 tensor on the CPU, or says what is wrong with them."""
+    """Read numbers of training images, or say what is wrong with them.
+
+    Args:
+        class_counts: (K,), as a list or a tensor.
+
+    Returns:
+        (K,) int64 on the CPU.
+
+    Raises:
+        TypeError: If they are no real numbers.
+        ValueError: If they are no (K,) whole numbers, at least 0 and not all 0.
+    """
     counts = as_numbers(class_counts, "class_counts").cpu()
     if counts.ndim != 1 or len(counts) == 0:
         raise ValueError(f"`class_counts` must have shape (K,), one number a class, got shape {tuple(counts.shape)}.")
@@ -244,10 +275,20 @@ def check_class_counts(class_counts: Sequence[int] | torch.Tensor) -> torch.Tens
 def check_label_range(
     labels: torch.Tensor, num_classes: int, ignore_index: int | None = None, name: str = "labels"
 ) -> None:
-    """Raises unless the class indices in `labels` are integers in [0, num_classes) or equal to `ignore_index`.
+    """Raise unless class indices are integers in their range.
 
     The range is checked on the CPU only: on an accelerator it would make the host wait for the device at every step,
     and the kernels that use the labels there assert it themselves.
+
+    Args:
+        labels: Class indices, of any shape.
+        num_classes: K; they must lie in [0, K).
+        ignore_index: An index that is allowed besides.
+        name: The argument's name, for the message.
+
+    Raises:
+        TypeError: If they are no integers.
+        ValueError: If one is out of range.
     """
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"`{name}` must be integer class indices, got {labels.dtype}.")

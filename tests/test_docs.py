@@ -20,7 +20,7 @@ from tests.hub_stand_in import Hub
 ROOT = Path(__file__).parents[1]
 DEMO_CLIP = "examples/emoji_lt/tiny-clip"
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
-MODULES = sorted(path for path in (ROOT / "peft_sage").rglob("*.py") if path.stem not in ("loss", "mismatch"))
+MODULES = sorted((ROOT / "peft_sage").rglob("*.py"))
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 #: Twelve classes, as of a small user: most have few images.
 COUNTS = dict(zip([f"colour_{i}" for i in range(12)], [20, 12, 8, 6, 5, 4, 3, 3, 3, 3, 3, 3], strict=True))
