@@ -61,7 +61,10 @@ class Task:
 
 
 def load_task(name: str, styles: str | None = None) -> Task:
-    """Load `concepts` (unseen concepts), `scenes` (the same in clutter), `styles` (unseen drawing styles) or `digits`.
+    """Load a task.
+
+    `concepts` are unseen concepts; `scenes` and `negatives` have the same drawings, shown in clutter or with inverted
+    colours (see `tokens.py`); `styles` are unseen drawing styles; `digits` are handwritten.
 
     Args:
         name: The task.

@@ -42,12 +42,12 @@ class Tokens:
     Args:
         clip: The frozen model.
         task: Images.
-        scenes: Whether objects are composed into scenes.
+        look: How they are shown: composed into "scenes", as "negatives", or on white for anything else.
         views: Augmented views of each training image.
     """
 
-    def __init__(self, clip: CLIPModel, task: Task, scenes: bool, views: int) -> None:
-        self.clip, self.task, self.scenes, self.views = clip, task, scenes, views
+    def __init__(self, clip: CLIPModel, task: Task, look: str, views: int) -> None:
+        self.clip, self.task, self.look, self.views = clip, task, look, views
         self.held_out: dict[tuple[str, int], torch.Tensor] = {}
         self.training: OrderedDict[int, torch.Tensor] = OrderedDict()
 
@@ -87,9 +87,11 @@ class Tokens:
         images = premultiplied(images)
         if split == "train":
             images = augment(images, generator)
-        if self.scenes:
+        if self.look == "scenes":
             clutter = self.task.distractors["train" if split == "train" else "test"]
             images = in_scenes(images, clutter, generator)
         else:
             images = on_white(images)
+        if self.look == "negatives":
+            images = 1 - images
         return images * 2 - 1  # mean and standard deviation 0.5, as the checkpoint's image processor

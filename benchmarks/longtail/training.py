@@ -90,7 +90,7 @@ class Bench:
 
     def tokens(self, name: str, views: int) -> Tokens:
         if (name, views) not in self.prepared:
-            self.prepared = {(name, views): Tokens(self.clip(), self.task(name), name == "scenes", views)}
+            self.prepared = {(name, views): Tokens(self.clip(), self.task(name), name, views)}
         return self.prepared[name, views]
 
     def task(self, name: str) -> Task:
