@@ -4,6 +4,8 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -19,6 +21,8 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
+from peft.utils.hotswap import hotswap_adapter
+from safetensors.torch import load_file
 from transformers import (
     AutoModel,
     BitsAndBytesConfig,
@@ -210,6 +214,39 @@ def test_adapter_names_that_also_occur_in_the_model(name, clip, pixel_values, tm
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(tiny_clip(), tmp_path / name, adapter_name=name)
     assert torch.equal(features(again, pixel_values), expected)
+
+
+class MessageEncoder(torch.nn.Module):
+    """Base weights whose names hold parts of our prefix, beside a tower."""
+
+    def __init__(self):
+        super().__init__()
+        self.clip, self.message_encoder = tiny_clip(), torch.nn.Linear(2, 2)
+        self.sage_norm = torch.nn.LayerNorm(2)
+
+
+def test_base_weights_with_names_like_ours_are_not_saved(tmp_path):
+    model = get_peft_model(MessageEncoder(), SageConfig(guidance=torch.randn(5, 24)))
+    model.add_adapter("second", SageConfig(guidance=torch.randn(3, 24)))
+    model.save_pretrained(tmp_path)
+    names = {*load_file(tmp_path / "adapter_model.safetensors")}
+    assert names == {key for key in get_peft_model_state_dict(model) if ".mlp.peft_sage_" in key}
+    model.delete_adapter("second")
+    assert not any("second" in key for key in model.state_dict())
+
+
+def test_without_the_import_the_error_names_the_package(adapter_dir):
+    code = f"from peft import PeftConfig; PeftConfig.from_pretrained({adapter_dir!r})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and result.stderr.strip().endswith("KeyError: 'PEFT_SAGE'")
+
+
+def test_hot_swapping_is_refused_and_changes_nothing(trained, adapter_dir, pixel_values):
+    randomise(trained, seed=3)
+    expected = features(trained, pixel_values)
+    with pytest.raises(ValueError, match="Hotswapping.*PEFT_SAGE"):
+        hotswap_adapter(trained, adapter_dir, "default")
+    assert torch.equal(features(trained, pixel_values), expected)
 
 
 # The routes by which an adapter comes back
