@@ -104,9 +104,10 @@ class SageLayer(nn.Module, BaseTunerLayer):
                 self.peft_sage_num_heads[adapter_name] = torch.tensor(config.num_heads)
             self.peft_sage_key[adapter_name] = nn.Linear(dim, r, bias=False)
             self.peft_sage_value[adapter_name] = nn.Linear(dim, r, bias=False)
-        self.reset_adapter_parameters(adapter_name, config.init_weights)
         if config.saved:
             self._blank_adapter_parameters(adapter_name)
+        else:
+            self.reset_adapter_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -35,18 +35,25 @@ class SageModel(BaseTuner):
 
     Args:
         model (`torch.nn.Module`): The model to adapt; only its vision tower is touched.
-        config (`SageConfig`): The configuration.
+        peft_config (`SageConfig`): The configuration.
         adapter_name (`str`): The adapter's name.
-        low_cpu_mem_usage (`bool`): Create the adapter's weights on the meta device, to be loaded.
+        *args: As PEFT's `BaseTuner` takes them.
+        **kwargs: The same; `low_cpu_mem_usage=True` creates the adapter's weights on the meta device, to be loaded.
 
     Raises:
         ValueError: Before anything is changed, if the model has no vision tower that can be adapted, no module matches
-            the targets, a target does not map (..., d) to (..., d), or the guidance cannot be had.
+            the targets, a target does not map (..., d) to (..., d), the guidance cannot be had, or another method's
+            adapter in the model has the same name.
     """
 
     prefix = PREFIX
     tuner_layer_cls = SageLayer
     target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # Here and not in `inject_adapter`: PEFT replaces the other adapter's configuration before that.
+        _check_name_is_free(model, adapter_name)
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def inject_adapter(
         self,
@@ -259,6 +266,19 @@ def default_r(num_classes: int, num_blocks: int) -> int:
     """
     exponent = math.floor(math.log2(num_classes / (2 * num_blocks))) if num_classes else 0
     return max(8, 2 ** max(0, exponent))
+
+
+def _check_name_is_free(model: nn.Module, adapter_name: str) -> None:
+    # One name stands for one configuration, so two methods under it would be saved as one of them.
+    for module in model.modules():
+        if not isinstance(module, BaseTunerLayer) or isinstance(module, SageLayer):
+            continue
+        if adapter_name in module._all_available_adapter_names():
+            raise ValueError(
+                f"`adapter_name` {adapter_name!r} is that of another method's adapter in this model "
+                f"({type(module).__name__}), and the two would be saved as one. Give this one a name of its own, "
+                'such as `get_peft_model(..., adapter_name="sage")`.'
+            )
 
 
 def _check_head(model: nn.Module, config: SageConfig) -> None:

@@ -39,11 +39,12 @@ class TextBatches:
             self.inputs = lambda chosen: dict(
                 tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, return_tensors="pt", **padding)
             )
-            order = sorted(range(len(texts)), key=lambda i: len(ids[i]), reverse=True)
+            order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
         else:
             self.inputs = lambda chosen: {"input_ids": tokenizer([texts[i] for i in chosen])}
             order = list(range(len(texts)))
-        self.positions = [order[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+        # The longest texts first, as they need the most memory; a batch that is not full is one of long texts.
+        self.positions = [order[start : start + batch_size] for start in range(0, len(texts), batch_size)][::-1]
 
     def __len__(self) -> int:
         return len(self.positions)

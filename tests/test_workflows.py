@@ -367,6 +367,20 @@ def test_lora_beside_sage(clip, pixel_values, tmp_path):
         assert torch.equal(features(outer, pixel_values), base)
 
 
+def test_one_name_for_lora_and_sage_is_refused(clip, pixel_values, tmp_path):
+    """PEFT keeps one configuration a name, so one of the two would be lost when they are saved."""
+    lora = get_peft_model(clip, LoraConfig(target_modules=r".*vision_model.*q_proj", init_lora_weights=False))
+    expected, config = features(lora, pixel_values), lora.peft_config["default"]
+    with pytest.raises(ValueError, match="`adapter_name` 'default'.*of its own"):
+        get_peft_model(lora.base_model.model, SageConfig(guidance=torch.randn(5, 24)))
+    assert lora.peft_config == {"default": config}
+    assert torch.equal(features(lora, pixel_values), expected)
+    lora.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_clip(), tmp_path)
+    torch.testing.assert_close(features(again, pixel_values), expected)
+    get_peft_model(lora.base_model.model, SageConfig(guidance=torch.randn(5, 24)), adapter_name="sage")
+
+
 # Memory, precision, copies
 
 
