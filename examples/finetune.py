@@ -238,9 +238,11 @@ def train(
     while progress.epoch < args.epochs:
         model.train()
         transform.train()
-        loaders["train"].set_epoch(progress.epoch)
-        loaders["train"].dataset.set_epoch(progress.epoch)
-        for batch in skip_first_batches(loaders["train"], progress.batch):
+        # The loader without the first batches is another one, which must be told the epoch itself.
+        loader = skip_first_batches(loaders["train"], progress.batch)
+        loader.set_epoch(progress.epoch)
+        loader.dataset.set_epoch(progress.epoch)
+        for batch in loader:
             seed_batch(args.seed, progress.epoch, progress.batch, accelerator.process_index)
             with accelerator.accumulate(model):
                 logits = model(pixel_values=transform(batch["pixel_values"])).logits
