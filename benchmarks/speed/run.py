@@ -27,6 +27,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+from attention_rows import attention
 from loading_rows import loading
 from loss_rows import loss, mismatch
 from memory_rows import memory
@@ -50,6 +51,7 @@ ROWS: dict[str, Callable[[Settings], Measurement]] = {
     "training": training,
     "inference": inference,
     "memory": memory,
+    "attention": attention,
     "loading": loading,
     "text": text,
     "loss": loss,
