@@ -476,13 +476,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     config = parser.parse_args(argv).config
     args = parser.parse_args(_flags_from_yaml(parser, config) + argv) if config else parser.parse_args(argv)
-    for name in ("epochs", "batch_size", "gradient_accumulation_steps", "r"):
-        if getattr(args, name) < 1:
-            parser.error(f"`--{name.replace('_', '-')}` must be at least 1, got {getattr(args, name)}.")
+    for name in ("epochs", "batch_size", "gradient_accumulation_steps", "r", "guidance_rows"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"`--{name.replace('_', '-')}` must be at least 1, got {value}.")
     if args.last_blocks < 0:
         parser.error(f"`--last-blocks` must be at least 0, got {args.last_blocks}.")
-    if args.guidance_rows is not None and args.guidance_rows < 1:
-        parser.error(f"`--guidance-rows` must be at least 1, got {args.guidance_rows}.")
     if args.push_to_hub and not args.hub_model_id:
         parser.error("`--push-to-hub` needs `--hub-model-id`.")
     if args.descriptions is None and Path(args.dataset, "descriptions.json").is_file():

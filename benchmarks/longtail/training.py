@@ -144,14 +144,14 @@ def run(spec: dict[str, Any], bench: Bench) -> dict[str, Any]:
         counts = torch.full((len(unseen),), 50)
     with torch.no_grad():
         logits, report = predict(model, held_out, counts, tokens.evaluation(spec["split"], first), first)
+    difference = {}
     if spec["swapped_rows"]:
         model.set_guidance(pool_guidance(guidance, spec["swapped_rows"]))
         exact = logits
         with torch.no_grad():
             logits, report = predict(model, held_out, counts, tokens.evaluation(spec["split"], first), first)
-    figures = evaluate(logits, held_out.labels, counts)
-    if spec["swapped_rows"]:
-        figures["logit_difference"] = round((logits - exact).abs().max().item(), 4)
+        difference["logit_difference"] = round((logits - exact).abs().max().item(), 4)
+    figures = evaluate(logits, held_out.labels, counts) | difference
     if spec["gap"]:
         figures.update(bias(model, spec["scale"], train, tokens.train(first)[0], first, logits, held_out.labels))
     figures["attention"] = report

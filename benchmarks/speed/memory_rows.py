@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from settings import Measurement, Point, Settings
 from timing import row
-from towers_rows import RANKS, SWEPT, TITLES
+from towers_rows import RANKS, SWEPT, in_table
 from variants import TrainingStep, images, make, methods
 
 
@@ -28,12 +28,10 @@ def memory(settings: Settings) -> Measurement:
             for method in methods(count):
                 peaks.setdefault((method, count), []).append(_peak(settings, method, count, settings.r))
     rows = []
-    for method, how in TITLES.items():
-        for count in settings.classes:
-            if (method, count) in peaks:
-                ratio = np.array(peaks[method, count]) / np.array(peaks["adaptformer", count])
-                goal = GOAL if count == settings.large else None
-                rows.append(row(f"peak memory of a step / AdaptFormer's, C = {count:,}{how}", ratio, goal))
+    for method, count, title in in_table(settings):
+        ratio = np.array(peaks[method, count]) / np.array(peaks["adaptformer", count])
+        goal = GOAL if count == settings.large else None
+        rows.append(row(f"peak memory of a step / AdaptFormer's, {title}", ratio, goal))
     points = [Point("memory", "C", count, method, float(np.median(v))) for (method, count), v in peaks.items()]
     for r in RANKS:
         for method in SWEPT:

@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 from settings import Measurement, Point, Row, Settings
 from timing import exponents, interleaved, row
-from variants import POOLED_ROWS, RUNS, images, make, methods, operations
+from variants import POOLED, RUNS, images, make, methods, operations
 
 
 TRAINING_GOALS = {100: 1.03, 1000: 1.05, 8142: 1.10, 21841: 1.20}
@@ -16,8 +16,6 @@ INFERENCE_GOALS = {1000: 1.02, 8142: 1.05}
 RANKS = (8, 16, 32, 64, 128)
 #: Methods of the curves over r.
 SWEPT = ("base", "lora", "adaptformer", "sage")
-#: What has rows in the table, and how a row says so.
-TITLES = {"sage": "", "pooled": f", guidance pooled to {POOLED_ROWS} rows"}
 
 
 def training(settings: Settings) -> Measurement:
@@ -103,11 +101,14 @@ def _against(
 ) -> list[Row]:
     """Return a row for each number of classes: the time over a rival's, with the ratio of operations beside it."""
     rows = []
-    for method, how in TITLES.items():
-        for count in settings.classes:
-            if (method, count) in seconds:
-                ratio = seconds[method, count] / seconds[rival, count]
-                bound = operations(settings, figure, method, count) / operations(settings, figure, rival, count)
-                note = f"operations: {bound:.3f}"
-                rows.append(row(f"{what}, C = {count:,}{how}", ratio, goals.get(count), note=note))
+    for method, count, title in in_table(settings):
+        ratio = seconds[method, count] / seconds[rival, count]
+        bound = operations(settings, figure, method, count) / operations(settings, figure, rival, count)
+        rows.append(row(f"{what}, {title}", ratio, goals.get(count), note=f"operations: {bound:.3f}"))
     return rows
+
+
+def in_table(settings: Settings) -> list[tuple[str, int, str]]:
+    """Return method, number of classes and title of each row that compares Sage with a rival."""
+    arms = [(method, count) for method in ("sage", "pooled") for count in settings.classes if method in methods(count)]
+    return [(method, count, f"C = {count:,}" + POOLED * (method == "pooled")) for method, count in arms]

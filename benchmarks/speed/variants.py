@@ -17,16 +17,18 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from peft_sage import SageConfig, ZeroShotClassifier
 
 
+POOLED_ROWS = 512
+#: What the pooled guidance adds to the title of Sage.
+POOLED = f", guidance pooled to {POOLED_ROWS} rows"
 #: Method and its title. Each trains the cosine head as well; with "base" that is all.
 METHODS = {
     "base": "frozen base",
     "lora": "LoRA (q, v)",
     "adaptformer": "AdaptFormer",
     "sage": "Sage",
-    "pooled": "Sage, guidance pooled to 512 rows",
+    "pooled": f"Sage{POOLED}",
 }
 EMBEDDING_WIDTH = 512
-POOLED_ROWS = 512
 
 
 def methods(num_classes: int) -> list[str]:

@@ -23,7 +23,7 @@ parser.add_argument("--private", action="store_true")
 args = parser.parse_args()
 
 base_model = PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
-if Path(base_model).is_dir():
+if base_model and Path(base_model).is_dir():
     print(f"The base model {base_model!r} is a folder of yours, which nobody else has: see docs/hub.md.")
 
 api = HfApi()
