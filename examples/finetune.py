@@ -65,7 +65,6 @@ from peft_sage import (
     SageLoss,
     ZeroShotClassifier,
     encode_class_descriptions,
-    pool_guidance,
 )
 from peft_sage.towers import find_blocks
 
@@ -100,9 +99,7 @@ def load_clip(name: str) -> PreTrainedModel:
     return AutoModel.from_pretrained(name, dtype=torch.float32)
 
 
-def peft_config(
-    args: argparse.Namespace, model: nn.Module, texts: list[str] | dict[str, Any], embeddings: torch.Tensor
-) -> PeftConfig:
+def peft_config(args: argparse.Namespace, model: nn.Module, texts: list[str] | dict[str, Any]) -> PeftConfig:
     """Say what is trained: always the head, and with it what `--method` names in the last blocks of the tower."""
     common: dict[str, Any] = {"r": args.r, "modules_to_save": ["head"]}
     if args.method == "head":
@@ -114,9 +111,7 @@ def peft_config(
         return LoraConfig(lora_alpha=args.r, target_modules=LORA_TARGETS, exclude_modules=TEXT_TOWER, **common)
     if args.method == "adaptformer":
         return SageConfig(**common)
-    if args.guidance_rows and len(embeddings) > args.guidance_rows:
-        return SageConfig(guidance=pool_guidance(embeddings, args.guidance_rows), **common)
-    return SageConfig(class_descriptions=texts, **common)
+    return SageConfig(class_descriptions=texts, guidance_rows=args.guidance_rows, **common)
 
 
 def make_loss(args: argparse.Namespace, class_counts: np.ndarray) -> SageLoss:
@@ -328,7 +323,7 @@ def training_function(args: argparse.Namespace) -> dict[str, Any]:
     if args.with_tracking:
         accelerator.init_trackers("logs", {key: value for key, value in vars(args).items() if value is not None})
 
-    model = get_peft_model(classifier, peft_config(args, classifier, texts, embeddings))
+    model = get_peft_model(classifier, peft_config(args, classifier, texts))
     counts = [
         sum(p.numel() for p in model.parameters() if p.requires_grad),
         sum(p.numel() for p in model.parameters()),

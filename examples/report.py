@@ -77,7 +77,9 @@ def write_report(
         pixels = test[index]["pixel_values"]
         images = transform(pixels[None].to(next(model.parameters()).device))
         name = class_names[test.split.labels[index]]
-        names = config.class_names or [f"group {index} of classes" for index in range(config.num_classes)]
+        rows = config.guidance_shape[0]
+        groups = [f"group {row} of classes" for row in range(rows)]
+        names = config.class_names if rows == config.num_classes else groups
         figure = plot_attention(pixels.permute(1, 2, 0).numpy(), attention_maps(model, images)[0], names)
         figure.savefig(folder / "attention.png")
         pictures["attention.png"] = f"What the last adapter attends to in a test image of the class `{name}`."

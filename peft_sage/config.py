@@ -45,6 +45,9 @@ class SageConfig(PeftConfig):
         guidance_shape (`list[int]`, *optional*):
             (M, e) of the adapter that a saved configuration belongs to, (0, 0) without guidance. Filled in; not to be
             given.
+        guidance_rows (`int`, *optional*):
+            At most so many rows of guidance: the embeddings of more `class_descriptions` are pooled to so many groups
+            of similar classes ([`pool_guidance`]), which makes the adapter faster. Default: one row a class.
         text_templates (`list[str]`, *optional*):
             Templates with one `{}` each, used for classes that have only a name. Default `["a photo of a {}."]`.
         tokenizer_name_or_path (`str`, *optional*):
@@ -99,6 +102,9 @@ class SageConfig(PeftConfig):
     )
     guidance_shape: list[int] | None = field(
         default=None, metadata={"help": "(M, e) of the saved guidance. Filled in by the tuner."}
+    )
+    guidance_rows: int | None = field(
+        default=None, metadata={"help": "Pool the class descriptions to so many rows; default: one row a class."}
     )
     text_templates: list[str] | None = field(
         default=None, metadata={"help": f"Templates for classes that have only a name; default {DEFAULT_TEMPLATES}."}
@@ -216,9 +222,11 @@ class SageConfig(PeftConfig):
     def _check_classes(self) -> None:
         if self.text_templates is not None:
             self.text_templates = check_templates(self.text_templates)
+        if self.guidance_rows is not None and (not is_int(self.guidance_rows) or self.guidance_rows < 1):
+            raise ValueError(f"`guidance_rows` must be a positive integer or None, got {self.guidance_rows!r}.")
         if self.guidance_shape is not None:
             shape = self.guidance_shape
-            sizes = isinstance(shape, (list, tuple)) and all(_is_int(size) and size >= 0 for size in shape)
+            sizes = isinstance(shape, (list, tuple)) and all(is_int(size) and size >= 0 for size in shape)
             if not sizes or len(shape) != 2:
                 raise ValueError(f"`guidance_shape` must be a list of two integers (M, e), got {shape!r}.")
             self.guidance_shape = list(shape)
@@ -226,6 +234,11 @@ class SageConfig(PeftConfig):
         self._saved = self.guidance_shape is not None
         if self.guidance is not None:
             check_guidance(self.guidance)
+            if self.guidance_rows is not None and self.guidance_rows < len(self.guidance):
+                raise ValueError(
+                    f"`guidance_rows` pools `class_descriptions`, but `guidance` is a tensor of {len(self.guidance)} "
+                    f"rows, got guidance_rows={self.guidance_rows}; pool the tensor with `pool_guidance` instead."
+                )
             if self.class_descriptions is not None and len(self.class_descriptions) != len(self.guidance):
                 raise ValueError(
                     f"`guidance` has {len(self.guidance)} rows, but `class_descriptions` has "
@@ -236,10 +249,10 @@ class SageConfig(PeftConfig):
             raise ValueError(f"`class_names` has {len(self.class_names)} entries, but there are {count} classes.")
 
     def _check_layer(self) -> None:
-        if not _is_int(self.num_heads) or self.num_heads < 1:
+        if not is_int(self.num_heads) or self.num_heads < 1:
             raise ValueError(f"`num_heads` must be a positive integer, got {self.num_heads!r}.")
         if self.r is not None:
-            if not _is_int(self.r) or self.r < 1:
+            if not is_int(self.r) or self.r < 1:
                 raise ValueError(f"`r` must be a positive integer or None, got {self.r!r}.")
             if self.r > 2**16:
                 raise ValueError(f"`r` must be at most 65536, got {self.r}.")
@@ -268,8 +281,8 @@ class SageConfig(PeftConfig):
                 _check_pattern(name, pattern)
         layers = self.layers_to_transform
         if layers is not None:
-            layers = [layers] if _is_int(layers) else layers
-            if not isinstance(layers, (list, tuple)) or not layers or not all(_is_int(layer) for layer in layers):
+            layers = [layers] if is_int(layers) else layers
+            if not isinstance(layers, (list, tuple)) or not layers or not all(is_int(layer) for layer in layers):
                 raise ValueError(f"`layers_to_transform` must be an integer or a list of them, got {layers!r}.")
             if isinstance(self.target_modules, str):
                 raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
@@ -280,7 +293,10 @@ class SageConfig(PeftConfig):
 
     @property
     def num_classes(self) -> int:
-        """Number of rows of the guidance, M; 0 without guidance."""
+        """Number of classes that the guidance stands for; 0 without guidance.
+
+        These are its rows M, unless `guidance_rows` has pooled the class descriptions to fewer.
+        """
         if self.guidance is not None:
             return len(self.guidance)
         if self.class_descriptions is not None:
@@ -321,7 +337,8 @@ def _check_pattern(name: str, pattern: str) -> None:
         raise ValueError(f"`{name}` must hold names or regular expressions, got {pattern!r}: {error}.") from error
 
 
-def _is_int(value: Any) -> TypeGuard[int]:
+def is_int(value: Any) -> TypeGuard[int]:
+    """Whether a value is an integer and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from . import towers
 from .config import SageConfig, check_guidance
 from .descriptions import Descriptions, expand
+from .pooling import pool_guidance
 from .tokenization import TextBatches
 
 
@@ -94,8 +95,8 @@ def encode_for(model: nn.Module, config: SageConfig, source: torch.Tensor | Desc
 
     Args:
         model: The model to adapt.
-        config: The configuration that names the tokenizer and the templates.
-        source: A tensor (M, e) or class descriptions.
+        config: The configuration that names the tokenizer and the templates, and may limit the rows.
+        source: A tensor (M, e), which is taken as it is, or class descriptions.
 
     Returns:
         A float32 tensor (M, e) with L2-normalised rows.
@@ -113,7 +114,8 @@ def encode_for(model: nn.Module, config: SageConfig, source: torch.Tensor | Desc
             "model, such as CLIPModel instead of CLIPVisionModel, or encode them elsewhere "
             "(`encode_class_descriptions`) and pass the tensor as `guidance`."
         )
-    return encode_class_descriptions(model, _load_tokenizer(model, config), source, config.text_templates)
+    guidance = encode_class_descriptions(model, _load_tokenizer(model, config), source, config.text_templates)
+    return pool_guidance(guidance, config.guidance_rows) if config.guidance_rows else guidance
 
 
 def _load_tokenizer(model: nn.Module, config: SageConfig) -> Any:

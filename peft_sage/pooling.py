@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .config import check_guidance
+from .config import check_guidance, is_int
 
 
 @torch.no_grad()
@@ -15,12 +15,10 @@ def pool_guidance(guidance: torch.Tensor, num_rows: int = 512, iterations: int =
 
     What an adapter costs grows with the rows that its blocks attend to: with thousands of classes, attention is the
     larger part of it. Spherical k-means gathers the rows around `num_rows` directions. It changes what is computed, so
-    an adapter is trained with the guidance that it will be used with:
+    an adapter is trained with the guidance that it will be used with. `SageConfig(guidance_rows=...)` does this for
+    class descriptions; this function is for a tensor that is given as `guidance`. A head still has one row a class.
 
-        embeddings = encode_class_descriptions(clip, tokenizer, descriptions)
-        config = SageConfig(guidance=pool_guidance(embeddings, 512), modules_to_save=["head"])
-
-    A head still has one row a class. It is computed on the CPU, so that all processes come to the same result.
+    It is computed on the CPU, so that all processes come to the same result.
 
     Args:
         guidance: (M, e), one embedding a class; normalised here.
@@ -33,14 +31,17 @@ def pool_guidance(guidance: torch.Tensor, num_rows: int = 512, iterations: int =
 
     Raises:
         TypeError: If `guidance` is no floating-point tensor.
-        ValueError: If it is not fit to be guidance, or `num_rows` or `iterations` is not positive.
+        ValueError: If it is not fit to be guidance, `num_rows` or `iterations` is not positive, or `seed` is no
+            integer.
 
     Reference: ours; spherical k-means is of Dhillon and Modha (2001).
     """
     check_guidance(guidance)
     for name, value in (("num_rows", num_rows), ("iterations", iterations)):
-        if not isinstance(value, int) or value < 1:
+        if not is_int(value) or value < 1:
             raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+    if not is_int(seed):
+        raise ValueError(f"`seed` must be an integer, got {seed!r}.")
     rows = F.normalize(guidance.detach().float(), dim=-1)
     if len(rows) <= num_rows:
         return rows

@@ -58,6 +58,13 @@ def test_tensor_is_not_serialised_and_stays_on_the_object(tmp_path):
         ({"r": 8.0}, ValueError, "got 8.0"),
         ({"r": 6, "num_heads": 4}, ValueError, "divisible by `num_heads`, got r=6, num_heads=4"),
         ({"num_heads": 0}, ValueError, "`num_heads`"),
+        ({"guidance_rows": 0}, ValueError, "`guidance_rows` must be a positive integer or None, got 0"),
+        ({"guidance_rows": True}, ValueError, "`guidance_rows` must be a positive integer or None, got True"),
+        (
+            {"guidance": torch.ones(3, 4), "guidance_rows": 2},
+            ValueError,
+            "`guidance` is a tensor of 3 rows, got guidance_rows=2; pool the tensor with `pool_guidance`",
+        ),
         ({"scaling": float("inf")}, ValueError, "`scaling`"),
         ({"dropout": 1.0}, ValueError, r"`dropout` must be in \[0, 1\), got 1.0"),
         ({"target_modules": 3}, TypeError, "`target_modules`"),

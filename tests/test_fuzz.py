@@ -92,6 +92,7 @@ values = st.one_of(
 plausible = {
     "r": st.sampled_from([2, 4, 8, 16, None]),
     "num_heads": st.sampled_from([1, 2, 4, 8]),
+    "guidance_rows": st.sampled_from([1, 4, 5, 6]),
     "guidance_shape": st.lists(st.sampled_from([0, 4, 5, 6, 23, 24]), min_size=2, max_size=2),
     "class_descriptions": st.lists(st.sampled_from(["cat", "dog", ""]), max_size=6),
     "class_names": st.lists(st.sampled_from(["cat", "dog"]), min_size=4, max_size=6),

@@ -5,9 +5,9 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import CLIPTextModel, CLIPVisionModel
+from transformers import AutoTokenizer, CLIPTextModel, CLIPVisionModel
 
-from peft_sage import SageConfig, SageLayer, ZeroShotClassifier
+from peft_sage import SageConfig, SageLayer, ZeroShotClassifier, encode_class_descriptions, pool_guidance
 from peft_sage.model import default_r
 from tests.conftest import randomise, tiny_clip, tiny_siglip
 
@@ -18,6 +18,10 @@ def features(model, pixel_values):
 
 def adapted(model) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, SageLayer)]
+
+
+def guidance_of(model) -> torch.Tensor:
+    return next(module for module in model.modules() if isinstance(module, SageLayer)).guidance("default")
 
 
 @pytest.mark.parametrize("make", [tiny_clip, tiny_siglip])
@@ -159,6 +163,26 @@ def test_set_guidance_changes_the_classes(clip_dir, pixel_values, tmp_path):
     assert again.peft_config["default"].class_names == ["bee", "ant"]
     model.set_guidance(["cat", "dog", "cow"])
     torch.testing.assert_close(features(model, pixel_values), before)
+
+
+def test_guidance_rows_pool_descriptions_and_keep_the_classes(clip_dir, pixel_values, tmp_path):
+    clip = type(tiny_clip()).from_pretrained(clip_dir).eval()
+    model = get_peft_model(clip, SageConfig(class_descriptions=["cat", "dog", "cow"], guidance_rows=2))
+    randomise(model)
+    config = model.peft_config["default"]
+    rows = encode_class_descriptions(clip, AutoTokenizer.from_pretrained(clip_dir), ["cat", "dog", "cow"])
+    assert torch.equal(guidance_of(model), pool_guidance(rows, 2))
+    assert config.num_classes == 3 and config.guidance_shape == [2, 16]
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(type(clip).from_pretrained(clip_dir).eval(), tmp_path / "adapter")
+    assert torch.equal(features(again, pixel_values), features(model, pixel_values))
+    assert again.peft_config["default"].num_classes == 3
+    for descriptions, num_rows in ((["cat", "dog", "cow", "bee"], 2), (["bee"], 1)):
+        again.set_guidance(descriptions)
+        assert again.peft_config["default"].num_classes == len(descriptions)
+        assert again.peft_config["default"].guidance_shape == [num_rows, 16]
+    again.set_guidance(rows)  # a tensor is taken as it is
+    torch.testing.assert_close(guidance_of(again), rows)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,9 @@ def test_equal_rows_leave_no_nan():
         ({"guidance": torch.full((4, 2), torch.nan)}, ValueError, "`guidance`.*NaN"),
         ({"guidance": torch.ones(4, 2), "num_rows": 0}, ValueError, "`num_rows`.*0"),
         ({"guidance": torch.ones(4, 2), "num_rows": 2.5}, ValueError, "`num_rows`.*2.5"),
+        ({"guidance": torch.ones(4, 2), "num_rows": True}, ValueError, "`num_rows`.*True"),
         ({"guidance": torch.ones(4, 2), "iterations": -1}, ValueError, "`iterations`.*-1"),
+        ({"guidance": torch.ones(4, 2), "seed": 0.5}, ValueError, "`seed`.*0.5"),
     ],
 )
 def test_wrong_arguments(arguments, error, match):
