@@ -338,7 +338,14 @@ def _check_pattern(name: str, pattern: str) -> None:
 
 
 def is_int(value: Any) -> TypeGuard[int]:
-    """Whether a value is an integer and not a bool."""
+    """Whether a value is an integer and not a bool.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        True or False.
+    """
     return isinstance(value, int) and not isinstance(value, bool)
 
 
