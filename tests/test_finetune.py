@@ -159,8 +159,8 @@ def test_losses_are_one_formula():
     torch.testing.assert_close(loss("--loss", "ce").adjustment, torch.zeros(2))
     torch.testing.assert_close(loss("--loss", "la", "--tau", "0.5").adjustment, 0.5 * prior)
     assert loss("--loss", "ce").compensation == loss("--loss", "la").compensation == 0
-    sage = loss("--loss", "sage", "--compensation", "2")
-    torch.testing.assert_close(sage.adjustment, prior)
+    sage = loss("--loss", "sage", "--tau", "2", "--compensation", "2")
+    torch.testing.assert_close(sage.adjustment, 2 * prior)
     assert sage.compensation == 2 and sage.mismatch[1] > sage.mismatch[0] > 0
 
 

@@ -63,8 +63,8 @@ class Task:
 def load_task(name: str, styles: str | None = None) -> Task:
     """Load a task.
 
-    `concepts` are unseen concepts; `scenes` and `negatives` have the same drawings, shown in clutter or with inverted
-    colours (see `tokens.py`); `styles` are unseen drawing styles; `digits` are handwritten.
+    `concepts` are unseen concepts; `scenes` have the same drawings, shown in clutter; `styles` are unseen drawing
+    styles; `digits` are handwritten.
 
     Args:
         name: The task.

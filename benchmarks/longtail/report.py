@@ -27,7 +27,7 @@ from peft_sage import mismatch_from_counts
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parents[1] / "RESULTS.md"
-GROUPS = ("macro", "many", "medium", "few")
+GROUPS = ("overall", "macro", "many", "medium", "few")
 RESAMPLES = 1000
 FIGURES = HERE / "figures"
 STYLES = os.environ.get("STYLES")  # parquet file of the unseen styles, for their experiment
@@ -35,7 +35,7 @@ Arm = dict[int, dict[str, Any]]  # results by seed
 
 
 class Bootstrap:
-    """Paired bootstrap over seeds and held-out concepts, of accuracies that are means over classes.
+    """Paired bootstrap over seeds and held-out concepts, of the accuracy over images and of means over classes.
 
     Args:
         task: The task, on the CPU.
@@ -58,7 +58,8 @@ class Bootstrap:
         total = weights @ self.onehot
         with np.errstate(invalid="ignore"):
             per_class = (right * weights) @ self.onehot / total
-        return np.array([100 * np.nanmean(per_class[group]) if group.any() else np.nan for group in self.groups])
+        groups = [np.nanmean(per_class[group]) if group.any() else np.nan for group in self.groups]
+        return 100 * np.array([right @ weights / weights.sum(), *groups])
 
     def difference(self, arm: Arm, baseline: Arm) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the mean paired difference and the ends of its 95 % interval, for each of `GROUPS`."""
@@ -189,11 +190,16 @@ def _figure(kind: str | None, name: str, arms: dict[str, Arm], spec_of: dict[str
 
 
 def _title(spec: dict[str, Any]) -> str:
-    return spec["method"] if spec["method"] == "zero_shot" else f"{spec['method']}, {spec['loss']}"
+    if spec["method"] == "zero_shot":
+        return "zero_shot"
+    more = [f"{name} {spec[name]:g}" for name in ("r", "tau") if spec[name] != DEFAULTS[name] and spec["loss"] != "ce"]
+    return ", ".join([spec["method"], spec["loss"], *more])
 
 
 def _strength(spec: dict[str, Any]) -> tuple[str, float]:
     """Return the family that a loss belongs to, and its strength within."""
+    if spec["loss"] == "sage" and spec["tau"] != DEFAULTS["tau"]:
+        return "Sage loss (tau)", spec["tau"]
     if spec["loss"] == "sage":
         where = f"base {spec['base_mismatch']:g}" if spec["form"] == "target" else "all classes"
         width = f", d_eff {spec['effective_dim']:g}" if spec["mismatch"] == "counts" else ""

@@ -42,7 +42,7 @@ class Tokens:
     Args:
         clip: The frozen model.
         task: Images.
-        look: How they are shown: composed into "scenes", as "negatives", or on white for anything else.
+        look: How they are shown: composed into "scenes", or on white for anything else.
         views: Augmented views of each training image.
     """
 
@@ -92,6 +92,4 @@ class Tokens:
             images = in_scenes(images, clutter, generator)
         else:
             images = on_white(images)
-        if self.look == "negatives":
-            images = 1 - images
         return images * 2 - 1  # mean and standard deviation 0.5, as the checkpoint's image processor

@@ -24,6 +24,7 @@ from PIL import Image as PILImage
 from sources import (
     DISTRACTOR_SUBGROUPS,
     DROPPED_SUBGROUPS,
+    PRETRAINING_VENDORS,
     UNSEEN_STYLES,
     VENDORS,
     Concept,
@@ -40,6 +41,7 @@ PACKAGES = {
     "@iconify-json/emojione-v1": "1.2.3",
     "@iconify-json/fluent-emoji": "1.2.7",
     "@iconify-json/fluent-emoji-flat": "1.2.6",
+    "@iconify-json/fluent-emoji-high-contrast": "1.2.6",
     "@iconify-json/fxemoji": "1.2.2",
     "@iconify-json/noto": "1.2.9",
     "@iconify-json/noto-v1": "1.2.5",
@@ -234,9 +236,9 @@ def write_distractors(
 def write_archive(
     folder: Path, node_modules: Path, concepts: list[Concept], distractors: list[Concept], held_out: list[Concept]
 ) -> None:
-    """Packs what pretraining may see: every drawing of no held-out concept, its caption parts, training clutter."""
+    """Packs what pretraining may see: other makers' drawings of no held-out concept, captions, training clutter."""
     folder.mkdir(parents=True, exist_ok=True)
-    drawings = draw(node_modules, VENDORS, concepts + distractors, ARCHIVE_SIZE)
+    drawings = draw(node_modules, PRETRAINING_VENDORS, concepts + distractors, ARCHIVE_SIZE)
     everything = concepts + distractors
     index = {id(concept): i for i, concept in enumerate(everything)}
     clutter = {id(concept) for concept in distractors}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packs what the tiny CLIP is pretrained on: emoji of no held-out concept, permissively licensed icons, texts.
+"""Packs what the tiny CLIP is pretrained on: other makers' emoji of no held-out concept, icons, texts.
 
     python build_dataset.py --cache CACHE --archive ARCHIVE      # first: emoji.npz and captions.json
     python pretraining_data.py --cache CACHE --archive ARCHIVE --sentence-encoder FOLDER --dictionary data.noun
@@ -41,7 +41,7 @@ ICON_PACKS = {
     "temaki": ("1.2.6", ""),
 }
 # Packs of emoji: an icon is taken only where its name is that of a concept which is not held out.
-EMOJI_PACKS = {"emojione-monotone": "1.2.1", "fluent-emoji-high-contrast": "1.2.6", "streamline-emojis": "1.2.4"}
+EMOJI_PACKS = {"emojione-monotone": "1.2.1", "streamline-emojis": "1.2.4"}
 SUFFIXES = {"flat", "fill", "duotone", "bold", "duo", "alt", "simple", "variant", "svgrepo", "com", "f", "m"}
 SIZE = 64
 CAPTIONS_PER_CONCEPT = 8

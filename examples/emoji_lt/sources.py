@@ -16,7 +16,9 @@ from PIL import Image
 
 
 # Apple's and Facebook's drawings may not be redistributed and are never used.
-VENDORS = ("noto", "noto-v1", "fluent-emoji", "fluent-emoji-flat", "twemoji", "emojione", "fxemoji")
+VENDORS = ("noto", "noto-v1", "fluent-emoji", "fluent-emoji-flat", "fluent-emoji-high-contrast")
+# Other makers, whom a model may be pretrained on: the data set shows drawings that such a model has never seen.
+PRETRAINING_VENDORS = ("twemoji", "emojione", "fxemoji")
 # Share-alike (CC-BY-SA-4.0): never shipped, never trained on, rendered on request as a test of unseen drawing styles.
 UNSEEN_STYLES = ("openmoji", "emojione-v1")
 
