@@ -57,7 +57,7 @@ class SageConfig(PeftConfig):
             2^max(0, floor(log2(C / (2 L)))), but at least 8.
         num_heads (`int`):
             Attention heads; `r` must be divisible by it.
-            One head did as well as two or four on the validation split of Emoji-LT (RESULTS.md, sensitivity).
+            One head did as well as four on the validation split of Emoji-LT (RESULTS.md, sensitivity).
         scaling (`float`):
             Factor of the adapter's output; where it starts if `learnable_scaling`.
         learnable_scaling (`bool`):

@@ -64,8 +64,8 @@ class SageLoss(nn.Module):
         TypeError: an argument has a wrong type.
 
     Reference: the compensation is the paper's (arXiv 2507.12807); its formula, restated above, is ours. Its defaults
-    are what a validation split chose (RESULTS.md, `benchmarks/longtail/experiments/losses.yaml`), and so is its form:
-    taking `delta_k` from the logit of every class, whatever the label, gained nothing over another `tau`.
+    are within the noise of the best on a validation split (RESULTS.md, `benchmarks/longtail/experiments/losses.yaml`),
+    which chose its form: taking `delta_k` from the logit of every class, whatever the label, gained nothing.
 
     Example:
         >>> loss = SageLoss([500, 50, 5])

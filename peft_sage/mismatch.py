@@ -31,7 +31,7 @@ def mismatch_from_counts(class_counts: Sequence[int] | torch.Tensor, effective_d
     Args:
         class_counts: (K,) numbers of training images. A class without images counts as one with a single image.
         effective_dim: number of directions in which an estimated class mean really errs; far below the embedding
-            width. The default is what the validation split of Emoji-LT chose (RESULTS.md).
+            width. A quarter of the default did as well on the validation split of Emoji-LT (RESULTS.md).
 
     Returns:
         (K,) float32, in nats; falls with the count and tends to 0.

@@ -22,16 +22,17 @@ def bars(arms: dict[str, list[dict[str, Any]]], path: Path) -> None:
         path: Of the picture.
     """
     groups = ("macro", "many", "medium", "few")
-    figure, axes = plt.subplots(figsize=(9, 3.5))
+    figure, axes = plt.subplots(figsize=(12, 4))
     width = 0.8 / len(arms)
-    for number, (title, runs) in enumerate(arms.items()):
+    axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
+    for number, (title, runs) in enumerate(sorted(arms.items(), reverse=True)):
         values = np.array([[run[group] for group in groups] for run in runs])
         spread = values.std(axis=0, ddof=1) if len(values) > 1 else None
         at = np.arange(len(groups)) + number * width
         axes.bar(at, values.mean(axis=0), width, yerr=spread, label=title, error_kw={"linewidth": 0.8})
     axes.set_xticks(np.arange(len(groups)) + 0.4 - width / 2, groups)
     axes.set_ylabel("accuracy, %")
-    axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left")
     _save(figure, path)
 
 
