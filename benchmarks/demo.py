@@ -32,6 +32,11 @@ RUNS = {
 }
 
 
+def folder_name(flags: list[str]) -> str:
+    """Return a name that changes with the settings, so that a finished run is not taken for one with others."""
+    return "_".join(flag.lstrip("-") for flag in flags)
+
+
 def result(flags: list[str], seed: int, folder: Path) -> dict:
     """Return the results of a run, and do it first if it was not done."""
     if not (folder / "results.json").exists():
@@ -60,10 +65,10 @@ def main() -> None:
     with ThreadPoolExecutor(args.workers) as pool:
         started = {
             title: [
-                pool.submit(result, flags, seed, args.output_dir / f"run_{number}_seed_{seed}")
+                pool.submit(result, flags, seed, args.output_dir / f"{folder_name(flags)}_seed_{seed}")
                 for seed in range(args.seeds)
             ]
-            for number, (title, flags) in enumerate(RUNS.items())
+            for title, flags in RUNS.items()
         }
     results = {title: [future.result() for future in futures] for title, futures in started.items()}
     first = next(iter(results.values()))[0]

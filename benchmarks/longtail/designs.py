@@ -20,8 +20,7 @@ class DesignLayer(SageLayer):
     """A `SageLayer` with switches.
 
     Switches:
-        query: `tokens` (every token attends), `cls` (only the CLS token receives attention), `broadcast` (the CLS
-            token attends and all tokens receive what it read).
+        query: `tokens` (every token attends) or `broadcast` (the CLS token attends, all tokens receive what it read).
         cosine: Cosine attention, with this initial temperature (learnable).
         combine: `add` (z + a before GELU), `gate` (GELU(z) (1 + tanh a)), `only` (GELU(a)).
         row_dropout: Share of the guidance's rows that a training step leaves out.
@@ -83,9 +82,6 @@ class DesignLayer(SageLayer):
         z = self.peft_sage_down[adapter_name](self.peft_sage_norm[adapter_name](x))
         query = self.design.get("query", "tokens")
         attended, readout = self.read(z if query == "tokens" else z[:, :1], adapter_name)
-        if query == "cls":
-            attended = F.pad(attended, (0, 0, 0, z.shape[1] - 1))
-            readout = None if readout is None else F.pad(readout, (0, 0, 0, z.shape[1] - 1))
         combine = self.design.get("combine", "add")
         if combine == "add":
             hidden = F.gelu(z + attended)

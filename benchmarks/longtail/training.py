@@ -174,8 +174,6 @@ def make_guidance(spec: dict[str, Any], embeddings: torch.Tensor, names: torch.T
     source, generator = spec["guidance"], torch.Generator(device="cpu").manual_seed(spec["seed"])
     if source in ("random", "learned"):
         rows = torch.randn(embeddings.shape, generator=generator).to(embeddings)
-    elif source == "shuffled":
-        rows = embeddings[torch.randperm(len(embeddings), generator=generator).to(embeddings.device)]
     elif source == "names":
         rows = names
     else:
