@@ -61,9 +61,9 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, BaseImage
 
 from peft_sage import (
     LongTailAccuracy,
+    SageClassifier,
     SageConfig,
     SageLoss,
-    ZeroShotClassifier,
     encode_class_descriptions,
 )
 from peft_sage.towers import find_blocks
@@ -101,7 +101,7 @@ def load_clip(name: str) -> PreTrainedModel:
 
 def peft_config(args: argparse.Namespace, model: nn.Module, texts: list[str] | dict[str, Any]) -> PeftConfig:
     """Say what is trained: always the head, and with it what `--method` names in the last blocks of the tower."""
-    common: dict[str, Any] = {"r": args.r, "modules_to_save": ["head"]}
+    common: dict[str, Any] = {"r": args.r, "modules_to_save": ["class_head"]}
     if args.method == "head":
         return LoraConfig(target_modules=DUMMY_TARGET_MODULES, **common)
     if args.last_blocks:
@@ -307,7 +307,7 @@ def training_function(args: argparse.Namespace) -> dict[str, Any]:
     processor = AutoImageProcessor.from_pretrained(args.model)
     clip = load_clip(args.model).to(accelerator.device)
     embeddings = encode_class_descriptions(clip, AutoTokenizer.from_pretrained(args.model), texts)
-    classifier = ZeroShotClassifier(clip, embeddings).to(accelerator.device)
+    classifier = SageClassifier(clip, embeddings).to(accelerator.device)
     loaders = make_loaders(args, accelerator, splits, processor)
     augmentation = "flip" if args.augmentation == "resized-crop-flip" else args.augmentation
     transform = PixelTransform(processor, augmentation, args.crop_scale).to(accelerator.device)
@@ -375,7 +375,7 @@ def verify_saved_model(
     Raises:
         RuntimeError: If a prediction or an accuracy differs.
     """
-    blank = ZeroShotClassifier(load_clip(args.model), len(class_counts))
+    blank = SageClassifier(load_clip(args.model), len(class_counts))
     loaded = PeftModel.from_pretrained(blank, args.output_dir).to(accelerator.device)
     loaded_scores, loaded_predictions = evaluate(accelerator, loaded, loader, transform, class_counts)
     different = (loaded_predictions != predictions).sum().item()

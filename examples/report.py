@@ -60,7 +60,7 @@ def write_report(
     features, labels, train_logits = own_class(model, train, transform, num_workers)
     _, test_labels, test_logits = own_class(model, test, transform, num_workers)
     if max(counts) > 1:
-        estimated = estimate_mismatch(features, labels, len(counts), model.get_base_model().head.scale)
+        estimated = estimate_mismatch(features, labels, len(counts), model.get_base_model().class_head.scale)
         measured = class_means(train_logits, labels, len(counts)) - class_means(test_logits, test_labels, len(counts))
         plot_mismatch(estimated, measured, counts).savefig(folder / "mismatch.png")
         pictures["mismatch.png"] = (
@@ -105,7 +105,7 @@ def own_class(
     features, labels, logits = [], [], []
     for batch in DataLoader(images, batch_size=128, num_workers=0 if images.pixels is not None else num_workers):
         embeddings = encode_image(classifier, transform(batch["pixel_values"].to(device)))
-        own = classifier.head(embeddings).gather(1, batch["labels"].to(device)[:, None])
+        own = classifier.class_head(embeddings).gather(1, batch["labels"].to(device)[:, None])
         features.append(embeddings.float().cpu())
         labels.append(batch["labels"])
         logits.append(own[:, 0].float().cpu())

@@ -4,7 +4,7 @@
 from typing import TYPE_CHECKING, Any
 
 from . import requirements, templates  # noqa: F401 - the versions are checked first
-from .classifier import CosineHead, ZeroShotClassifier
+from .classifier import CosineHead, SageClassifier
 from .config import SageConfig
 from .description_files import check_descriptions, read_class_descriptions
 from .guidance import encode_class_descriptions
@@ -27,11 +27,11 @@ __all__ = [
     "CosineHead",
     "LongTailAccuracy",
     "LongTailCallback",
+    "SageClassifier",
     "SageConfig",
     "SageLayer",
     "SageLoss",
     "SageModel",
-    "ZeroShotClassifier",
     "__version__",
     "attention_maps",
     "check_descriptions",

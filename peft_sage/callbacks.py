@@ -17,7 +17,8 @@ from transformers import EvalPrediction, TrainerCallback, TrainerControl, Traine
 from . import towers
 from .classifier import CosineHead
 from .loss import SageLoss
-from .mismatch import check_class_counts, estimate_mismatch
+from .mismatch import estimate_mismatch
+from .validation import check_class_counts
 
 
 class LongTailCallback(TrainerCallback):

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from . import towers
-from .config import check_guidance
+from .validation import check_embeddings
 
 
 class CosineHead(nn.Linear):
@@ -57,15 +57,14 @@ class _ClassifierConfig:
     use_cache: bool = False
 
 
-class ZeroShotClassifier(nn.Module):
+class SageClassifier(nn.Module):
     """The image tower of a CLIP-style model with a cosine head that starts from class embeddings.
 
-    Untrained, it is zero-shot CLIP. With `get_peft_model(classifier, SageConfig(..., modules_to_save=["head"]))`,
-    adapter and head are trained and saved together.
+    Untrained, it is zero-shot CLIP.
 
     Args:
         clip: A model with an image tower and, where it has one, a projection to the space of the texts.
-        class_embeddings: One text embedding a class (K, e), as from [`encode_class_descriptions`]; or the number of
+        text_embeds: One text embedding a class (K, e), as from [`encode_class_descriptions`]; or the number of
             classes K, for a head that is to be loaded or trained from a random start.
         scale: Factor of the cosines. It does not change the predictions before training, but the loss.
 
@@ -79,18 +78,18 @@ class ZeroShotClassifier(nn.Module):
     model: Any
     head: Any
 
-    def __init__(self, clip: nn.Module, class_embeddings: torch.Tensor | int, scale: float = 25.0) -> None:
+    def __init__(self, clip: nn.Module, text_embeds: torch.Tensor | int, scale: float = 25.0) -> None:
         super().__init__()
-        if isinstance(class_embeddings, int):
-            if class_embeddings < 1:
-                raise ValueError(f"`class_embeddings` must be at least one class, got {class_embeddings!r}.")
-            class_embeddings = torch.randn(class_embeddings, _embedding_width(clip))
-        check_guidance(class_embeddings, "class_embeddings")
+        if isinstance(text_embeds, int):
+            if text_embeds < 1:
+                raise ValueError(f"`text_embeds` must be at least one class, got {text_embeds!r}.")
+            text_embeds = torch.randn(text_embeds, _embedding_width(clip))
+        check_embeddings(text_embeds, "text_embeds")
         if not scale > 0:
             raise ValueError(f"`scale` must be positive, got {scale!r}.")
         self.model = clip
-        weight = F.normalize(class_embeddings.float(), dim=-1).to(next(clip.parameters()).device)
-        self.head = CosineHead(weight, scale)
+        weight = F.normalize(text_embeds.float(), dim=-1).to(next(clip.parameters()).device)
+        self.class_head = CosineHead(weight, scale)
         # Where PEFT looks for the base model's name, and where Trainer does.
         self.name_or_path = getattr(clip, "name_or_path", "")
         self.config = _ClassifierConfig(self.name_or_path)
@@ -109,7 +108,7 @@ class ZeroShotClassifier(nn.Module):
             `logits` (B, K) and, with `labels`, `loss`.
         """
         features = towers.encode_image(self.model, pixel_values, **kwargs)
-        logits = self.head(features.to(self._active_head.weight.dtype))
+        logits = self.class_head(features.to(self._active_head.weight.dtype))
         loss = None if labels is None else F.cross_entropy(logits, labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
 
@@ -131,32 +130,31 @@ class ZeroShotClassifier(nn.Module):
         """
         self.model.gradient_checkpointing_enable(*args, **kwargs)
 
-    def set_class_embeddings(self, class_embeddings: torch.Tensor) -> None:
+    def set_class_embeddings(self, text_embeds: torch.Tensor) -> None:
         """Replace the classes of the active head: open-vocabulary use, without training.
 
         Args:
-            class_embeddings: One text embedding a class (K, e); K may differ from before.
+            text_embeds: One text embedding a class (K, e); K may differ from before.
 
         Raises:
             ValueError: If the embeddings are not of shape (K, e) with the head's e, or not finite.
             TypeError: If they are not a floating-point tensor.
         """
-        check_guidance(class_embeddings, "class_embeddings")
+        check_embeddings(text_embeds, "text_embeds")
         head = self._active_head
-        if class_embeddings.shape[1] != head.weight.shape[1]:
+        if text_embeds.shape[1] != head.weight.shape[1]:
             raise ValueError(
-                f"`class_embeddings` must have the shape (K, {head.weight.shape[1]}), got "
-                f"{tuple(class_embeddings.shape)}."
+                f"`text_embeds` must have the shape (K, {head.weight.shape[1]}), got {tuple(text_embeds.shape)}."
             )
-        weight = F.normalize(class_embeddings.detach().float(), dim=-1).to(head.weight)
+        weight = F.normalize(text_embeds.detach().float(), dim=-1).to(head.weight)
         head.weight = nn.Parameter(weight, requires_grad=head.weight.requires_grad)
         head.out_features = len(weight)
 
     @property
     def _active_head(self) -> CosineHead:
-        if isinstance(self.head, ModulesToSaveWrapper) and self.head.active_adapters:
-            return self.head.modules_to_save[self.head.active_adapters[0]]  # type: ignore[return-value]
-        return self.head
+        if isinstance(self.class_head, ModulesToSaveWrapper) and self.class_head.active_adapters:
+            return self.class_head.modules_to_save[self.class_head.active_adapters[0]]  # type: ignore[return-value]
+        return self.class_head
 
 
 @torch.no_grad()
@@ -166,7 +164,7 @@ def _embedding_width(clip: nn.Module) -> int:
     config = getattr(config, "vision_config", config)
     size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
     if not isinstance(size, int):
-        raise ValueError("`class_embeddings` cannot be a number for this model: its image size is not known.")
+        raise ValueError("`text_embeds` cannot be a number for this model: its image size is not known.")
     parameter = next(clip.parameters())
     blank = torch.zeros(1, channels, size, size, dtype=parameter.dtype, device=parameter.device)
     return towers.encode_image(clip, blank).shape[-1]

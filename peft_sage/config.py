@@ -9,7 +9,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftType
@@ -17,6 +17,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from .descriptions import DEFAULT_TEMPLATES, check_templates, normalise_descriptions
 from .registration import PEFT_TYPE_NAME, add_peft_type
+from .validation import check_embeddings, check_number, is_int
 
 
 add_peft_type(PEFT_TYPE_NAME)
@@ -77,7 +78,7 @@ class SageConfig(PeftConfig):
         layers_pattern (`str` or `list[str]`, *optional*):
             Name of the list of blocks in front of that number, as in PEFT; only with a list of names.
         modules_to_save (`list[str]`, *optional*):
-            Further modules that are trained and saved with the adapter, such as `["head"]`.
+            Further modules that are trained and saved with the adapter, such as `["class_head"]`.
         init_weights (`bool`):
             `True`: the up-projection starts at zero, so that the wrapped model equals the base model. `False`: all
             projections start random (for tests).
@@ -233,7 +234,7 @@ class SageConfig(PeftConfig):
         # Set here and not where the tuner fills the shape in: so a user's own object can be used twice.
         self._saved = self.guidance_shape is not None
         if self.guidance is not None:
-            check_guidance(self.guidance)
+            check_embeddings(self.guidance, "guidance")
             if self.guidance_rows is not None and self.guidance_rows < len(self.guidance):
                 raise ValueError(
                     f"`guidance_rows` pools `class_descriptions`, but `guidance` is a tensor of {len(self.guidance)} "
@@ -258,10 +259,10 @@ class SageConfig(PeftConfig):
                 raise ValueError(f"`r` must be at most 65536, got {self.r}.")
             if self.r % self.num_heads:
                 raise ValueError(f"`r` must be divisible by `num_heads`, got r={self.r}, num_heads={self.num_heads}.")
-        if not _is_finite(self.scaling) or abs(self.scaling) > 1e6:
-            raise ValueError(f"`scaling` must be a finite number of at most 1e6, got {self.scaling!r}.")
-        if not _is_finite(self.dropout) or not 0 <= self.dropout < 1:
-            raise ValueError(f"`dropout` must be in [0, 1), got {self.dropout!r}.")
+        check_number("scaling", self.scaling, -1e6, 1e6)
+        check_number("dropout", self.dropout, 0, 1)
+        if self.dropout == 1:
+            raise ValueError(f"`dropout` must be in [0, 1), got {self.dropout}, which would leave nothing.")
 
     def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules"):
@@ -304,50 +305,8 @@ class SageConfig(PeftConfig):
         return self.guidance_shape[0] if self.guidance_shape else 0
 
 
-def check_guidance(guidance: torch.Tensor, name: str = "guidance") -> None:
-    """Check that a tensor can serve as guidance.
-
-    Args:
-        guidance: What the user gave.
-        name: The argument's name, for the message.
-
-    Raises:
-        TypeError: If it is no floating-point tensor.
-        ValueError: If it is not of shape (M, e), or holds NaN, infinity or a row of zeros.
-    """
-    if not isinstance(guidance, torch.Tensor) or not guidance.is_floating_point():
-        kind = guidance.dtype if isinstance(guidance, torch.Tensor) else type(guidance).__name__
-        raise TypeError(f"`{name}` must be a floating-point tensor (M, e), got {kind}.")
-    if guidance.ndim != 2 or guidance.shape[1] == 0:
-        raise ValueError(f"`{name}` must have the shape (M, e), got {tuple(guidance.shape)}.")
-    if guidance.is_meta:
-        return
-    if not torch.isfinite(guidance).all():
-        rows = (~torch.isfinite(guidance).all(dim=1)).nonzero().flatten().tolist()
-        raise ValueError(f"`{name}` must be finite, got NaN or infinity in rows {rows[:10]}.")
-    if (guidance == 0).all(dim=1).any():
-        rows = (guidance == 0).all(dim=1).nonzero().flatten().tolist()
-        raise ValueError(f"`{name}` must have no rows of zeros, got them in rows {rows[:10]}.")
-
-
 def _check_pattern(name: str, pattern: str) -> None:
     try:
         re.compile(pattern)
     except (re.error, TypeError) as error:
         raise ValueError(f"`{name}` must hold names or regular expressions, got {pattern!r}: {error}.") from error
-
-
-def is_int(value: Any) -> TypeGuard[int]:
-    """Whether a value is an integer and not a bool.
-
-    Args:
-        value: Anything.
-
-    Returns:
-        True or False.
-    """
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")

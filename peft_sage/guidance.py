@@ -13,10 +13,11 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from . import towers
-from .config import SageConfig, check_guidance
+from .config import SageConfig
 from .descriptions import Descriptions, expand
 from .pooling import pool_guidance
 from .tokenization import TextBatches
+from .validation import check_embeddings
 
 
 @torch.no_grad()
@@ -106,7 +107,7 @@ def encode_for(model: nn.Module, config: SageConfig, source: torch.Tensor | Desc
         ValueError: If the tensor is not fit to be guidance, or the descriptions cannot be encoded.
     """
     if isinstance(source, torch.Tensor):
-        check_guidance(source)
+        check_embeddings(source, "guidance")
         return F.normalize(source.detach().float(), dim=-1)
     if not towers.has_text_tower(model):
         raise ValueError(

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .mismatch import as_numbers, check_class_counts, check_label_range, chunk_rows, mismatch_from_counts
+from .mismatch import chunk_rows, mismatch_from_counts
+from .validation import as_numbers, check_class_counts, check_labels
 
 
 class SageLoss(nn.Module):
@@ -134,7 +135,7 @@ class SageLoss(nn.Module):
         labels = as_numbers(labels, "labels").cpu()
         if labels.ndim != 1:
             raise ValueError(f"`labels` must have shape (N,), got {tuple(labels.shape)}.")
-        check_label_range(labels, num_classes)
+        check_labels(labels, num_classes)
         return cls(torch.bincount(labels, minlength=num_classes), **kwargs)
 
     def set_mismatch(self, mismatch: torch.Tensor) -> None:
@@ -195,7 +196,7 @@ class SageLoss(nn.Module):
                     f"`labels` must be {len(logits)} class indices or probabilities of shape {tuple(logits.shape)}, "
                     f"got {labels.dtype} of shape {tuple(labels.shape)}."
                 )
-            check_label_range(labels, num_classes, self.ignore_index)
+            check_labels(labels, num_classes, self.ignore_index)
 
         if self.adjustment.device != logits.device and not torch.compiler.is_compiling():
             self.to(logits.device)  # Trainer moves the model, but not its loss

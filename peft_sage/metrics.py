@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .mismatch import check_class_counts, check_label_range
+from .validation import check_class_counts, check_labels
 
 
 try:
@@ -82,8 +82,8 @@ class LongTailAccuracy(Metric):
                 f"`preds` must have shape (B, {num_classes}) or (B,) and `labels` (B,), "
                 f"got {tuple(preds.shape)} and {tuple(labels.shape)}."
             )
-        check_label_range(labels, num_classes)
-        check_label_range(preds, num_classes, name="preds")
+        check_labels(labels, num_classes)
+        check_labels(preds, num_classes, name="preds")
         labels = labels.long()
         self.total.index_add_(0, labels, torch.ones_like(labels))
         self.correct.index_add_(0, labels, (preds == labels).long())

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from .validation import check_class_counts, check_labels
+
 
 # 8 MiB in float32: a chunk of features stays in the processor's shared cache between the steps, and is large enough
 # that waking the threads for a step takes little of it. Elsewhere starting the steps has to take no time.
@@ -112,7 +114,7 @@ def estimate_mismatch(
         raise ValueError(f"`scale` must be a positive, finite number, got {scale}.")
     if not (math.isfinite(shrinkage) and shrinkage >= 0):
         raise ValueError(f"`shrinkage` must be a finite number, at least 0, got {shrinkage}.")
-    check_label_range(labels, num_classes)
+    check_labels(labels, num_classes)
     if groups is not None:
         if not isinstance(groups, torch.Tensor):
             raise TypeError(f"`groups` must be a tensor of integers, got {type(groups).__name__}.")
@@ -219,85 +221,3 @@ def _expected_optimism(n: torch.Tensor, between: torch.Tensor, within: torch.Ten
     """Optimism of a class of `n` groups, from the cosine of two images of different groups and of the same group."""
     m = (n - 1).clamp(min=1)  # a lone group is compared with one other group of its class
     return ((within + (n - 1) * between) / n).sqrt() - between * (m / (within + (m - 1) * between)).sqrt()
-
-
-def as_numbers(values: Sequence[float] | torch.Tensor, name: str) -> torch.Tensor:
-    """Read an argument that holds one number a class.
-
-    Args:
-        values: The numbers, as a list or a tensor.
-        name: The argument's name, for the message.
-
-    Returns:
-        A tensor without gradient.
-
-    Raises:
-        TypeError: If they are no real numbers.
-    """
-    try:
-        numbers = torch.as_tensor(values).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"`{name}` must be a (K,) tensor or list of numbers, got {values!r}.") from error
-    if numbers.is_complex() or numbers.dtype == torch.bool:
-        raise TypeError(f"`{name}` must hold real numbers, got {numbers.dtype}.")
-    return numbers
-
-
-def check_class_counts(class_counts: Sequence[int] | torch.Tensor) -> torch.Tensor:
-    """Read numbers of training images, or say what is wrong with them.
-
-    Args:
-        class_counts: (K,), as a list or a tensor.
-
-    Returns:
-        (K,) int64 on the CPU.
-
-    Raises:
-        TypeError: If they are no real numbers.
-        ValueError: If they are no (K,) whole numbers, at least 0 and not all 0.
-    """
-    counts = as_numbers(class_counts, "class_counts").cpu()
-    if counts.ndim != 1 or len(counts) == 0:
-        raise ValueError(f"`class_counts` must have shape (K,), one number a class, got shape {tuple(counts.shape)}.")
-    counts = counts.double()
-    wrong = ~((counts >= 0) & (counts == counts.round()) & counts.isfinite())
-    if wrong.any():
-        k = int(wrong.nonzero()[0])
-        raise ValueError(
-            "`class_counts` must hold whole numbers of images, at least 0 (counts, not frequencies), "
-            f"got {counts[k].item()} for class {k}."
-        )
-    if not counts.any():
-        raise ValueError("`class_counts` are all zero; at least one class must have training images.")
-    return counts.long()
-
-
-def check_label_range(
-    labels: torch.Tensor, num_classes: int, ignore_index: int | None = None, name: str = "labels"
-) -> None:
-    """Raise unless class indices are integers in their range.
-
-    The range is checked on the CPU only: on an accelerator it would make the host wait for the device at every step,
-    and the kernels that use the labels there assert it themselves.
-
-    Args:
-        labels: Class indices, of any shape.
-        num_classes: K; they must lie in [0, K).
-        ignore_index: An index that is allowed besides.
-        name: The argument's name, for the message.
-
-    Raises:
-        TypeError: If they are no integers.
-        ValueError: If one is out of range.
-    """
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"`{name}` must be integer class indices, got {labels.dtype}.")
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    wrong = (labels < 0) | (labels >= num_classes)
-    if ignore_index is not None:
-        wrong &= labels != ignore_index
-    if wrong.any():
-        raise ValueError(
-            f"`{name}` must lie in [0, {num_classes}), got {labels[wrong][0].item()} at {int(wrong.nonzero()[0])}."
-        )

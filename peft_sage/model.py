@@ -105,7 +105,7 @@ class SageModel(BaseTuner):
         """Give a trained adapter another set of classes, without training.
 
         Attention is over a set, so the number of classes may change. A head is not touched: see
-        [`ZeroShotClassifier.set_class_embeddings`].
+        [`SageClassifier.set_class_embeddings`].
 
         Args:
             guidance: A float tensor (M, e) with the width e that the adapter was trained with, or class descriptions

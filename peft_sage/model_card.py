@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 
-from .classifier import CosineHead, ZeroShotClassifier
+from .classifier import CosineHead, SageClassifier
 from .config import SageConfig
 
 
@@ -125,7 +125,7 @@ def _card(
 
 
 def _snippet(base_model: str | None, base_model_class: str, head_classes: int | None, repo_id: str) -> str:
-    classifier = base_model_class == ZeroShotClassifier.__name__
+    classifier = base_model_class == SageClassifier.__name__
     auto_class = "AutoModel" if classifier else base_model_class
     lines = [
         "import peft_sage",
@@ -136,7 +136,7 @@ def _snippet(base_model: str | None, base_model_class: str, head_classes: int | 
         f'base_model = {auto_class}.from_pretrained("{base_model or "path/of/the/base-model"}", dtype="float32")',
     ]
     if classifier:
-        lines.append(f"base_model = peft_sage.ZeroShotClassifier(base_model, {head_classes or 'num_classes'})")
+        lines.append(f"base_model = peft_sage.SageClassifier(base_model, {head_classes or 'num_classes'})")
     return "\n".join([*lines, f'model = PeftModel.from_pretrained(base_model, "{repo_id}")'])
 
 

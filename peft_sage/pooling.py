@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .config import check_guidance, is_int
+from .validation import check_embeddings, is_int
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def pool_guidance(guidance: torch.Tensor, num_rows: int = 512, iterations: int =
 
     Reference: ours; spherical k-means is of Dhillon and Modha (2001).
     """
-    check_guidance(guidance)
+    check_embeddings(guidance, "guidance")
     for name, value in (("num_rows", num_rows), ("iterations", iterations)):
         if not is_int(value) or value < 1:
             raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")

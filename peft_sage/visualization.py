@@ -16,7 +16,7 @@ from torch import nn
 
 from . import towers
 from .layer import SageLayer
-from .mismatch import check_class_counts
+from .validation import check_class_counts
 
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from peft_sage import SageConfig, SageLoss, ZeroShotClassifier
+from peft_sage import SageClassifier, SageConfig, SageLoss
 from tests.conftest import VISION, tiny_clip
 
 
@@ -33,17 +33,17 @@ def make_data(count: int) -> list[dict]:
 def make_model(guidance_seed: int = 3) -> PeftModel:
     generator = torch.Generator().manual_seed(3)
     torch.manual_seed(0)
-    classifier = ZeroShotClassifier(tiny_clip(), torch.randn(3, 16, generator=generator))
+    classifier = SageClassifier(tiny_clip(), torch.randn(3, 16, generator=generator))
     guidance = torch.randn(3, 24, generator=torch.Generator().manual_seed(guidance_seed))
-    return get_peft_model(classifier, SageConfig(guidance=guidance, modules_to_save=["head"]))
+    return get_peft_model(classifier, SageConfig(guidance=guidance, modules_to_save=["class_head"]))
 
 
 def make_vision_model() -> PeftModel:
     """Without CLIP's `logit_scale`: DeepSpeed takes no scalars."""
     torch.manual_seed(0)
     vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION, projection_dim=16))
-    config = SageConfig(guidance=torch.randn(3, 24), modules_to_save=["head"])
-    return get_peft_model(ZeroShotClassifier(vision, torch.randn(3, 16)), config)
+    config = SageConfig(guidance=torch.randn(3, 24), modules_to_save=["class_head"])
+    return get_peft_model(SageClassifier(vision, torch.randn(3, 16)), config)
 
 
 def train(folder: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from peft import AutoPeftModel, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModel, CLIPModel, Trainer, TrainingArguments
 
-from peft_sage import SageConfig, SageLoss, ZeroShotClassifier, create_model_card
+from peft_sage import SageClassifier, SageConfig, SageLoss, create_model_card
 from tests.conftest import byte_tokenizer, randomise, tiny_clip
 
 
@@ -71,8 +71,8 @@ def refusals(facts: dict) -> None:
 
 
 def trainer(facts: dict) -> None:
-    config = SageConfig(guidance=torch.randn(3, 4), modules_to_save=["head"])
-    model = get_peft_model(ZeroShotClassifier(base(), 3), config)
+    config = SageConfig(guidance=torch.randn(3, 4), modules_to_save=["class_head"])
+    model = get_peft_model(SageClassifier(base(), 3), config)
     data = [{"pixel_values": image, "labels": i % 3} for i, image in enumerate(IMAGES)]
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(folder, hub_model_id="user/trained", max_steps=2, report_to=[], use_cpu=True)
@@ -80,7 +80,7 @@ def trainer(facts: dict) -> None:
         run.train()
         run.push_to_hub()
     model.eval()
-    again = PeftModel.from_pretrained(ZeroShotClassifier(base(), 3), "user/trained")
+    again = PeftModel.from_pretrained(SageClassifier(base(), 3), "user/trained")
     facts["Trainer"] = torch.allclose(again(pixel_values=IMAGES).logits, model(pixel_values=IMAGES).logits, atol=1e-5)
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, BertConfig, BertModel
 
-from peft_sage import SageConfig, ZeroShotClassifier
+from peft_sage import SageClassifier, SageConfig
 from tests.conftest import byte_tokenizer
 from tests.hub_stand_in import Hub
 
@@ -46,7 +46,7 @@ def run(monkeypatch, tmp_path):
 
 def load(folder, num_classes=86):
     clip = AutoModel.from_pretrained(CLIP, dtype=torch.float32)
-    return PeftModel.from_pretrained(ZeroShotClassifier(clip, num_classes), folder).eval()
+    return PeftModel.from_pretrained(SageClassifier(clip, num_classes), folder).eval()
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ def test_checkpointing_resumes_where_it_stopped(run):
     torch.testing.assert_close(logits(resumed["model"], test), logits(whole["model"], test))
     assert not torch.allclose(logits(stopped["model"], test), logits(whole["model"], test), atol=1e-3)
     saved = load_file("parts/checkpoint-3/adapter_model.safetensors")
-    assert all("peft_sage_" in name or ".head." in name for name in saved)  # no base model in the checkpoints
+    assert all("peft_sage_" in name or ".class_head." in name for name in saved)  # no base model in the checkpoints
 
 
 def test_tracking(run):
@@ -117,7 +117,7 @@ def test_open_vocabulary(run, capsys):
     model, heads = variables["model"], variables["heads"]
     assert model.peft_config["default"].class_names == list(variables["texts"]["new"])
     assert logits(model, variables["test"], 4).shape == (4, 43)
-    torch.testing.assert_close(variables["classifier"].head.weight.data, heads["new"])
+    torch.testing.assert_close(variables["classifier"].class_head.weight.data, heads["new"])
     assert capsys.readouterr().out.count("new classes") == 2
 
 
@@ -195,8 +195,8 @@ def test_own_images_wants_two_splits(run, photos, capsys):
 
 def test_push_to_hub(tmp_path):
     clip = AutoModel.from_pretrained(CLIP, dtype=torch.float32)
-    config = SageConfig(class_descriptions={"cow": "a cow", "owl": "an owl"}, modules_to_save=["head"])
-    get_peft_model(ZeroShotClassifier(clip, 2), config).save_pretrained(tmp_path / "adapter")
+    config = SageConfig(class_descriptions={"cow": "a cow", "owl": "an owl"}, modules_to_save=["class_head"])
+    get_peft_model(SageClassifier(clip, 2), config).save_pretrained(tmp_path / "adapter")
     (tmp_path / "adapter" / "checkpoints").mkdir()
     (tmp_path / "adapter" / "checkpoints" / "large.bin").write_bytes(b"0")
     with Hub() as hub:

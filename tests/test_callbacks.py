@@ -15,9 +15,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 from peft_sage import (
     LongTailAccuracy,
     LongTailCallback,
+    SageClassifier,
     SageConfig,
     SageLoss,
-    ZeroShotClassifier,
     estimate_mismatch,
 )
 from peft_sage.towers import encode_image
@@ -33,8 +33,8 @@ COUNTS = [6, 3, 1]
 def make_trainer(folder, callbacks, loss, **kwargs):
     torch.manual_seed(0)
     model = get_peft_model(
-        ZeroShotClassifier(tiny_clip(), 3),
-        SageConfig(guidance=torch.randn(3, 8), dropout=0.5, modules_to_save=["head"]),
+        SageClassifier(tiny_clip(), 3),
+        SageConfig(guidance=torch.randn(3, 8), dropout=0.5, modules_to_save=["class_head"]),
     )
     randomise(model)
     args = TrainingArguments(

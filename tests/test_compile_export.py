@@ -7,7 +7,7 @@ from peft import PeftModel, get_peft_model
 from torch._dynamo.testing import CompileCounter
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from peft_sage import SageConfig, ZeroShotClassifier
+from peft_sage import SageClassifier, SageConfig
 from tests.conftest import VISION, randomise, tiny_clip
 
 
@@ -31,8 +31,8 @@ def nothing_compiled():
 @pytest.fixture(params=[5, pytest.param(0, marks=pytest.mark.slow)], ids=["guidance", "no guidance"])
 def model(request):
     guidance = {"guidance": torch.randn(request.param, 24)} if request.param else {}
-    config = SageConfig(r=8, num_heads=2, modules_to_save=["head"], **guidance)
-    model = get_peft_model(ZeroShotClassifier(tiny_clip(), torch.randn(6, 16)), config)
+    config = SageConfig(r=8, num_heads=2, modules_to_save=["class_head"], **guidance)
+    model = get_peft_model(SageClassifier(tiny_clip(), torch.randn(6, 16)), config)
     randomise(model)
     return Logits(model).eval()
 
@@ -51,7 +51,7 @@ def test_compile_without_graph_breaks(model, pixel_values):
 
 @pytest.mark.slow
 def test_compile_follows_a_new_guidance_and_another_adapter(pixel_values):
-    peft_model = get_peft_model(ZeroShotClassifier(tiny_clip(), torch.randn(6, 16)), SageConfig(guidance=torch.eye(5)))
+    peft_model = get_peft_model(SageClassifier(tiny_clip(), torch.randn(6, 16)), SageConfig(guidance=torch.eye(5)))
     peft_model.add_adapter("second", SageConfig(guidance=torch.randn(3, 7)))
     randomise(peft_model)
     model = Logits(peft_model).eval()
@@ -67,9 +67,7 @@ def test_compile_follows_a_new_guidance_and_another_adapter(pixel_values):
 
 def adapted_classifier():
     torch.manual_seed(0)
-    model = get_peft_model(
-        ZeroShotClassifier(tiny_clip(), torch.randn(6, 16)), SageConfig(guidance=torch.randn(5, 24))
-    )
+    model = get_peft_model(SageClassifier(tiny_clip(), torch.randn(6, 16)), SageConfig(guidance=torch.randn(5, 24)))
     return model.eval()
 
 
@@ -120,7 +118,7 @@ def test_inductor(model, pixel_values):
 def test_compile_a_loaded_adapter(model, pixel_values, tmp_path):
     expected = model(pixel_values)
     model.model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(ZeroShotClassifier(tiny_clip(), torch.randn(6, 16)), tmp_path)
+    loaded = PeftModel.from_pretrained(SageClassifier(tiny_clip(), torch.randn(6, 16)), tmp_path)
     compiled = torch.compile(Logits(loaded).eval(), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(pixel_values), expected)
 

@@ -80,8 +80,8 @@ def test_the_example_readme_loads_what_the_example_saved(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    classifier = peft_sage.ZeroShotClassifier(CLIPModel.from_pretrained(DEMO_CLIP), 86)
-    config = peft_sage.SageConfig(class_descriptions=[f"class {i}" for i in range(86)], modules_to_save=["head"])
+    classifier = peft_sage.SageClassifier(CLIPModel.from_pretrained(DEMO_CLIP), 86)
+    config = peft_sage.SageConfig(class_descriptions=[f"class {i}" for i in range(86)], modules_to_save=["class_head"])
     get_peft_model(classifier, config).save_pretrained("finetuned")
     assert run("examples/README.md")["model"].peft_config["default"].num_classes == 86
 

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
-from peft_sage import SageConfig, ZeroShotClassifier, encode_class_descriptions
+from peft_sage import SageClassifier, SageConfig, encode_class_descriptions
 from tests.conftest import VISION, byte_tokenizer, randomise, tiny_clip
 
 
@@ -217,11 +217,11 @@ def test_another_base_model_of_the_same_shape_gives_a_warning(adapter_dir, clip_
 
 def test_a_head_with_other_classes(tmp_path):
     def classifier(classes):
-        return ZeroShotClassifier(tiny_clip(), classes)
+        return SageClassifier(tiny_clip(), classes)
 
-    model = get_peft_model(classifier(5), SageConfig(guidance=torch.randn(5, 24), modules_to_save=["head"]))
+    model = get_peft_model(classifier(5), SageConfig(guidance=torch.randn(5, 24), modules_to_save=["class_head"]))
     model.save_pretrained(tmp_path)
-    assert_load_fails(tmp_path, ValueError, r"head.weight.*\(5, 16\).*expected \(7, 16\)", lambda: classifier(7))
+    assert_load_fails(tmp_path, ValueError, r"class_head.weight.*\(5, 16\).*expected \(7, 16\)", lambda: classifier(7))
 
 
 def test_a_misfit_does_not_touch_an_adapter_that_is_there(adapter_dir, pixel_values):
@@ -381,7 +381,7 @@ def test_long_descriptions_are_cut_with_one_warning(clip, tokenizer):
 
 
 def test_fewer_descriptions_than_the_head_has(clip_dir):
-    model = ZeroShotClassifier(CLIPModel.from_pretrained(clip_dir), torch.randn(4, 16))
+    model = SageClassifier(CLIPModel.from_pretrained(clip_dir), torch.randn(4, 16))
     before = picture(model)
     with pytest.raises(ValueError, match="3 classes.*head has 4"):
         get_peft_model(model, SageConfig(class_descriptions=["a", "b", "c"]))

@@ -38,7 +38,7 @@ import finetune  # noqa: E402
 import image_data  # noqa: E402
 from checkpoints import TrainingProgress  # noqa: E402
 
-from peft_sage import SageConfig, ZeroShotClassifier  # noqa: E402
+from peft_sage import SageClassifier, SageConfig  # noqa: E402
 
 
 COLOURS = {"blue": (30, 40, 220), "green": (40, 200, 60), "grey": (120, 120, 120), "red": (220, 30, 40)}
@@ -168,7 +168,7 @@ def test_losses_are_one_formula():
 @pytest.mark.parametrize(("last", "adapted"), [(0, {0, 1}), (1, {1}), (5, {0, 1})])
 def test_last_blocks_of_the_vision_tower_are_adapted(command, method, last, adapted):
     args = finetune.parse_args([*command, "--method", method, "--last-blocks", str(last)])
-    classifier = ZeroShotClassifier(finetune.load_clip(args.model), torch.eye(2, 16))
+    classifier = SageClassifier(finetune.load_clip(args.model), torch.eye(2, 16))
     config = finetune.peft_config(args, classifier, ["red", "blue"])
     model = get_peft_model(classifier, config)
     trained = [name for name, p in model.named_parameters() if p.requires_grad and ".layers." in name]
@@ -180,14 +180,14 @@ def test_many_classes_are_pooled_for_the_guidance_and_not_for_the_head(command, 
     finetune.main([*command, "--guidance-rows", "3", "--epochs", "1"])
     weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
     (guidance,) = (tensor for name, tensor in weights.items() if "peft_sage_guidance" in name)
-    (head,) = (tensor for name, tensor in weights.items() if name.endswith(".head.weight"))
+    (head,) = (tensor for name, tensor in weights.items() if name.endswith(".class_head.weight"))
     assert (len(guidance), len(head)) == (3, 4)
     config = SageConfig.from_pretrained(tmp_path / "out")
     assert config.class_names == list(COLOURS) and config.num_classes == len(head)
     clip = finetune.load_clip(config.base_model_name_or_path)
-    model = PeftModel.from_pretrained(ZeroShotClassifier(clip, config.num_classes), tmp_path / "out")
+    model = PeftModel.from_pretrained(SageClassifier(clip, config.num_classes), tmp_path / "out")
     assert model(torch.zeros(1, 3, 16, 16)).logits.shape == (1, 4)
-    assert "ZeroShotClassifier(base_model, 4)" in (tmp_path / "out" / "README.md").read_text()
+    assert "SageClassifier(base_model, 4)" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_resumed_after_a_kill_ends_with_the_same_weights(command, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPVisionModel
 
-from peft_sage import ZeroShotClassifier, encode_class_descriptions
+from peft_sage import SageClassifier, encode_class_descriptions
 from tests.conftest import byte_tokenizer, tiny_clip, tiny_siglip
 
 
@@ -101,7 +101,7 @@ def test_unicode_and_emoji(clip):
 @pytest.mark.parametrize("make", [tiny_clip, tiny_siglip])
 def test_classifier_encodes_through_its_clip(make):
     clip = make()
-    classifier = ZeroShotClassifier(clip, 2)
+    classifier = SageClassifier(clip, 2)
     torch.testing.assert_close(
         encode_class_descriptions(classifier, byte_tokenizer(), [["cat"], ["dog"]]),
         encode_class_descriptions(clip, byte_tokenizer(), [["cat"], ["dog"]]),

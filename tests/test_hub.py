@@ -10,7 +10,7 @@ import pytest
 import yaml
 from peft import get_peft_model
 
-from peft_sage import SageConfig, ZeroShotClassifier, create_model_card
+from peft_sage import SageClassifier, SageConfig, create_model_card
 from tests.conftest import randomise, tiny_clip
 from tests.hub_client import RESULTS
 from tests.hub_stand_in import Hub
@@ -87,8 +87,8 @@ def test_the_card_survives(pushed):
 
 def test_a_saved_folder_has_a_card_and_keeps_an_own_one(clip_dir, tmp_path):
     clip = type(tiny_clip()).from_pretrained(clip_dir)
-    config = SageConfig(class_descriptions=["cat", "dog"], modules_to_save=["head"])
-    model = get_peft_model(ZeroShotClassifier(clip, 2), config)
+    config = SageConfig(class_descriptions=["cat", "dog"], modules_to_save=["class_head"])
+    model = get_peft_model(SageClassifier(clip, 2), config)
     model.save_pretrained(tmp_path / "adapter")
     card = tmp_path / "adapter" / "README.md"
     assert "`cat`" in check_card(card.read_text(), "user/name", clip_dir, "image-classification")
@@ -96,14 +96,14 @@ def test_a_saved_folder_has_a_card_and_keeps_an_own_one(clip_dir, tmp_path):
     randomise(model)
     model.save_pretrained(tmp_path / "adapter")
     body = check_card(card.read_text(), "me/mine", clip_dir, "image-classification")
-    assert "| few | 0.5 |" in body and "ZeroShotClassifier(base_model, 2)" in body
+    assert "| few | 0.5 |" in body and "SageClassifier(base_model, 2)" in body
     with pytest.raises(ValueError, match="`adapter_name`.*other"):
         create_model_card(model, adapter_name="other")
 
 
 def test_the_snippet_loads_the_adapter(clip_dir, tmp_path, pixel_values, monkeypatch):
-    config = SageConfig(class_descriptions=["cat", "dog"], modules_to_save=["head"])
-    model = get_peft_model(ZeroShotClassifier(type(tiny_clip()).from_pretrained(clip_dir), 2), config)
+    config = SageConfig(class_descriptions=["cat", "dog"], modules_to_save=["class_head"])
+    model = get_peft_model(SageClassifier(type(tiny_clip()).from_pretrained(clip_dir), 2), config)
     randomise(model)
     model.save_pretrained(tmp_path / "adapter")
     snippet = create_model_card(model, repo_id=str(tmp_path / "adapter")).text.split("```python\n")[1].split("```")[0]

@@ -7,7 +7,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPTextModel, CLIPVisionModel
 
-from peft_sage import SageConfig, SageLayer, ZeroShotClassifier, encode_class_descriptions, pool_guidance
+from peft_sage import SageClassifier, SageConfig, SageLayer, encode_class_descriptions, pool_guidance
 from peft_sage.model import default_r
 from tests.conftest import randomise, tiny_clip, tiny_siglip
 
@@ -226,15 +226,15 @@ def test_one_config_serves_two_models(pixel_values):
 
 def test_classifier_comes_back_whole_and_on_a_vision_model(pixel_values, tmp_path):
     embeddings = torch.randn(7, 16)
-    config = SageConfig(guidance=embeddings, modules_to_save=["head"])
-    model = get_peft_model(ZeroShotClassifier(tiny_clip(), embeddings), config)
+    config = SageConfig(guidance=embeddings, modules_to_save=["class_head"])
+    model = get_peft_model(SageClassifier(tiny_clip(), embeddings), config)
     randomise(model)
     with torch.no_grad():
-        model.base_model.model.head.modules_to_save["default"].weight.normal_()
+        model.base_model.model.class_head.modules_to_save["default"].weight.normal_()
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert "base_model.model.head.modules_to_save.default.weight" in trainable
+    assert "base_model.model.class_head.modules_to_save.default.weight" in trainable
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(ZeroShotClassifier(tiny_clip(), 7), tmp_path)
+    again = PeftModel.from_pretrained(SageClassifier(tiny_clip(), 7), tmp_path)
     assert torch.equal(again(pixel_values).logits, model(pixel_values).logits)
 
 

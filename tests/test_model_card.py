@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from peft_sage import SageConfig, ZeroShotClassifier, create_model_card
+from peft_sage import SageClassifier, SageConfig, create_model_card
 from tests.conftest import tiny_clip
 
 
@@ -17,8 +17,8 @@ NAMES = ["cow", "owl | night", "bat", "ox"]
 
 @pytest.fixture
 def model():
-    config = SageConfig(class_descriptions=NAMES, guidance=torch.randn(4, 8), modules_to_save=["head"])
-    return get_peft_model(ZeroShotClassifier(tiny_clip(), 4), config)
+    config = SageConfig(class_descriptions=NAMES, guidance=torch.randn(4, 8), modules_to_save=["class_head"])
+    return get_peft_model(SageClassifier(tiny_clip(), 4), config)
 
 
 def render(card):

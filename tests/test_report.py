@@ -86,7 +86,7 @@ def test_the_snippet_of_the_card_runs(folder):
     snippet = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
     names = {}
     exec(snippet, names)
-    blank = finetune.ZeroShotClassifier(finetune.load_clip(str(finetune.DEMO / "tiny-clip")), 3)
+    blank = finetune.SageClassifier(finetune.load_clip(str(finetune.DEMO / "tiny-clip")), 3)
     expected = finetune.PeftModel.from_pretrained(blank, folder).eval()
     images = torch.randn(2, 3, 48, 48)
     with torch.no_grad():

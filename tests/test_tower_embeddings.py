@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import CONFIG_MAPPING
 
-from peft_sage import SageConfig, ZeroShotClassifier
+from peft_sage import SageClassifier, SageConfig
 from peft_sage.towers import FAMILIES, encode_image, encode_text, has_text_tower, logit_scale_and_bias, text_config
 from tests.tower_models import TEXT, TINY, VISION, Tiny, images, tokens
 
@@ -61,7 +61,7 @@ def test_embeddings_give_the_logits_of_the_model(tiny: Tiny) -> None:
 def test_classifier_starts_as_the_zero_shot_model(tiny: Tiny) -> None:
     model, pixels, text = build(tiny), tiny.text(), tokens()
     logits = own_logits(tiny, model, pixels, text)
-    classifier = ZeroShotClassifier(model, F.normalize(encode_text(model, text), dim=-1), scale=1.0)
+    classifier = SageClassifier(model, F.normalize(encode_text(model, text), dim=-1), scale=1.0)
     cosines = classifier(**pixels).logits
     torch.testing.assert_close(scaled(classifier, cosines), logits, atol=1e-5, rtol=1e-5)
 
@@ -88,7 +88,7 @@ def test_flava_compares_its_first_tokens() -> None:
 def test_wrapped_models_embed_alike() -> None:
     model, pixels, text = build(tiny_named("clip-CLIPModel")), images(), tokens()
     expected = encode_image(model, **pixels), encode_text(model, text), logit_scale_and_bias(model)[0]
-    wrapped = ZeroShotClassifier(model, torch.randn(5, 24))
+    wrapped = SageClassifier(model, torch.randn(5, 24))
     wrapped = get_peft_model(wrapped, SageConfig(guidance=torch.randn(5, 12), r=4, num_heads=2))
     wrapped = get_peft_model(wrapped.base_model.model, LoraConfig(target_modules=["q_proj"]), adapter_name="lora")
     assert has_text_tower(wrapped) and text_config(wrapped) is model.config

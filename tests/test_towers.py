@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from peft_sage import SageConfig, SageLayer, ZeroShotClassifier
+from peft_sage import SageClassifier, SageConfig, SageLayer
 from peft_sage.towers import (
     FAMILIES,
     block_input_index,
@@ -225,7 +225,7 @@ BLOCKS = ["vision_model.encoder.layers.0.mlp", "vision_model.encoder.layers.1.ml
 
 def test_blocks_are_found_inside_wrappers() -> None:
     clip = CLIP.build()
-    classifier = ZeroShotClassifier(clip, torch.randn(5, 24))
+    classifier = SageClassifier(clip, torch.randn(5, 24))
     assert find_blocks(classifier) == [f"model.{block}" for block in BLOCKS]
     lora = get_peft_model(copy.deepcopy(clip), LoraConfig(target_modules=["fc1", "fc2", "q_proj"]))
     assert find_blocks(lora) == [f"base_model.model.{block}" for block in BLOCKS]

@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from peft_sage import SageConfig, SageLoss, ZeroShotClassifier
+from peft_sage import SageClassifier, SageConfig, SageLoss
 from tests.conftest import tiny_clip
 
 
@@ -27,9 +27,9 @@ def data():
 def make_model():
     generator = torch.Generator().manual_seed(3)
     torch.manual_seed(0)
-    classifier = ZeroShotClassifier(tiny_clip(), torch.randn(3, 16, generator=generator))
+    classifier = SageClassifier(tiny_clip(), torch.randn(3, 16, generator=generator))
     guidance = torch.randn(3, 24, generator=generator)
-    return get_peft_model(classifier, SageConfig(guidance=guidance, modules_to_save=["head"], dropout=0.1))
+    return get_peft_model(classifier, SageConfig(guidance=guidance, modules_to_save=["class_head"], dropout=0.1))
 
 
 def trained_state(model):
@@ -76,7 +76,7 @@ def test_trainer_learns_and_comes_back_with_the_best(data, tmp_path, pixel_value
     assert losses[-1] < losses[0] / 2
     assert all(torch.equal(p, base[n]) for n, p in model.named_parameters() if not p.requires_grad)
     best = PeftModel.from_pretrained(
-        ZeroShotClassifier(tiny_clip(), torch.ones(3, 16)), trainer.state.best_model_checkpoint
+        SageClassifier(tiny_clip(), torch.ones(3, 16)), trainer.state.best_model_checkpoint
     )
     model.eval()
     torch.testing.assert_close(best(pixel_values=pixel_values).logits, model(pixel_values=pixel_values).logits)
@@ -148,7 +148,7 @@ def test_accelerate_state_round_trip(accelerator, data, tmp_path):
     accelerate_steps(accelerator, model, optimizer, loader, loss, 4)
     torch.testing.assert_close(trained_state(model), expected)
     accelerator.unwrap_model(model).save_pretrained(tmp_path / "adapter")
-    PeftModel.from_pretrained(ZeroShotClassifier(tiny_clip(), torch.ones(3, 16)), tmp_path / "adapter")
+    PeftModel.from_pretrained(SageClassifier(tiny_clip(), torch.ones(3, 16)), tmp_path / "adapter")
 
 
 def test_gradient_accumulation_equals_the_whole_batch(accelerator, data):

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from PIL import Image
 from transformers import CLIPVisionModel, Dinov2WithRegistersConfig, Dinov2WithRegistersModel, SwinConfig, SwinModel
 
-from peft_sage import SageConfig, SageLayer, ZeroShotClassifier, mismatch_from_counts
+from peft_sage import SageClassifier, SageConfig, SageLayer, mismatch_from_counts
 from peft_sage.visualization import attention_maps, plot_attention, plot_long_tail, plot_mismatch
 from tests.conftest import randomise, tiny_clip
 
@@ -36,7 +36,7 @@ def softmax_by_hand(layer, x):
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("layer", [0, -1])
 def test_attention_maps_are_the_softmax(heads, layer, pixel_values):
-    model = adapted(ZeroShotClassifier(tiny_clip(), 5), num_heads=heads)
+    model = adapted(SageClassifier(tiny_clip(), 5), num_heads=heads)
     block = [module for module in model.modules() if isinstance(module, SageLayer)][layer]
     seen = []
     handle = block.register_forward_pre_hook(lambda module, args: seen.append(args[0]))

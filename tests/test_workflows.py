@@ -33,7 +33,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from peft_sage import SageConfig, SageLayer, SageModel, ZeroShotClassifier
+from peft_sage import SageClassifier, SageConfig, SageLayer, SageModel
 from tests.conftest import randomise, tiny_clip
 
 
@@ -61,12 +61,12 @@ def tower_output(model, pixel_values):
 
 
 def is_classifier(model):
-    return any(isinstance(module, ZeroShotClassifier) for module in model.modules())
+    return any(isinstance(module, SageClassifier) for module in model.modules())
 
 
 def load_class(cls, folder):
-    if cls is ZeroShotClassifier:
-        return ZeroShotClassifier(CLIPModel.from_pretrained(folder), 7).eval()
+    if cls is SageClassifier:
+        return SageClassifier(CLIPModel.from_pretrained(folder), 7).eval()
     # A saved `CLIPModel` says the projection's width only at the top.
     width = {"projection_dim": 16} if cls is CLIPVisionModelWithProjection else {}
     return cls.from_pretrained(folder, **width).eval()
@@ -139,14 +139,14 @@ def test_deleting_the_owner_of_one_guidance_leaves_the_other(clip, pixel_values)
 
 
 def test_adapter_names_within_one_batch(clip, pixel_values):
-    classifier = ZeroShotClassifier(clip, torch.randn(6, 16))
+    classifier = SageClassifier(clip, torch.randn(6, 16))
     model = get_peft_model(
-        classifier, SageConfig(guidance=torch.randn(5, 24), modules_to_save=["head"]), adapter_name="birds"
+        classifier, SageConfig(guidance=torch.randn(5, 24), modules_to_save=["class_head"]), adapter_name="birds"
     )
-    model.add_adapter("flowers", SageConfig(guidance=torch.randn(9, 12), r=16, modules_to_save=["head"]))
+    model.add_adapter("flowers", SageConfig(guidance=torch.randn(9, 12), r=16, modules_to_save=["class_head"]))
     randomise(model)
     with torch.no_grad():
-        classifier.head.modules_to_save["flowers"].weight.add_(torch.randn(6, 16))
+        classifier.class_head.modules_to_save["flowers"].weight.add_(torch.randn(6, 16))
     model.eval()
     expected = {}
     for name in ("birds", "flowers"):
@@ -308,8 +308,8 @@ def test_inject_adapter_in_model(clip, pixel_values, adapter_dir, trained):
     assert torch.equal(features(model, pixel_values), expected)
 
 
-@pytest.mark.parametrize("target", [*VISION_CLASSES, ZeroShotClassifier])
-@pytest.mark.parametrize("source", [*VISION_CLASSES, ZeroShotClassifier])
+@pytest.mark.parametrize("target", [*VISION_CLASSES, SageClassifier])
+@pytest.mark.parametrize("source", [*VISION_CLASSES, SageClassifier])
 def test_an_adapter_follows_its_tower_into_every_class(
     source, target, clip_dir, pixel_values, tmp_path, config, recwarn
 ):
@@ -588,7 +588,7 @@ def enable_checkpointing(model, use_reentrant):
 def test_gradient_checkpointing_gives_the_same_gradients(through, layers, pixel_values):
     def gradients(order, use_reentrant=None):
         clip = tiny_clip()
-        model = ZeroShotClassifier(clip, torch.eye(5, 16)) if through == "classifier" else clip
+        model = SageClassifier(clip, torch.eye(5, 16)) if through == "classifier" else clip
         if order == "before":
             enable_checkpointing(clip, use_reentrant)
         config = SageConfig(guidance=torch.eye(5, 24), layers_to_transform=layers)

@@ -26,9 +26,9 @@ from transformers import AutoTokenizer, CLIPModel
 from peft_sage import (
     CosineHead,
     LongTailAccuracy,
+    SageClassifier,
     SageConfig,
     SageLoss,
-    ZeroShotClassifier,
     encode_class_descriptions,
     estimate_mismatch,
     mismatch_from_counts,
@@ -187,16 +187,16 @@ def make_model(
     spec: dict[str, Any], clip: CLIPModel, embeddings: torch.Tensor, guidance: torch.Tensor | None
 ) -> nn.Module:
     """Return the model of a run; only what the method trains is trainable."""
-    classifier = ZeroShotClassifier(clip, embeddings, spec["scale"])
+    classifier = SageClassifier(clip, embeddings, spec["scale"])
     if spec["head"] not in ("cosine", "fixed"):
         kind, _, rank = spec["head"].partition("-")
-        classifier.head = SemanticHead(embeddings, spec["scale"], int(rank), free=kind == "semantic")
+        classifier.class_head = SemanticHead(embeddings, spec["scale"], int(rank), free=kind == "semantic")
     if spec["method"] == "zero_shot":
         return classifier.requires_grad_(False)
     if spec["method"] == "head":
-        classifier.requires_grad_(False).head.requires_grad_(True)
+        classifier.requires_grad_(False).class_head.requires_grad_(True)
         return classifier
-    head = None if spec["head"] == "fixed" else ["head"]
+    head = None if spec["head"] == "fixed" else ["class_head"]
     if spec["method"] == "lora":
         depth = len(clip.vision_model.encoder.layers)
         layers = "|".join(str(layer % depth) for layer in spec["layers"] or range(depth))
@@ -226,7 +226,7 @@ def make_model(
 
 def logits_of(model: nn.Module, hidden: torch.Tensor, first: int) -> torch.Tensor:
     """Return float32 logits (B, K) from the tokens that enter block `first`."""
-    head = model.get_submodule("base_model.model.head" if hasattr(model, "peft_config") else "head")
+    head = model.get_submodule("base_model.model.class_head" if hasattr(model, "peft_config") else "class_head")
     with torch.autocast(hidden.device.type, torch.bfloat16):
         embeddings = image_embeddings(tower_of(model), hidden.float(), first)
     return head(embeddings.float())

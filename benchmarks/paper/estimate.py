@@ -23,7 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel
 
-from peft_sage import SageConfig, ZeroShotClassifier
+from peft_sage import SageClassifier, SageConfig
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
@@ -80,8 +80,8 @@ def build(recipe: Recipe) -> PeftModel:
         clip = CLIPModel(CONFIGS[recipe.model])
     texts = torch.ones(DATA[recipe.data].classes, CONFIGS[recipe.model].projection_dim)
     guidance = texts if recipe.method == "sage" else None
-    config = SageConfig(guidance=guidance, r=recipe.r, modules_to_save=["head"])
-    return get_peft_model(ZeroShotClassifier(clip, texts), config).to("meta").half()
+    config = SageConfig(guidance=guidance, r=recipe.r, modules_to_save=["class_head"])
+    return get_peft_model(SageClassifier(clip, texts), config).to("meta").half()
 
 
 @cache

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from peft_sage import SageConfig, ZeroShotClassifier
+from peft_sage import SageClassifier, SageConfig
 
 
 POOLED_ROWS = 512
@@ -58,18 +58,18 @@ def make(settings: Settings, method: str, num_classes: int, r: int | None = None
     shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
     torch.manual_seed(0)
     embeddings = F.normalize(torch.randn(num_classes, EMBEDDING_WIDTH), dim=-1)
-    classifier = ZeroShotClassifier(copy.deepcopy(base, shared), embeddings)
+    classifier = SageClassifier(copy.deepcopy(base, shared), embeddings)
     r = r or settings.r
     if method == "base":
         return classifier
     if method == "lora":
         targets = ["q_proj", "v_proj"]
         return get_peft_model(
-            classifier, LoraConfig(r=r, lora_alpha=r, target_modules=targets, modules_to_save=["head"])
+            classifier, LoraConfig(r=r, lora_alpha=r, target_modules=targets, modules_to_save=["class_head"])
         )
     rows = {"sage": embeddings, "pooled": embeddings[:POOLED_ROWS]}  # which rows does not matter to the time
     guidance = {"guidance": rows[method]} if method in rows else {}
-    return get_peft_model(classifier, SageConfig(r=r, init_weights=False, modules_to_save=["head"], **guidance))
+    return get_peft_model(classifier, SageConfig(r=r, init_weights=False, modules_to_save=["class_head"], **guidance))
 
 
 def images(settings: Settings, batch_size: int | None = None) -> torch.Tensor:

@@ -27,7 +27,7 @@ class StopAfter(TrainerCallback):
 
 args = parse(__doc__, stop_after=0, save_steps=10)
 demo = load(args)
-config = SageConfig(class_descriptions=demo.descriptions, modules_to_save=["head"])
+config = SageConfig(class_descriptions=demo.descriptions, modules_to_save=["class_head"])
 model = get_peft_model(demo.classifier(), config)
 trainer = Trainer(
     model,

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, BaseImageProcessor
 
-from peft_sage import LongTailAccuracy, ZeroShotClassifier, encode_class_descriptions, read_class_descriptions
+from peft_sage import LongTailAccuracy, SageClassifier, encode_class_descriptions, read_class_descriptions
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -68,9 +68,9 @@ class Demo:
     class_names: list[str]
     class_counts: torch.Tensor
 
-    def classifier(self) -> ZeroShotClassifier:
+    def classifier(self) -> SageClassifier:
         """Return the image tower with a head made from the class descriptions."""
-        return ZeroShotClassifier(self.clip, encode_class_descriptions(self.clip, self.tokenizer, self.descriptions))
+        return SageClassifier(self.clip, encode_class_descriptions(self.clip, self.tokenizer, self.descriptions))
 
 
 def parse(description: str, **defaults: Any) -> argparse.Namespace:

@@ -15,7 +15,7 @@ from peft_sage import SageConfig, SageLoss
 
 args = parse(__doc__)
 demo = load(args)
-sage_config = SageConfig(class_descriptions=demo.descriptions, modules_to_save=["head"])
+sage_config = SageConfig(class_descriptions=demo.descriptions, modules_to_save=["class_head"])
 sage = get_peft_model(demo.classifier(), sage_config, adapter_name="semantic")
 
 # The second PeftModel goes around the model inside the first; the text tower stays as it is.

@@ -9,7 +9,7 @@ import torch
 from demo import Demo, Images, evaluate, load, parse, report, train
 from peft import get_peft_model
 
-from peft_sage import SageConfig, SageLoss, ZeroShotClassifier, encode_class_descriptions
+from peft_sage import SageClassifier, SageConfig, SageLoss, encode_class_descriptions
 
 
 def only(data: Images, classes: list[int]) -> Images:
@@ -31,7 +31,7 @@ texts = {"known": texts_of(demo, known), "new": texts_of(demo, unknown)}
 heads = {name: encode_class_descriptions(demo.clip, demo.tokenizer, texts[name]) for name in texts}
 counts = torch.ones(len(unknown), dtype=torch.long)  # no training images: the groups mean nothing here
 
-classifier = ZeroShotClassifier(demo.clip, heads["new"])
+classifier = SageClassifier(demo.clip, heads["new"])
 test = only(demo.splits["test"], unknown)
 report("new classes, zero-shot", {**evaluate(classifier, test, counts), "few": float("nan")})
 

@@ -39,7 +39,7 @@ args = parse(__doc__, text_encoder=None)
 demo = load(args)
 texts = [" ".join(demo.descriptions[name]) for name in demo.class_names]
 guidance = mean_of_tokens(texts, args.text_encoder) if args.text_encoder else letter_triples(texts)
-config = SageConfig(guidance=guidance, class_names=demo.class_names, modules_to_save=["head"])
+config = SageConfig(guidance=guidance, class_names=demo.class_names, modules_to_save=["class_head"])
 model = get_peft_model(demo.classifier(), config)
 train(model, demo.splits["train"], SageLoss(demo.class_counts), args)
 report("own guidance", evaluate(model, demo.splits["test"], demo.class_counts))

@@ -19,9 +19,9 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from peft_sage import (
     LongTailAccuracy,
+    SageClassifier,
     SageConfig,
     SageLoss,
-    ZeroShotClassifier,
     create_model_card,
     encode_class_descriptions,
     plot_long_tail,
@@ -56,8 +56,8 @@ def collate(items):
 
 
 embeddings = encode_class_descriptions(clip, tokenizer, names, templates.NATURAL)
-config = SageConfig(class_descriptions=names, text_templates=templates.NATURAL, modules_to_save=["head"])
-model = get_peft_model(ZeroShotClassifier(clip, embeddings), config)
+config = SageConfig(class_descriptions=names, text_templates=templates.NATURAL, modules_to_save=["class_head"])
+model = get_peft_model(SageClassifier(clip, embeddings), config)
 labels = images["train"]["label"][:]
 loss_function = SageLoss.from_labels(labels, class_label.num_classes)
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr)

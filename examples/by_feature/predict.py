@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel
 from PIL import Image
 from transformers import AutoImageProcessor, CLIPVisionModelWithProjection, logging
 
-from peft_sage import ZeroShotClassifier
+from peft_sage import SageClassifier
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -24,7 +24,7 @@ args = parser.parse_args()
 logging.set_verbosity_error()  # the file's text tower is not loaded, and that is all right
 config = PeftConfig.from_pretrained(args.adapter)
 tower = CLIPVisionModelWithProjection.from_pretrained(config.base_model_name_or_path, dtype=torch.float32)
-model = PeftModel.from_pretrained(ZeroShotClassifier(tower, config.num_classes), args.adapter).eval()
+model = PeftModel.from_pretrained(SageClassifier(tower, config.num_classes), args.adapter).eval()
 processor = AutoImageProcessor.from_pretrained(config.base_model_name_or_path)
 
 paths = [sorted(path.iterdir()) if path.is_dir() else [path] for path in map(Path, args.images)]

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, ModelCard
 from peft import PeftConfig, PeftModel
 from transformers import AutoModel
 
-from peft_sage import ZeroShotClassifier
+from peft_sage import SageClassifier
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -38,5 +38,5 @@ print(f"Pushed: {url}")
 
 config = PeftConfig.from_pretrained(args.repo_id)
 clip = AutoModel.from_pretrained(config.base_model_name_or_path, dtype=torch.float32)
-model = PeftModel.from_pretrained(ZeroShotClassifier(clip, config.num_classes), args.repo_id).eval()
+model = PeftModel.from_pretrained(SageClassifier(clip, config.num_classes), args.repo_id).eval()
 print(f"Loaded {args.repo_id} with {config.num_classes} classes: {', '.join((config.class_names or [])[:5])}, ...")

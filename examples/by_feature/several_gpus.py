@@ -14,7 +14,7 @@ from peft import get_peft_model
 from torch.utils.data import DataLoader
 from transformers import CLIPVisionModelWithProjection
 
-from peft_sage import LongTailAccuracy, SageConfig, SageLoss, ZeroShotClassifier, encode_class_descriptions
+from peft_sage import LongTailAccuracy, SageClassifier, SageConfig, SageLoss, encode_class_descriptions
 
 
 args = parse(__doc__)
@@ -24,8 +24,8 @@ guidance = encode_class_descriptions(demo.clip, demo.tokenizer, demo.description
 
 # The texts are encoded, so the vision tower is enough: less to copy, and FSDP2 takes no scalars such as `logit_scale`.
 vision = CLIPVisionModelWithProjection.from_pretrained(args.model, dtype=torch.float32)
-config = SageConfig(guidance=guidance, class_names=demo.class_names, modules_to_save=["head"])
-model = get_peft_model(ZeroShotClassifier(vision, guidance), config)
+config = SageConfig(guidance=guidance, class_names=demo.class_names, modules_to_save=["class_head"])
+model = get_peft_model(SageClassifier(vision, guidance), config)
 
 model, optimizer, train, test = accelerator.prepare(
     model,

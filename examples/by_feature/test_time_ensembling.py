@@ -37,7 +37,7 @@ class FiveCrops(nn.Module):
 if __name__ == "__main__":
     args = parse(__doc__)
     demo = load(args)
-    config = SageConfig(class_descriptions=demo.descriptions, modules_to_save=["head"])
+    config = SageConfig(class_descriptions=demo.descriptions, modules_to_save=["class_head"])
     model = get_peft_model(demo.classifier(), config)
     train(model, demo.splits["train"], SageLoss(demo.class_counts), args)
     report("one crop", evaluate(model, demo.splits["test"], demo.class_counts))

@@ -17,7 +17,7 @@ demo = load(args)
 accelerator = Accelerator(log_with="tensorboard", project_dir=args.output_dir, cpu=True)
 accelerator.init_trackers("logs", {"lr": args.lr, "epochs": args.epochs})
 
-config = SageConfig(class_descriptions=demo.descriptions, modules_to_save=["head"])
+config = SageConfig(class_descriptions=demo.descriptions, modules_to_save=["class_head"])
 model = get_peft_model(demo.classifier(), config)
 loss = SageLoss(demo.class_counts)
 epochs, args.epochs = args.epochs, 1

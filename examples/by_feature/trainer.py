@@ -13,7 +13,7 @@ from peft_sage import LongTailCallback, SageConfig, SageLoss
 
 args = parse(__doc__)
 demo = load(args)
-config = SageConfig(class_descriptions=demo.descriptions, modules_to_save=["head"])
+config = SageConfig(class_descriptions=demo.descriptions, modules_to_save=["class_head"])
 model = get_peft_model(demo.classifier(), config)
 
 loss = SageLoss(demo.class_counts)

@@ -33,7 +33,7 @@ def find_blocks(model: nn.Module) -> list[str]:
 
     Args:
         model: A vision-language model, a vision tower, an image classifier, or one of these inside a wrapper (PEFT,
-            `ZeroShotClassifier`). Modules that already carry adapters are found as well.
+            `SageClassifier`). Modules that already carry adapters are found as well.
 
     Returns:
         The names of the blocks relative to `model`, in depth order.

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from peft_sage import SageConfig, SageLayer, ZeroShotClassifier
+from peft_sage import SageClassifier, SageConfig, SageLayer
 from peft_sage.towers import (
     FAMILIES,
     encode_image,
@@ -216,7 +216,7 @@ def test_text_of_open_clip(name: str) -> None:
     image, words = (output["image_features"], output["text_features"]) if isinstance(output, dict) else output[:2]
     torch.testing.assert_close(F.normalize(before, dim=-1), words)
     torch.testing.assert_close(F.normalize(encode_image(model, images), dim=-1), image)
-    classifier = ZeroShotClassifier(model, words, scale=1.0)
+    classifier = SageClassifier(model, words, scale=1.0)
     torch.testing.assert_close(classifier(images).logits, image @ words.T)
     scale, bias = logit_scale_and_bias(classifier)
     torch.testing.assert_close(scale, model.logit_scale.exp())
