@@ -1,10 +1,11 @@
-"""Second step of the photograph test bed: its CLIP-like models, and what runs on them read.
+"""Second step of the photograph test bed: its CLIP-like models, and what the runs on them read.
 
 OMP_WAIT_POLICY=PASSIVE python pretrain.py DATA WORK
 
-(The variable keeps threads from spinning, which takes three times as long where others use the cores too.) Regime A has seen the classes of Tiny ImageNet and CIFAR-10, regime B goes on from it with half of CIFAR-100's training
+Regime A has seen the classes of Tiny ImageNet and CIFAR-10; regime B goes on from it with half of CIFAR-100's training
 images. WORK, where `prepare.py` has been, gets `towers/{A,B}` and `tasks/{A,B,tiny}`. A run that was stopped goes on
-from its last checkpoint. Two cores with fast bfloat16 take 10 to 20 minutes.
+from its last checkpoint. Two cores with fast bfloat16 take 10 to 20 minutes, three times as long without the variable
+if others use them too: it lets threads sleep while they wait.
 """
 
 import argparse
@@ -219,7 +220,7 @@ class Trainer:
         parts = {"tower": self.tower, "text_map": self.text_map, "optimizer": self.optimizer}
         if checkpoint.exists():
             state = torch.load(checkpoint, map_location=device())
-            self.step = state.pop("step")
+            self.step = state["step"]
             for name, part in parts.items():
                 part.load_state_dict(state[name])
         began, losses = time.time(), []
@@ -304,13 +305,10 @@ def pretrain(data: Path, work: Path, name: str, encoder: Encoder) -> None:
     regime, concepts = REGIMES[name], pretraining_concepts(data)
     if regime.cifar100:
         add_cifar100(concepts, data)
-    sources, counts = pretraining_sources(data, work, concepts.ids()), [2 * BATCH // 3, BATCH // 3]
+    sources = pretraining_sources(data, work, concepts.ids())
     if regime.cifar100:
-        sources, counts = (
-            [*sources, cifar100_source(data, work, concepts.ids())],
-            [4 * BATCH // 9, 2 * BATCH // 9, BATCH // 3],
-        )
-    images = Images(sources, counts, concepts, encoder)
+        sources.append(cifar100_source(data, work, concepts.ids()))
+    images = Images(sources, [int(share * BATCH) for share in regime.shares], concepts, encoder)
     torch.manual_seed(regime.seed)
     tower, text_map = new_tower(), TextMap(images.captions, 192)
     if regime.cifar100:
