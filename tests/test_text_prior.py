@@ -28,7 +28,7 @@ def test_true_texts_are_trusted_and_false_ones_are_not():
     true = choose_text_prior(*make_bed(COUNTS, "true"))
     false = choose_text_prior(*make_bed(COUNTS, "false"))
     assert true.strength >= 1 and false.strength <= 0.1
-    assert true.scores[10] > true.scores[0] and false.scores[10] < false.scores[0] - 0.2
+    assert true.scores[10] > true.scores[0] and false.scores[10] < false.scores[0] - 0.1
     assert list(true.scores) == [0, 0.1, 0.3, 1, 3, 10]
     assert f"text prior {true.strength:g}" in str(true) and "10: " in str(true)
 
