@@ -4,24 +4,23 @@
 from typing import TYPE_CHECKING, Any
 
 from . import requirements, templates  # noqa: F401 - the versions are checked first
+from .attention import attention_maps, plot_attention
 from .classifier import CosineHead, SageClassifier
 from .config import SageConfig
-from .description_files import check_descriptions, read_class_descriptions
-from .guidance import encode_class_descriptions
+from .description_files import read_class_descriptions
+from .encoding import encode_class_descriptions, pool_guidance
 from .layer import SageLayer
 from .loss import SageLoss
 from .mismatch import estimate_mismatch, mismatch_from_counts
 from .model import SageModel
-from .model_card import create_model_card
-from .pooling import pool_guidance
 from .registration import register
-from .version import __version__
-from .visualization import attention_maps, plot_attention, plot_long_tail, plot_mismatch
 
 
 if TYPE_CHECKING:
     from .callbacks import LongTailCallback
     from .metrics import LongTailAccuracy
+
+__version__ = "0.1.0.dev0"
 
 __all__ = [
     "CosineHead",
@@ -34,14 +33,10 @@ __all__ = [
     "SageModel",
     "__version__",
     "attention_maps",
-    "check_descriptions",
-    "create_model_card",
     "encode_class_descriptions",
     "estimate_mismatch",
     "mismatch_from_counts",
     "plot_attention",
-    "plot_long_tail",
-    "plot_mismatch",
     "pool_guidance",
     "read_class_descriptions",
     "templates",
