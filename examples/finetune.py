@@ -66,7 +66,7 @@ from peft_sage import (
     SageLoss,
     encode_class_descriptions,
 )
-from peft_sage.towers import find_blocks
+from peft_sage.towers import find_mlps
 
 
 DEMO = Path(__file__).parent / "emoji_lt"
@@ -105,12 +105,12 @@ def peft_config(args: argparse.Namespace, model: nn.Module, texts: list[str] | d
     if args.method == "head":
         return LoraConfig(target_modules=DUMMY_TARGET_MODULES, **common)
     if args.last_blocks:
-        depth = len(find_blocks(model))
+        depth = len(find_mlps(model))
         common["layers_to_transform"] = list(range(max(0, depth - args.last_blocks), depth))
     if args.method == "lora":
         return LoraConfig(lora_alpha=args.r, target_modules=LORA_TARGETS, exclude_modules=TEXT_TOWER, **common)
     if args.method == "adaptformer":
-        return SageConfig(**common)
+        return SageConfig(guidance_rows=0, **common)
     return SageConfig(class_descriptions=texts, guidance_rows=args.guidance_rows, **common)
 
 
@@ -345,9 +345,9 @@ def training_function(args: argparse.Namespace) -> dict[str, Any]:
         trained.save_pretrained(args.output_dir)
         folder = Path(args.output_dir)
         (folder / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False))
-        pixels = [whole_images(loaders[split].dataset, processor) for split in ("train", "test")]
+        pixels = whole_images(loaders["test"].dataset, processor)
         repo_id = args.hub_model_id or args.output_dir
-        write_report(folder, trained, args.method, results, *pixels, transform, repo_id, args.num_workers)
+        write_report(folder, trained, args.method, results, pixels, transform, repo_id)
         if args.push_to_hub:
             create_repo(repo_id, exist_ok=True)
             upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=["checkpoints/*", "logs/*"])

@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 from . import requirements, templates  # noqa: F401 - the versions are checked first
 from .attention import attention_maps, plot_attention
-from .classifier import CosineHead, SageClassifier
+from .classifier import CosineHead, SageClassifier, SageClassifierOutput
 from .config import SageConfig
 from .description_files import read_class_descriptions
 from .encoding import encode_class_descriptions, pool_guidance
 from .layer import SageLayer
 from .loss import SageLoss
-from .mismatch import estimate_mismatch, mismatch_from_counts
 from .model import SageModel
 from .registration import register
+from .text_prior import TextPrior, choose_text_prior
 
 
 if TYPE_CHECKING:
@@ -27,15 +27,16 @@ __all__ = [
     "LongTailAccuracy",
     "LongTailCallback",
     "SageClassifier",
+    "SageClassifierOutput",
     "SageConfig",
     "SageLayer",
     "SageLoss",
     "SageModel",
+    "TextPrior",
     "__version__",
     "attention_maps",
+    "choose_text_prior",
     "encode_class_descriptions",
-    "estimate_mismatch",
-    "mismatch_from_counts",
     "plot_attention",
     "pool_guidance",
     "read_class_descriptions",
