@@ -14,8 +14,7 @@ from typing import Any, TypeGuard
 from torch import nn
 
 from .descriptions import Descriptions, expand, normalise_descriptions
-from .guidance import encode_class_descriptions
-from .tokenization import max_length
+from .encoding import encode_class_descriptions, max_length
 
 
 def read_class_descriptions(
