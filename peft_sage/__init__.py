@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from . import requirements, templates  # noqa: F401 - the versions are checked first
 from .classifier import CosineHead, SageClassifier
 from .config import SageConfig
-from .description_files import check_descriptions, read_class_descriptions
+from .descriptions import read_class_descriptions
 from .guidance import encode_class_descriptions
 from .layer import SageLayer
 from .loss import SageLoss
@@ -34,7 +34,6 @@ __all__ = [
     "SageModel",
     "__version__",
     "attention_maps",
-    "check_descriptions",
     "create_model_card",
     "encode_class_descriptions",
     "estimate_mismatch",
