@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
-from accelerate.utils import set_seed, tqdm
+from accelerate.utils import broadcast_object_list, set_seed, tqdm
 from checkpoints import (
     TrainingProgress,
     checkpoint_trainable_only,
@@ -48,6 +48,7 @@ from image_data import (
     PixelTransform,
     ProcessorView,
     RandomCropView,
+    find_unreadable,
     load_images,
     long_tailed_subset,
 )
@@ -65,6 +66,7 @@ from peft_sage import (
     SageConfig,
     SageLoss,
     encode_class_descriptions,
+    read_class_descriptions,
 )
 from peft_sage.towers import find_blocks
 
@@ -76,22 +78,6 @@ LORA_TARGETS, TEXT_TOWER = ["q_proj", "v_proj", "query", "value"], r".*text_mode
 HOW = {"config", "output_dir", "resume_from_checkpoint", "checkpointing_steps", "num_workers", "cpu_threads"}
 HOW |= {"cache_gib", "with_tracking", "push_to_hub", "hub_model_id"}
 SCORES = ("overall", "macro", "many", "medium", "few", "worst")
-
-
-def class_texts(path: str | None, class_names: list[str]) -> list[str] | dict[str, Any]:
-    """Return the descriptions of the classes in the order of their indices, or their names where there are none."""
-    if path is None:
-        return [name.replace("_", " ") for name in class_names]
-    try:
-        descriptions = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"`--descriptions` {path!r} cannot be read: {error}") from error
-    if not isinstance(descriptions, dict):
-        raise ValueError(f"`--descriptions` must map class names to texts, got a JSON {type(descriptions).__name__}.")
-    missing = [name for name in class_names if name not in descriptions]
-    if missing:
-        raise ValueError(f"`--descriptions` has no entry for {len(missing)} classes: {missing[:10]}.")
-    return {name: descriptions[name] for name in class_names}
 
 
 def load_clip(name: str) -> PreTrainedModel:
@@ -289,20 +275,24 @@ def training_function(args: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(args.cpu_threads or max(1, available_cores() // local_processes))
     set_seed(args.seed)
 
-    with accelerator.main_process_first():
-        splits, class_names = load_images(
-            args.dataset,
-            args.image_column,
-            args.label_column,
-            args.train_split,
-            args.validation_split,
-            args.test_split,
-        )
+    data = load_images(
+        args.dataset,
+        args.image_column,
+        args.label_column,
+        args.train_split,
+        args.validation_split,
+        args.test_split,
+        on_bad_image=args.on_bad_image,
+        seed=args.seed,
+        unreadable=lambda tables: check_once(accelerator, tables),
+    )
+    accelerator.print(data.summary())
+    splits, class_names = data.splits, data.class_names
     if args.imbalance_ratio is not None:
         kept = long_tailed_subset(splits["train"].labels, len(class_names), args.imbalance_ratio, args.seed)
         splits["train"] = splits["train"].select(kept)
     class_counts = np.bincount(splits["train"].labels, minlength=len(class_names))
-    texts = class_texts(args.descriptions, class_names)
+    texts = read_class_descriptions(args.descriptions or class_names, class_names)
 
     processor = AutoImageProcessor.from_pretrained(args.model)
     clip = load_clip(args.model).to(accelerator.device)
@@ -317,6 +307,7 @@ def training_function(args: argparse.Namespace) -> dict[str, Any]:
         "num_processes": accelerator.num_processes,
         "class_names": class_names,
         "class_counts": class_counts.tolist(),
+        "data": data.as_dict(),
     }
     results["zero_shot"], _ = evaluate(accelerator, classifier, loaders["test"], transform, class_counts)
     accelerator.print(f"Zero-shot: {format_scores(results['zero_shot'])}")
@@ -354,6 +345,12 @@ def training_function(args: argparse.Namespace) -> dict[str, Any]:
     accelerator.wait_for_everyone()
     verify_saved_model(args, accelerator, loaders["test"], transform, class_counts, results["trained"], predictions)
     return results
+
+
+def check_once(accelerator: Accelerator, tables: dict[str, Any]) -> dict[str, dict[int, str]]:
+    """Look for unreadable images in one process and tell the others."""
+    found = [find_unreadable(tables) if accelerator.is_main_process else None]
+    return broadcast_object_list(found)[0]
 
 
 def whole_images(pixels: PixelDataset, processor: BaseImageProcessor) -> PixelDataset:
@@ -425,6 +422,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--train-split", default="train")
     add("--validation-split", default="validation", help="chooses the epoch, if the data set has it")
     add("--test-split", default="test")
+    add(
+        "--on-bad-image",
+        choices=["error", "skip"],
+        default="error",
+        help="skip: leave out unreadable images, and list them",
+    )
     add("--imbalance-ratio", type=float, help="thin the training set to an exponential tail: head over tail images")
     add("--descriptions", help="JSON: class name to text or list of texts; default: descriptions.json in the data set")
     add("--method", choices=["sage", "adaptformer", "lora", "head"], default="sage")

@@ -36,7 +36,7 @@ class ImageData:
     Attributes:
         splits: "train", "test" and, where there is one, "validation".
         class_names: Names of the classes, in the order of the class indices.
-        skipped: What was left out: from the split and the reason to the files or rows.
+        skipped: What was left out: from the split ("data" if there was none) and the reason to the files or rows.
         notes: What else there is to say about it.
     """
 
@@ -72,9 +72,8 @@ class ImageData:
                 "images": len(images),
                 "classes": int((counts > 0).sum()),
                 "images_per_class": dict(zip(self.class_names, counts.tolist(), strict=True)),
-                "skipped": self.skipped.get(split, {}),
             }
-        return {"splits": splits, "notes": self.notes}
+        return {"splits": splits, "skipped": self.skipped, "notes": self.notes}
 
 
 def load_images(
@@ -122,11 +121,11 @@ def load_images(
             f"Data set {name!r} has no split {test!r}, only {[wanted[key] for key in tables]}. `--test-split` names "
             "another one; a folder of class folders without splits is split for you."
         )
-    skipped = {wanted.get(key, "data"): {r: n for r, n in part.skipped.items() if n} for key, part in tables.items()}
+    skipped = {key or "data": {r: n for r, n in part.skipped.items() if n} for key, part in tables.items()}
     for key, problems in (unreadable or find_unreadable)(tables).items():
         tables[key] = _without(tables[key], problems, on_bad_image)
         if problems:
-            skipped[wanted.get(key, "data")]["unreadable"] = list(problems.values())
+            skipped[key or "data"]["unreadable"] = list(problems.values())
     if "" in tables:
         tables, note = split_by_object(tables[""], seed)
         reader.notes.append(note)
@@ -170,13 +169,17 @@ def _with_common_classes(
     counts = np.bincount(np.concatenate(list(labels.values())), minlength=len(classes.names))
     kept = (counts > 0) | classes.stated
     names, numbers = [n for n, k in zip(classes.names, kept, strict=True) if k], np.cumsum(kept) - 1
-    splits = {key: replace(part.images, labels=numbers[labels[part.images.split]]) for key, part in tables.items()}
+    splits = {
+        key: replace(tables[key].images, labels=numbers[labels[tables[key].images.split]])
+        for key in ("train", "validation", "test")
+        if key in tables
+    }
     trained = np.bincount(splits["train"].labels, minlength=len(names)) > 0
     if trained.sum() < 2:
         raise ValueError(
             f"The training split needs two classes at least, got {[names[k] for k in np.flatnonzero(trained)]}."
         )
-    for key in [key for key in splits if key != "train"]:
+    for key in [key for key in ("validation", "test") if key in splits]:
         images = splits[key]
         known = trained[images.labels]
         lacking = sorted({names[label] for label in images.labels[~known]})
@@ -196,7 +199,7 @@ def _with_common_classes(
                 stacklevel=3,
             )
             places = [images.name(int(index)) for index in np.flatnonzero(~known)]
-            skipped.setdefault(images.split, {})["of classes without training images"] = places
+            skipped.setdefault(key, {})["of classes without training images"] = places
             splits[key] = images.select(np.flatnonzero(known))
     return ImageData(splits, names, {split: reasons for split, reasons in skipped.items() if reasons})
 

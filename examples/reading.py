@@ -183,7 +183,7 @@ class Reader:
             except Exception as error:
                 kind = rows.features[self.image_column]
                 raise ValueError(f"Column {self.image_column!r} holds no images, but {kind}.") from error
-            tables[key] = Table(LabelledImages(images, self.image_column, labels, split, place), classes)
+            tables[key] = Table(LabelledImages(images, self.image_column, labels, self.wanted[key], place), classes)
         return tables
 
     def _folder(self, root: Path) -> dict[str, Table]:
@@ -222,6 +222,7 @@ class Reader:
         metadata = [folder / name for name in METADATA if name in files and self._fits(folder / name)]
         if metadata:
             return self._list(metadata[0], split)
+        self._check_columns(["image", "label"], f"Folder {str(folder)!r}, with a folder per class,")
         loose = [str(folder / file) for file in filter(is_image_name, files)]
         if loose and self.strict:
             raise ValueError(
