@@ -336,9 +336,9 @@ def training_function(args: argparse.Namespace) -> dict[str, Any]:
         trained.save_pretrained(args.output_dir)
         folder = Path(args.output_dir)
         (folder / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False))
-        pixels = [whole_images(loaders[split].dataset, processor) for split in ("train", "test")]
+        pixels = whole_images(loaders["test"].dataset, processor)
         repo_id = args.hub_model_id or args.output_dir
-        write_report(folder, trained, args.method, results, *pixels, transform, repo_id, args.num_workers)
+        write_report(folder, trained, args.method, results, pixels, transform, repo_id)
         if args.push_to_hub:
             create_repo(repo_id, exist_ok=True)
             upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=["checkpoints/*", "logs/*"])

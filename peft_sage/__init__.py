@@ -4,19 +4,19 @@
 from typing import TYPE_CHECKING, Any
 
 from . import requirements, templates  # noqa: F401 - the versions are checked first
-from .classifier import CosineHead, SageClassifier
+from .classifier import CosineHead, SageClassifier, SageClassifierOutput
 from .config import SageConfig
 from .descriptions import read_class_descriptions
 from .guidance import encode_class_descriptions
 from .layer import SageLayer
 from .loss import SageLoss
-from .mismatch import estimate_mismatch, mismatch_from_counts
 from .model import SageModel
 from .model_card import create_model_card
 from .pooling import pool_guidance
 from .registration import register
+from .text_prior import TextPrior, choose_text_prior
 from .version import __version__
-from .visualization import attention_maps, plot_attention, plot_long_tail, plot_mismatch
+from .visualization import attention_maps, plot_attention, plot_long_tail
 
 
 if TYPE_CHECKING:
@@ -28,19 +28,19 @@ __all__ = [
     "LongTailAccuracy",
     "LongTailCallback",
     "SageClassifier",
+    "SageClassifierOutput",
     "SageConfig",
     "SageLayer",
     "SageLoss",
     "SageModel",
+    "TextPrior",
     "__version__",
     "attention_maps",
+    "choose_text_prior",
     "create_model_card",
     "encode_class_descriptions",
-    "estimate_mismatch",
-    "mismatch_from_counts",
     "plot_attention",
     "plot_long_tail",
-    "plot_mismatch",
     "pool_guidance",
     "read_class_descriptions",
     "templates",

@@ -3,73 +3,45 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from torch import nn
-from torch.utils.data import DataLoader, Subset
-from tqdm.auto import tqdm
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
-from . import towers
-from .classifier import CosineHead
 from .loss import SageLoss
-from .mismatch import estimate_mismatch
 from .validation import check_class_counts
 
 
-class LongTailCallback(TrainerCallback):
-    """Measures the mismatch anew before each epoch, and reports accuracies over many, medium and few classes.
+class LongTailCallback(TrainerCallback, ExportableState):
+    """Accuracies over many, medium and few classes, and a loss that resumes with the run.
 
-        loss = SageLoss.from_labels(labels, num_classes)
+        loss = SageLoss(class_counts)
         callback = LongTailCallback(loss, class_counts)
         Trainer(..., compute_loss_func=loss, callbacks=[callback], compute_metrics=callback.compute_metrics)
 
-    Before each epoch the training images go once through the tower as it is then, without dropout and gradients, and
-    `loss.set_mismatch` gets what [`estimate_mismatch`] says of their embeddings.
-    Each process takes its share of the images. Augmentation that the data set does itself is seen as it comes.
-
     Args:
-        loss: The loss that Trainer uses.
+        loss: The loss that Trainer uses. Its moving average goes into the checkpoints and comes back from them.
         class_counts: (K,) numbers of training images.
-        refresh: Whether to measure; without, the callback is for `compute_metrics` only.
-        scale: Scale of the head's cosines. Default: that of the model's [`CosineHead`].
 
     Raises:
-        ValueError: `class_counts` is no (K,) list of whole numbers, or its length is not that of the loss. While
-            training: the model has no `CosineHead` and no `scale` was given, or the data set has no length.
-
-    Reference: the compensation is the paper's (arXiv 2507.12807); measuring it each epoch is ours.
+        ValueError: `class_counts` is no (K,) list of whole numbers, or its length is not that of the loss; when
+            training starts: `label_smoothing_factor` is set, which Trainer ignores beside `compute_loss_func`.
     """
 
-    def __init__(
-        self,
-        loss: SageLoss,
-        class_counts: Sequence[int] | torch.Tensor,
-        refresh: bool = True,
-        scale: float | None = None,
-    ) -> None:
+    def __init__(self, loss: SageLoss, class_counts: Sequence[int] | torch.Tensor) -> None:
         self.loss = loss
         self.class_counts = check_class_counts(class_counts)
         if len(self.class_counts) != len(loss.adjustment):
             raise ValueError(
                 f"`class_counts` must have the {len(loss.adjustment)} classes of `loss`, got {len(self.class_counts)}."
             )
-        self.refresh = refresh
-        self.scale = scale
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Compute the accuracies, for Trainer's `compute_metrics`. Needs torchmetrics.
-
-        Args:
-            prediction: Logits (N, K) and class indices (N,).
-
-        Returns:
-            `overall`, `macro`, `many`, `medium`, `few` and `worst` as fractions; groups without a class are left out.
-        """
+        """Accuracies as fractions, for Trainer's `compute_metrics`; groups without a class are left out."""
         from .metrics import LongTailAccuracy
 
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
@@ -80,61 +52,22 @@ class LongTailCallback(TrainerCallback):
         named = {name: scores[name].item() for name in ("overall", "macro", "many", "medium", "few", "worst")}
         return {name: score for name, score in named.items() if score == score}
 
-    def on_epoch_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        train_dataloader: DataLoader[Any] | None = None,
-        **kwargs: Any,
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measure the mismatch and give it to the loss; called by Trainer.
+        """Refuse label smoothing by Trainer, and give the loss what a checkpoint kept of it."""
+        if args.label_smoothing_factor:
+            raise ValueError(
+                f"`label_smoothing_factor` must be 0, got {args.label_smoothing_factor}: Trainer ignores it beside "
+                "`compute_loss_func`. Use `SageLoss(label_smoothing=...)`."
+            )
+        kept = state.stateful_callbacks.get(type(self).__name__)
+        if state.global_step and kept:
+            buffers = torch.load(io.BytesIO(base64.b64decode(kept["attributes"]["loss"])), weights_only=True)
+            self.loss.load_state_dict(buffers)
 
-        Args:
-            args: Trainer's arguments, of which the device is used.
-            state: Unused.
-            control: Unused.
-            model: The model, unwrapped.
-            train_dataloader: Its batches have `pixel_values` (B, C, H, W) and `labels` (B,).
-            **kwargs: Unused.
-
-        Raises:
-            ValueError: If no `scale` was given and the model has no [`CosineHead`], or the data set has no length.
-        """
-        if not self.refresh or model is None or train_dataloader is None:
-            return
-        scale = self.scale
-        if scale is None:
-            head = next((module for module in model.modules() if isinstance(module, CosineHead)), None)
-            if head is None:
-                raise ValueError("`scale` must be given, because the model has no `CosineHead` that tells it.")
-            scale = head.scale
-        features, labels = _features(model, train_dataloader, args.device)
-        self.loss.set_mismatch(estimate_mismatch(features, labels, len(self.class_counts), scale))
-
-
-@torch.no_grad()
-def _features(model: nn.Module, loader: DataLoader[Any], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings (N, e) and class indices (N,) of the training images, from all processes, on the CPU."""
-    if not hasattr(loader.dataset, "__len__"):
-        raise ValueError("`refresh` needs a training data set with a length; pass `refresh=False` for a stream.")
-    processes = PartialState()
-    share = Subset(loader.dataset, range(processes.process_index, len(loader.dataset), processes.num_processes))
-    # Not Trainer's own loader: reading it would change the order of the images to come.
-    batches = DataLoader(
-        share,
-        batch_size=getattr(loader, "total_batch_size", None) or loader.batch_size or 1,
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-    )
-    features, labels = [], []
-    # Nor may random augmentation shift the random numbers of the training.
-    with towers.eval_mode(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for batch in tqdm(
-            batches, desc="Measuring mismatch", leave=False, disable=not processes.is_local_main_process
-        ):
-            features.append(towers.encode_image(model, batch["pixel_values"].to(device)).float().cpu())
-            labels.append(batch["labels"].cpu())
-    gathered = gather_object([(torch.cat(features), torch.cat(labels))] if features else [])
-    return torch.cat([part for part, _ in gathered]), torch.cat([part for _, part in gathered])
+    def state(self) -> dict[str, Any]:
+        """What Trainer writes into `trainer_state.json`."""
+        file = io.BytesIO()
+        torch.save(self.loss.state_dict(), file)
+        return {"args": {}, "attributes": {"loss": base64.b64encode(file.getvalue()).decode()}}

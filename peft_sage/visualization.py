@@ -169,44 +169,6 @@ def plot_long_tail(
     return figure
 
 
-def plot_mismatch(
-    estimated: Sequence[float] | torch.Tensor,
-    measured: Sequence[float] | torch.Tensor,
-    class_counts: Sequence[int] | torch.Tensor,
-) -> Figure:
-    """Compare an estimate of the mismatch with one that was measured.
-
-    Args:
-        estimated: (K,) in nats, such as from [`mismatch_from_counts`] or [`estimate_mismatch`].
-        measured: (K,) in nats: another estimate, or how much higher the logit of the right class is on training images
-            than on new ones. NaN for classes where it was not measured.
-        class_counts: (K,) numbers of training images.
-
-    Returns:
-        A point a class; on the dashed line the two are equal.
-
-    Raises:
-        ValueError: If the three do not have the same length.
-    """
-    from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
-
-    counts = check_class_counts(class_counts)
-    estimate, measurement = _numbers(estimated), _numbers(measured)
-    if not len(estimate) == len(measurement) == len(counts):
-        raise ValueError(
-            f"`estimated`, `measured` and `class_counts` must have the same length, got {len(estimate)}, "
-            f"{len(measurement)} and {len(counts)}."
-        )
-    figure = Figure(figsize=(5, 4), layout="constrained")
-    axis = figure.subplots()
-    points = axis.scatter(estimate, measurement, c=counts.clamp(min=1), norm=LogNorm(), cmap="viridis", s=18)
-    axis.axline((0, 0), slope=1, color="0.6", linestyle="--", linewidth=1)
-    axis.set(xlabel="estimated mismatch, nats", ylabel="measured mismatch, nats")
-    figure.colorbar(points, label="training images")
-    return figure
-
-
 def _on_grid(weights: torch.Tensor, pixel_values: torch.Tensor, patch_size: int | None) -> torch.Tensor:
     """Bring weights (.., M) of the tokens of a batch into the shape (B, h, w, M)."""
     batch, height, width = len(pixel_values), *pixel_values.shape[-2:]

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far the class texts are to be trusted: the strength of `SageLoss`'s text prior, chosen by cross-validation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from .loss import SageLoss
+from .validation import check_class_counts, check_embeddings, check_labels, check_number, is_int
+
+
+#: The heads that are tried: optimizer steps, images per step, learning rate, and the scale of their cosines.
+STEPS, BATCH_SIZE, LEARNING_RATE, SCALE = 200, 256, 0.01, 25.0
+#: With more classes, or more images of a class, a random part of them decides, so that the choice takes seconds.
+MAX_CLASSES, MAX_IMAGES = 500, 500
+
+
+@dataclass(frozen=True)
+class TextPrior:
+    """What [`choose_text_prior`] found.
+
+    Attributes:
+        strength: The chosen strength, for `SageLoss(text_prior=...)`.
+        scores: Held-out balanced accuracy of each strength, in [0, 1].
+        label_probability: (n,) held-out probability of each image's own label at the chosen strength; NaN for images
+            that were not held out. Low ones are likely label errors.
+    """
+
+    strength: float
+    scores: dict[float, float]
+    label_probability: torch.Tensor = field(repr=False)
+
+    def __str__(self) -> str:
+        tried = ", ".join(f"{strength:g}: {100 * score:.1f} %" for strength, score in self.scores.items())
+        return f"text prior {self.strength:g} (held-out balanced accuracy by strength: {tried})"
+
+
+def choose_text_prior(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    text_embeds: torch.Tensor,
+    *,
+    class_counts: Sequence[int] | torch.Tensor | None = None,
+    strengths: Sequence[float] = (0, 0.1, 0.3, 1, 3, 10),
+    folds: int = 3,
+    seed: int = 0,
+    groups: torch.Tensor | None = None,
+) -> TextPrior:
+    """Choose the strength of the text prior by stratified cross-validation on the training images.
+
+    For each strength and fold a cosine head that starts from the texts is trained on the features of the other folds,
+    with the objective of [`SageLoss`]. Chosen is the weakest strength whose balanced accuracy on the held-out images
+    lies within one standard error (of the paired difference over classes) of the best.
+
+    Args:
+        features: (n, e) image embeddings of the frozen tower, on any device.
+        labels: (n,) class indices.
+        text_embeds: (K, e) text embeddings of the classes.
+        class_counts: (K,) numbers of training images, if `features` are only some of them.
+        strengths: What to try.
+        folds: Number of folds, at least 2. Classes with a single image (or group) are never held out.
+        seed: Of the folds and the order of the images. The global random state is left alone.
+        groups: (n,) integers; images of one animal, patient or product stay in one fold.
+
+    Raises:
+        TypeError, ValueError: An argument has a wrong type or shape, or no class has two images (or groups).
+    """
+    strengths = _check(features, labels, text_embeds, strengths, folds, groups)
+    labels = labels.cpu()
+    counts = torch.bincount(labels, minlength=len(text_embeds)) if class_counts is None else class_counts
+    counts = check_class_counts(counts)
+    if len(counts) != len(text_embeds):
+        raise ValueError(f"`class_counts` must have {len(text_embeds)} classes, got {len(counts)}.")
+    generator = torch.Generator().manual_seed(seed)
+    images = _part(labels, generator)
+    classes, own = labels[images].unique(return_inverse=True)
+    fold = _folds(own, None if groups is None else groups.cpu()[images], folds, generator)
+    held_out = fold >= 0
+    if not held_out.any():
+        what = "two images" if groups is None else "images of two groups"
+        raise ValueError(f"`labels` must have a class with {what} to hold out; give the text prior as a number.")
+    seen = F.normalize(features[images.to(features.device)].float(), dim=-1)
+    texts = F.normalize(text_embeds[classes.to(text_embeds.device)].float(), dim=-1).to(seen)
+    probability, correct = torch.full((2, len(strengths), len(images)), torch.nan)
+    for k in range(folds):
+        kept, out = (fold != k).nonzero()[:, 0], (fold == k).nonzero()[:, 0]
+        if not len(out):
+            continue
+        share = torch.bincount(own[kept], minlength=len(classes)) / torch.bincount(own)
+        loss = SageLoss((counts[classes] * share).round()).to(seen.device)
+        heads = _train_heads(seen[kept.to(seen.device)], own[kept], texts, loss, strengths, generator)
+        for row, head in enumerate(heads):
+            logits = (SCALE * seen[out.to(seen.device)] @ head.T).cpu()
+            probability[row, out] = logits.softmax(dim=1).gather(1, own[out, None])[:, 0]
+            correct[row, out] = (logits.argmax(dim=1) == own[out]).float()
+    # (strengths, classes that have held-out images)
+    accuracy = torch.stack([correct[:, held_out & (own == k)].mean(dim=1) for k in own[held_out].unique()], dim=1)
+    chosen = _weakest_of_the_best(accuracy)
+    label_probability = torch.full(labels.shape, torch.nan)
+    label_probability[images] = probability[chosen]
+    scores = dict(zip(strengths, accuracy.mean(dim=1).tolist(), strict=True))
+    return TextPrior(strengths[chosen], scores, label_probability)
+
+
+def _check(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    text_embeds: torch.Tensor,
+    strengths: Sequence[float],
+    folds: int,
+    groups: torch.Tensor | None,
+) -> list[float]:
+    check_embeddings(features, "features")
+    check_embeddings(text_embeds, "text_embeds")
+    if features.shape[1] != text_embeds.shape[1]:
+        raise ValueError(
+            f"`features` and `text_embeds` must have one width, got {features.shape[1]} and {text_embeds.shape[1]}."
+        )
+    for name, indices in {"labels": labels, "groups": labels if groups is None else groups}.items():
+        if not isinstance(indices, torch.Tensor) or indices.shape != features.shape[:1]:
+            got = tuple(indices.shape) if isinstance(indices, torch.Tensor) else type(indices).__name__
+            raise ValueError(f"`{name}` must be a tensor of shape ({len(features)},), got {got}.")
+        if indices.is_floating_point() or indices.dtype == torch.bool:
+            raise TypeError(f"`{name}` must be integers, got {indices.dtype}.")
+    check_labels(labels.cpu(), len(text_embeds))
+    if not is_int(folds) or folds < 2:
+        raise ValueError(f"`folds` must be an integer, at least 2, got {folds!r}.")
+    if len(strengths) == 0:
+        raise ValueError("`strengths` is empty; give at least one number.")
+    for strength in strengths:
+        check_number("strengths", strength, 0)
+    return sorted(set(strengths))
+
+
+def _part(labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Indices of the images that decide."""
+    classes = labels.unique()
+    chosen = classes[torch.randperm(len(classes), generator=generator)[:MAX_CLASSES]]
+    return (torch.isin(labels, chosen) & (_rank(labels, generator) < MAX_IMAGES)).nonzero()[:, 0]
+
+
+def _rank(labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A random rank of each entry among those of its label."""
+    order = torch.randperm(len(labels), generator=generator)
+    order = order[labels[order].argsort(stable=True)]
+    sizes = torch.bincount(labels)
+    ranks = torch.empty_like(order)
+    ranks[order] = torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[labels[order]]
+    return ranks
+
+
+def _folds(labels: torch.Tensor, groups: torch.Tensor | None, folds: int, generator: torch.Generator) -> torch.Tensor:
+    """The fold (n,) in which each image is held out; -1 for classes with a single image or group."""
+    _, unit = (torch.arange(len(labels)) if groups is None else groups).unique(return_inverse=True)
+    # A group that holds several classes counts for that of its first image.
+    first = torch.full((int(unit.max()) + 1,), len(labels)).scatter_reduce(0, unit, torch.arange(len(labels)), "amin")
+    fold = ((_rank(labels[first], generator) + labels[first]) % folds)[unit]
+    pairs = torch.stack([labels, unit]).unique(dim=1)
+    return torch.where(torch.bincount(pairs[0])[labels] < 2, -1, fold)
+
+
+def _train_heads(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    texts: torch.Tensor,
+    loss: SageLoss,
+    strengths: Sequence[float],
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Train a head from the texts for each strength, all at once, and return their rows (strengths, K, e)."""
+    size = min(BATCH_SIZE, len(labels))
+    order = torch.cat(
+        [torch.randperm(len(labels), generator=generator) for _ in range(-(-STEPS * size // len(labels)))]
+    )
+    sums = torch.zeros_like(texts).index_add_(0, labels.to(texts.device), features)
+    images = torch.bincount(labels, minlength=len(texts)).to(texts)
+    residuals = features - (sums / images.clamp(min=1)[:, None])[labels]
+    # The features are frozen, and so is their covariance within the classes.
+    covariance = SCALE**2 * residuals.T @ residuals / (len(labels) - (images > 0).sum()).clamp(min=1)
+    weight = texts.expand(len(strengths), -1, -1).clone().requires_grad_()
+    optimizer = torch.optim.AdamW([weight], lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    with torch.enable_grad():
+        for batch in order[: STEPS * size].split(size):
+            label, rows = labels[batch].to(texts.device), F.normalize(weight, dim=-1)
+            projected = rows @ covariance
+            variance = (projected * rows).sum(dim=-1)
+            spread = variance[:, None] + variance[:, label, None] - 2 * projected[:, label] @ rows.mT
+            logits = SCALE * features[batch.to(texts.device)] @ rows.mT
+            adjusted = logits + loss.adjustment + loss.gamma[label, None] / 2 * spread
+            pull = torch.as_tensor(strengths).to(texts) @ (1 - (rows * texts).sum(dim=-1)).mean(dim=1)
+            optimizer.zero_grad()
+            (len(strengths) * F.cross_entropy(adjusted.flatten(0, 1), label.repeat(len(strengths))) + pull).backward()
+            optimizer.step()
+            schedule.step()
+    return F.normalize(weight.detach(), dim=-1)
+
+
+def _weakest_of_the_best(accuracy: torch.Tensor) -> int:
+    """Row of the weakest strength that is within one standard error, over classes, of the best."""
+    behind = accuracy[accuracy.mean(dim=1).argmax()] - accuracy
+    error = behind.std(dim=1, correction=min(1, accuracy.shape[1] - 1)) / accuracy.shape[1] ** 0.5
+    return int((behind.mean(dim=1) <= error).nonzero()[0])
