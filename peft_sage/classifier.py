@@ -47,7 +47,7 @@ class CosineHead(nn.Linear):
     text_embeds: torch.Tensor
 
     def __init__(self, text_embeds: torch.Tensor, class_names: list[str] | None = None, scale: float = 25.0) -> None:
-        super().__init__(text_embeds.shape[1], text_embeds.shape[0], bias=False, device="meta")
+        super().__init__(1, 1, bias=False, device="meta")
         self.scale = scale
         self.set_rows(text_embeds, class_names)
 
