@@ -353,19 +353,27 @@ class PixelDataset(TorchDataset):
     Args:
         split: The images.
         view: Gives that geometry to an image.
+
+    Attributes:
+        pixels: (N, ...) all images, if they are decoded already.
+        base_image_embeds: (N, e) embeddings of them by the frozen tower, which go with the images if they are there.
     """
 
     def __init__(self, split: LabelledImages, view: ProcessorView) -> None:
         self.split = split
         self.view = view
         self.pixels: torch.Tensor | None = None
+        self.base_image_embeds: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         pixels = self._decode(index) if self.pixels is None else self.pixels[index]
-        return {"pixel_values": pixels, "labels": self.split.labels[index]}
+        item = {"pixel_values": pixels, "labels": self.split.labels[index]}
+        if self.base_image_embeds is not None:
+            item["base_image_embeds"] = self.base_image_embeds[index]
+        return item
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch comes next, to a view that is random."""
