@@ -410,9 +410,10 @@ class SageClassifier(nn.Module):
         if not is_int(batch_size) or batch_size < 1:
             raise ValueError(f"`batch_size` must be a positive integer, got {batch_size!r}.")
         if isinstance(images, (str, os.PathLike)):
-            images = find_images(images)
-        elif isinstance(images, (list, tuple)):
-            images = [find_images(i)[0] if isinstance(i, (str, os.PathLike)) else i for i in images]
+            images = [images]
+        if isinstance(images, (list, tuple)):
+            paths = [find_images(i) if isinstance(i, (str, os.PathLike)) else [i] for i in images]
+            images = [image for part in paths for image in part]
         loads = isinstance(images, DataLoader) or not hasattr(images, "__getitem__")
         loader = images if loads else DataLoader(images, batch_size=batch_size, collate_fn=self._collate)
         total = len(loader) if hasattr(loader, "__len__") else None
