@@ -51,8 +51,9 @@ class SageModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject an adapter, as PEFT's own method does. What may fail is done first, before the model is changed."""
-        # A copy, so that what is filled in does not stay on the user's object.
-        config: Any = copy.copy(self.peft_config[adapter_name])
+        # A copy, so that what is filled in does not stay on the user's object; PEFT's loading wants the object itself.
+        config: Any = self.peft_config[adapter_name]
+        config = config if config.inference_mode else copy.copy(config)
         own = own_embeddings(model)
         if own is not None and config.modules_to_save is None and not config.saved:
             config.modules_to_save = ["class_head"]
