@@ -208,6 +208,7 @@ def test_a_classifier_gives_its_embeddings_its_names_and_its_head(clip, pixel_va
     assert torch.equal(again(pixel_values).logits, model.eval()(pixel_values).logits)
 
     model.set_class_embeddings(torch.eye(3, 16))
+    classifier.class_names = ["a", "b", "c"]
     model.set_guidance()
     assert torch.equal(guidance_of(model), torch.eye(3, 16))
     plain = get_peft_model(SageClassifier(tiny_clip(), embeddings), SageConfig(guidance_rows=0, modules_to_save=[]))
