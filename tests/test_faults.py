@@ -230,7 +230,7 @@ def test_another_base_model_of_the_same_shape_gives_a_warning(adapter_dir, clip_
 
 def test_a_head_with_other_classes(tmp_path):
     def classifier(classes):
-        return SageClassifier(tiny_clip(), classes)
+        return SageClassifier(tiny_clip(), torch.randn(classes, 16))
 
     model = get_peft_model(classifier(5), SageConfig(guidance=torch.randn(5, 24), modules_to_save=["class_head"]))
     model.save_pretrained(tmp_path)

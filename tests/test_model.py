@@ -348,7 +348,7 @@ def test_classifier_comes_back_whole_and_on_a_vision_model(pixel_values, tmp_pat
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert "base_model.model.class_head.modules_to_save.default.weight" in trainable
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(SageClassifier(tiny_clip(), 7), tmp_path)
+    again = PeftModel.from_pretrained(SageClassifier(tiny_clip(), torch.randn(7, 16)), tmp_path)
     assert torch.equal(again(pixel_values).logits, model(pixel_values).logits)
 
 
