@@ -10,8 +10,8 @@ On your own images (`photos/train/CLASS/*.jpg`, `photos/test/CLASS/*.jpg`) with 
     accelerate launch examples/finetune.py --model openai/clip-vit-base-patch16 --dataset photos
 
 It embeds the training images with the frozen tower, prints the zero-shot accuracy and how far the class texts are
-to be trusted, trains adapters and head, prints the accuracy on classes with many, medium and few training images, saves what
-it trained, and checks that a fresh model with the saved files predicts the same.
+to be trusted, trains adapters and head, prints the accuracy on classes with many, medium and few training images,
+saves what it trained, and checks that a fresh model with the saved files predicts the same.
 """
 
 # ruff: noqa: E402
@@ -50,6 +50,7 @@ from image_data import (
     PixelTransform,
     ProcessorView,
     RandomCropView,
+    find_unreadable,
     load_images,
     long_tailed_subset,
 )
@@ -347,17 +348,17 @@ def training_function(args: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(args.cpu_threads or max(1, available_cores() // local_processes))
     set_seed(args.seed)
 
-    with accelerator.main_process_first():
-        data = load_images(
-            args.dataset,
-            args.image_column,
-            args.label_column,
-            args.train_split,
-            args.validation_split,
-            args.test_split,
-            args.on_bad_image,
-            args.seed,
-        )
+    data = load_images(
+        args.dataset,
+        args.image_column,
+        args.label_column,
+        args.train_split,
+        args.validation_split,
+        args.test_split,
+        args.on_bad_image,
+        args.seed,
+        unreadable=lambda tables: check_once(accelerator, tables),
+    )
     if args.imbalance_ratio is not None:
         labels = data.splits["train"].labels
         kept = long_tailed_subset(labels, len(data.class_names), args.imbalance_ratio, args.seed)
@@ -429,6 +430,12 @@ def save(
             ignored = ["checkpoints/*", "logs/*", "text_embeds/*"]
             upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=ignored)
     accelerator.wait_for_everyone()
+
+
+def check_once(accelerator: Accelerator, tables: dict[str, Any]) -> dict[str, dict[int, str]]:
+    """Look for unreadable images in one process and tell the others."""
+    found = [find_unreadable(tables) if accelerator.is_main_process else None]
+    return broadcast_object_list(found)[0]
 
 
 def list_of_texts(texts: list[str] | dict[str, list[str]]) -> list[list[str]]:

@@ -3,15 +3,16 @@
 
 from typing import TYPE_CHECKING, Any
 
-from . import requirements, templates  # noqa: F401 - the versions are checked first
+from . import templates
 from .attention import attention_maps, plot_attention
 from .classifier import CosineHead, SageClassifier, SageClassifierOutput
 from .config import SageConfig
-from .description_files import read_class_descriptions
+from .descriptions import read_class_descriptions
 from .encoding import encode_class_descriptions, pool_guidance
 from .layer import SageLayer
 from .loss import SageLoss
 from .model import SageModel
+from .optimization import parameter_groups
 from .registration import register
 from .text_prior import TextPrior, choose_text_prior
 
@@ -37,6 +38,7 @@ __all__ = [
     "attention_maps",
     "choose_text_prior",
     "encode_class_descriptions",
+    "parameter_groups",
     "plot_attention",
     "pool_guidance",
     "read_class_descriptions",

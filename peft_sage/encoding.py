@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
@@ -31,6 +36,7 @@ def encode_class_descriptions(
     templates: Sequence[str] | None = None,
     batch_size: int = 256,
     progress_bar: bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> torch.Tensor:
     """Encode class descriptions with the model's own text tower.
 
@@ -45,6 +51,7 @@ def encode_class_descriptions(
         templates: For bare class names, texts with one `{}` each. Default: "a photo of a {}.".
         batch_size: Texts per batch.
         progress_bar: Whether to show one, on the main process. Default: with more than 20 batches.
+        cache_dir: Folder in which the rows are kept, for the next time with the same weights and texts.
 
     Returns:
         A float32 tensor (M, e) on the model's device, with one L2-normalised row per class.
@@ -58,6 +65,10 @@ def encode_class_descriptions(
     texts_of_class = expand(descriptions, templates)
     if not towers.has_text_tower(model):
         raise ValueError(f"`model` ({type(model).__name__}) has no text tower to encode class descriptions with.")
+    device = next(model.parameters()).device
+    kept = None if cache_dir is None else Path(cache_dir, f"{_fingerprint(model, texts_of_class)}.safetensors")
+    if kept is not None and kept.is_file():
+        return load_file(kept)["text_embeds"].to(device)
     unique = list(dict.fromkeys(text for texts in texts_of_class for text in texts))
     row_of_text = {text: row for row, text in enumerate(unique)}
     embeddings = F.normalize(_encode_texts(model, tokenizer, unique, batch_size, progress_bar), dim=-1)
@@ -72,7 +83,30 @@ def encode_class_descriptions(
             "token that the tower pools, `eos_token_id` of its config, does not occur in the tokenizer's output), or "
             "the texts differ only beyond the tower's limit."
         )
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part = kept.with_suffix(f".{os.getpid()}")
+        save_file({"text_embeds": rows.cpu()}, part)
+        part.replace(kept)  # so that a kill leaves no half of it
     return rows
+
+
+def load_tokenizer(model: nn.Module, name: str | None = None) -> Any:
+    """The tokenizer `name`, or that of the folder or repository a model came from.
+
+    Raises:
+        ValueError: There is none.
+    """
+    name = name or getattr(model, "name_or_path", None)
+    try:
+        if not name:
+            raise ValueError("the model does not say where it came from")
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Class descriptions need a tokenizer, and none could be loaded from {name!r}: {error}. Give it as "
+            "`tokenizer` or `tokenizer_name_or_path`, or encode the texts elsewhere and pass a tensor."
+        ) from error
 
 
 def first_guidance(model: nn.Module, config: SageConfig) -> tuple[torch.Tensor | None, list[str] | None]:
@@ -81,7 +115,8 @@ def first_guidance(model: nn.Module, config: SageConfig) -> tuple[torch.Tensor |
         num_rows, width = config.guidance_shape or (0, 0)
         return torch.full((num_rows, width), torch.nan) if num_rows else None, config.row_names
     source: Any = config.class_descriptions if config.guidance is None else config.guidance
-    if config.guidance_rows == 0 or not len(own_embeddings(model) if source is None else source):
+    first = own_embeddings(model) if source is None else source
+    if config.guidance_rows == 0 or first is None or not len(first):
         return None, None
     return make_guidance(model, config, source, config.class_names)
 
@@ -96,18 +131,20 @@ def make_guidance(
         ValueError: It is not finite, or the descriptions cannot be encoded.
     """
     most = config.guidance_rows or MOST_ROWS
-    if isinstance(source, torch.Tensor):
-        embeddings, most = source, config.guidance_rows or max(1, len(source))
-    else:
-        embeddings = own_embeddings(model) if source is None else encode_for(model, config, source)
+    embeddings = own_embeddings(model) if source is None else source
+    if embeddings is None:
+        raise ValueError(f"`guidance` must be given: {type(model).__name__} has no text embeddings of its own.")
+    if source is not None and isinstance(embeddings, torch.Tensor):
+        most = config.guidance_rows or max(1, len(embeddings))
+    elif not isinstance(embeddings, torch.Tensor):
+        embeddings = encode_for(model, config, embeddings)
     rows = pool_guidance(embeddings, most)
     return rows, None if names is None else name_rows(rows, embeddings, names)
 
 
-def own_embeddings(model: nn.Module) -> torch.Tensor:
-    """The `text_embeds` (K, e) of the head of a classifier; none of other models."""
-    embeddings = getattr(getattr(model, "class_head", None), "text_embeds", None)
-    return embeddings if isinstance(embeddings, torch.Tensor) else torch.empty(0, 1)
+def own_embeddings(model: nn.Module) -> torch.Tensor | None:
+    """The `text_embeds` (K, e) of the head of a classifier, `None` of other models."""
+    return getattr(getattr(model, "class_head", None), "text_embeds", None)
 
 
 def encode_for(model: nn.Module, config: SageConfig, descriptions: Descriptions) -> torch.Tensor:
@@ -122,19 +159,7 @@ def encode_for(model: nn.Module, config: SageConfig, descriptions: Descriptions)
             "model, such as CLIPModel instead of CLIPVisionModel, or encode them elsewhere "
             "(`encode_class_descriptions`) and pass the tensor as `guidance`."
         )
-    name = config.tokenizer_name_or_path or getattr(model, "name_or_path", None)
-    if not name:
-        raise ValueError(
-            "`class_descriptions` need a tokenizer, and the model does not say where it came from. Set "
-            "`tokenizer_name_or_path`, or encode them (`encode_class_descriptions`) and pass the tensor as `guidance`."
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"`class_descriptions` need a tokenizer, and none could be loaded from {name!r} "
-            f"(`tokenizer_name_or_path`={config.tokenizer_name_or_path!r}): {error}"
-        ) from error
+    tokenizer = load_tokenizer(model, config.tokenizer_name_or_path)
     return encode_class_descriptions(model, tokenizer, descriptions, config.text_templates)
 
 
@@ -194,6 +219,12 @@ def name_rows(rows: torch.Tensor, embeddings: torch.Tensor, class_names: Sequenc
     for name, row in zip(class_names, groups.tolist(), strict=True):
         members[row].append(name)
     return [", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") for names in members]
+
+
+def _fingerprint(model: nn.Module, texts_of_class: list[list[str]]) -> str:
+    """A name for rows that these weights make of these texts."""
+    sums = [parameter.detach().double().sum().item() for parameter in model.parameters()]
+    return hashlib.sha256(json.dumps([texts_of_class, sums]).encode()).hexdigest()[:32]
 
 
 def max_length(model: nn.Module, tokenizer: Any) -> int:

@@ -193,7 +193,7 @@ def test_own_images_wants_two_splits(run, photos, capsys):
 def test_push_to_hub(tmp_path):
     clip = AutoModel.from_pretrained(CLIP, dtype=torch.float32)
     config = SageConfig(class_descriptions={"cow": "a cow", "owl": "an owl"}, modules_to_save=["class_head"])
-    get_peft_model(SageClassifier(clip, 2), config).save_pretrained(tmp_path / "adapter")
+    get_peft_model(SageClassifier(clip, torch.randn(2, 16)), config).save_pretrained(tmp_path / "adapter")
     (tmp_path / "adapter" / "checkpoints").mkdir()
     (tmp_path / "adapter" / "checkpoints" / "large.bin").write_bytes(b"0")
     with Hub() as hub:

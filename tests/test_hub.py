@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from peft import get_peft_model
 
@@ -87,7 +88,7 @@ def test_the_card_survives(pushed):
 
 def test_a_card_of_one_own_stays(clip_dir, tmp_path):
     clip = type(tiny_clip()).from_pretrained(clip_dir)
-    model = get_peft_model(SageClassifier(clip, 2), SageConfig(class_descriptions=["cat", "dog"]))
+    model = get_peft_model(SageClassifier(clip, torch.randn(2, 16)), SageConfig(class_descriptions=["cat", "dog"]))
     model.save_pretrained(tmp_path / "adapter")
     card = tmp_path / "adapter" / "README.md"
     create_model_card(model, RESULTS, "me/mine").save(card)
@@ -100,7 +101,7 @@ def test_a_card_of_one_own_stays(clip_dir, tmp_path):
 
 def test_the_snippet_loads_the_adapter(clip_dir, tmp_path, pixel_values, monkeypatch):
     config = SageConfig(class_descriptions=["cat", "dog"], modules_to_save=["class_head"])
-    model = get_peft_model(SageClassifier(type(tiny_clip()).from_pretrained(clip_dir), 2), config)
+    model = get_peft_model(SageClassifier(type(tiny_clip()).from_pretrained(clip_dir), torch.randn(2, 16)), config)
     randomise(model)
     model.save_pretrained(tmp_path / "adapter")
     snippet = create_model_card(model, repo_id=str(tmp_path / "adapter")).text.split("```python\n")[1].split("```")[0]

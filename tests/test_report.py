@@ -117,7 +117,7 @@ NAMES = ["cow", "owl | night", "bat", "ox"]
 @pytest.fixture
 def model():
     config = SageConfig(class_descriptions=NAMES, guidance=torch.randn(4, 8))
-    return get_peft_model(SageClassifier(tiny_clip(), 4), config)
+    return get_peft_model(SageClassifier(tiny_clip(), torch.randn(4, 16)), config)
 
 
 def render(card):

@@ -4,7 +4,7 @@
     photos/train/CLASS/*.jpg
     photos/test/CLASS/*.jpg
 
-If there is only one folder a class, docs/own_data.md says how to part it.
+If there is only one folder per class, `finetune.py` splits it.
 
 python examples/by_feature/own_images.py --dataset photos --model openai/clip-vit-base-patch16 --lr 0.001
 """
