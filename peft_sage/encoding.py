@@ -57,8 +57,8 @@ def encode_class_descriptions(
         A float32 tensor (M, e) on the model's device, with one L2-normalised row per class.
 
     Raises:
-        ValueError: A description is empty, `batch_size` is not positive, the model has no text tower, or all rows
-            come out identical, which happens when the tokenizer does not fit the model.
+        ValueError: A description is empty, the model has no text tower, or all rows come out identical, which happens
+            when the tokenizer does not fit the model.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be positive, got {batch_size!r}.")
@@ -73,12 +73,10 @@ def encode_class_descriptions(
     if kept is not None and kept.is_file():
         return load_file(kept)["text_embeds"].to(device)
     unique = list(dict.fromkeys(text for texts in texts_of_class for text in texts))
-    row_of_text = {text: row for row, text in enumerate(unique)}
+    place = {text: index for index, text in enumerate(unique)}
     embeddings = F.normalize(_encode_texts(model, tokenizer, unique, batch_size, progress_bar), dim=-1)
-    index = torch.tensor([row_of_text[text] for texts in texts_of_class for text in texts], device=embeddings.device)
-    owner = torch.tensor([i for i, texts in enumerate(texts_of_class) for _ in texts], device=embeddings.device)
-    sums = embeddings.new_zeros(len(texts_of_class), embeddings.shape[1]).index_add_(0, owner, embeddings[index])
-    rows = F.normalize(sums, dim=-1)
+    rows = torch.stack([embeddings[[place[text] for text in texts]].mean(dim=0) for texts in texts_of_class])
+    rows = F.normalize(rows, dim=-1)
     differ = len({tuple(texts) for texts in texts_of_class}) > 1
     if differ and torch.allclose(rows, rows[:1].expand_as(rows), atol=1e-6):
         raise ValueError(
@@ -86,11 +84,10 @@ def encode_class_descriptions(
             "token that the tower pools, `eos_token_id` of its config, does not occur in the tokenizer's output), or "
             "the texts differ only beyond the tower's limit."
         )
-    if kept is not None:
+    if kept is not None:  # written beside and renamed, so that a kill leaves no half of it
         kept.parent.mkdir(parents=True, exist_ok=True)
-        part = kept.with_suffix(f".{os.getpid()}")
-        save_file({"text_embeds": rows.cpu()}, part)
-        part.replace(kept)  # so that a kill leaves no half of it
+        save_file({"text_embeds": rows.cpu()}, part := kept.with_suffix(f".{os.getpid()}"))
+        part.replace(kept)
     return rows
 
 
