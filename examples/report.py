@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 from peft import PeftModel
 
 from peft_sage import (
-    CosineHead,
     SageClassifier,
     SageConfig,
     attention_maps,
@@ -134,7 +133,6 @@ def create_model_card(
     if not isinstance(config, SageConfig):
         raise ValueError(f"`adapter_name` must be one of {list(model.peft_config)}, got {adapter_name!r}.")
     base = model.get_base_model()
-    head = next((module for module in base.modules() if isinstance(module, CosineHead)), None)
     base_model = config.base_model_name_or_path or getattr(base, "name_or_path", None)
     report = {
         "results": _results(results),
@@ -142,14 +140,13 @@ def create_model_card(
         "worst": _worst(config, per_class, class_counts),
         "settings": _settings(settings),
     }
-    return _card(config, base_model, type(base).__name__, head.out_features if head else None, report, repo_id)
+    return _card(config, base_model, type(base).__name__, report, repo_id)
 
 
 def _card(
     config: SageConfig,
     base_model: str | None,
     base_model_class: str,
-    head_classes: int | None,
     report: Mapping[str, str],
     repo_id: str,
 ) -> ModelCard:
@@ -162,27 +159,27 @@ def _card(
     )
     text = CARD.format(
         base_model=base_model or base_model_class,
-        snippet=_snippet(base_model, base_model_class, head_classes, repo_id),
+        snippet=_snippet(base_model, base_model_class, repo_id),
         classes=_classes(config),
         **{part: report.get(part, "") for part in ("results", "pictures", "worst", "settings")},
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
 
 
-def _snippet(base_model: str | None, base_model_class: str, head_classes: int | None, repo_id: str) -> str:
-    classifier = base_model_class == SageClassifier.__name__
-    auto_class = "AutoModel" if classifier else base_model_class
+def _snippet(base_model: str | None, base_model_class: str, repo_id: str) -> str:
+    if base_model_class == SageClassifier.__name__:
+        model = f'model = peft_sage.SageClassifier.from_pretrained("{repo_id}")'
+        return f'import peft_sage\n\n# An adapter of "{base_model}", which is loaded as well.\n{model}'
     lines = [
         "import peft_sage",
         "from peft import PeftModel",
-        f"from transformers import {auto_class}",
+        f"from transformers import {base_model_class}",
         "",
         # In the precision of the training, whatever that of the base model's file.
-        f'base_model = {auto_class}.from_pretrained("{base_model or "path/of/the/base-model"}", dtype="float32")',
+        f'base_model = {base_model_class}.from_pretrained("{base_model}", dtype="float32")',
+        f'model = PeftModel.from_pretrained(base_model, "{repo_id}")',
     ]
-    if classifier:
-        lines.append(f"base_model = peft_sage.SageClassifier(base_model, {head_classes or 'num_classes'})")
-    return "\n".join([*lines, f'model = PeftModel.from_pretrained(base_model, "{repo_id}")'])
+    return "\n".join(lines)
 
 
 def _results(results: Mapping[str, Any] | None) -> str:

@@ -20,6 +20,7 @@ from transformers import AutoModel, BertConfig, BertModel
 
 from peft_sage import SageClassifier, SageConfig
 from tests.conftest import byte_tokenizer
+from tests.hub_client import create_model_card
 from tests.hub_stand_in import Hub
 
 
@@ -192,8 +193,9 @@ def test_own_images_wants_two_splits(run, photos, capsys):
 
 def test_push_to_hub(tmp_path):
     clip = AutoModel.from_pretrained(CLIP, dtype=torch.float32)
-    config = SageConfig(class_descriptions={"cow": "a cow", "owl": "an owl"}, modules_to_save=["class_head"])
-    get_peft_model(SageClassifier(clip, torch.randn(2, 16)), config).save_pretrained(tmp_path / "adapter")
+    model = get_peft_model(SageClassifier(clip, torch.randn(2, 16), ["cow", "owl"]), SageConfig())
+    model.save_pretrained(tmp_path / "adapter")
+    create_model_card(model, repo_id=str(tmp_path / "adapter")).save(tmp_path / "adapter" / "README.md")
     (tmp_path / "adapter" / "checkpoints").mkdir()
     (tmp_path / "adapter" / "checkpoints" / "large.bin").write_bytes(b"0")
     with Hub() as hub:
@@ -211,7 +213,7 @@ def test_push_to_hub(tmp_path):
         files = hub.files("user/owls")
         assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
         snippet = re.search(r"```python\n(.*?)```", files["README.md"].decode(), re.DOTALL)[1]
-        assert 'from_pretrained(base_model, "user/owls")' in snippet
+        assert 'from_pretrained("user/owls")' in snippet
         done = subprocess.run([sys.executable, "-c", snippet], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         assert hub.repos["user/owls"]["private"]

@@ -94,7 +94,7 @@ def test_a_card_of_one_own_stays(clip_dir, tmp_path):
     create_model_card(model, RESULTS, "me/mine").save(card)
     model.save_pretrained(tmp_path / "adapter")
     body = check_card(card.read_text(), "me/mine", clip_dir, "image-classification")
-    assert "| few | 0.5 |" in body and "SageClassifier(base_model, 2)" in body
+    assert "| few | 0.5 |" in body
     with pytest.raises(ValueError, match="`adapter_name`.*other"):
         create_model_card(model, adapter_name="other")
 

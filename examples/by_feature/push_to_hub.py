@@ -8,10 +8,8 @@ import argparse
 import re
 from pathlib import Path
 
-import torch
 from huggingface_hub import HfApi, ModelCard
-from peft import PeftConfig, PeftModel
-from transformers import AutoModel
+from peft import PeftConfig
 
 from peft_sage import SageClassifier
 
@@ -32,11 +30,9 @@ others = ["README.md", "checkpoint*", "checkpoints/*", "logs/*"]
 url = api.upload_folder(repo_id=args.repo_id, folder_path=args.adapter, ignore_patterns=others)
 # The card in a folder says how to load the folder; the card on the Hub says how to load it from there.
 card = ModelCard.load(Path(args.adapter, "README.md"))
-card.text = re.sub(r'(PeftModel\.from_pretrained\(.+, )".+"\)', rf'\1"{args.repo_id}")', card.text)
+card.text = re.sub(r'(SageClassifier\.from_pretrained)\(".+"\)', rf'\1("{args.repo_id}")', card.text)
 card.push_to_hub(args.repo_id)
 print(f"Pushed: {url}")
 
-config = PeftConfig.from_pretrained(args.repo_id)
-clip = AutoModel.from_pretrained(config.base_model_name_or_path, dtype=torch.float32)
-model = PeftModel.from_pretrained(SageClassifier(clip, config.num_classes), args.repo_id).eval()
-print(f"Loaded {args.repo_id} with {config.num_classes} classes: {', '.join((config.class_names or [])[:5])}, ...")
+names = SageClassifier.from_pretrained(args.repo_id).class_names
+print(f"Loaded {args.repo_id} with {len(names)} classes: {', '.join(names[:5])}, ...")
