@@ -4,6 +4,8 @@
 import hashlib
 import json
 import math
+import multiprocessing
+import shutil
 import signal
 import subprocess
 import sys
@@ -282,6 +284,72 @@ def test_checkpoints_hold_only_what_is_trained_and_know_their_run(command, tmp_p
         finetune.main([*command, "--resume-from-checkpoint", str(tmp_path)])
 
 
+def test_other_data_or_settings_are_refused_and_other_processes_are_not(command, image_folder, tmp_path):
+    finetune.main([*command, "--method", "head"])
+    settings = json.loads((tmp_path / "out/checkpoints/step_5/settings.json").read_text())
+    assert settings["global_batch_size"] == 4 and "batch_size" not in settings
+    other = tmp_path / "other"
+    shutil.copytree(image_folder, other)
+    (other / "train/red/0.png").unlink()
+    again = [*command, "--method", "head", "--resume-from-checkpoint", "latest"]
+    with pytest.raises(ValueError, match="other settings: dataset: .* data: "):
+        finetune.main([*again, "--dataset", str(other)])
+    with pytest.raises(ValueError, match="other settings: global_batch_size: 4 -> 8"):
+        finetune.main([*again, "--batch-size", "8"])
+
+
+def test_batches_fit_the_data(command, capsys):
+    flags = [flag for flag in command if flag not in ("--batch-size", "4")]
+    finetune.main([*flags, "--method", "head", "--epochs", "1"])
+    assert "Batches of 23 images, because there are only 23" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="`--batch-size` must be at most 23, got 24"):
+        finetune.main([*command, "--batch-size", "24"])
+    with pytest.raises(ValueError, match="`imbalance_ratio` must be at most 11"):
+        finetune.main([*command, "--imbalance-ratio", "12"])
+
+
+def test_a_full_disk_leaves_earlier_checkpoints_alone(command, tmp_path, monkeypatch):
+    save = finetune.Accelerator.save_state
+
+    def full(self, folder):
+        if "unfinished_10" in folder:
+            Path(folder, "half.bin").write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        return save(self, folder)
+
+    monkeypatch.setattr(finetune.Accelerator, "save_state", full)
+    with pytest.raises(OSError, match=r"step_10.*No space left on device.*Earlier ones are whole"):
+        finetune.main([*command, "--method", "head"])
+    assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["step_5"]
+    monkeypatch.undo()
+    results = finetune.main([*command, "--method", "head", "--resume-from-checkpoint", "latest"])
+    assert len(results["validation"]) == 2
+
+
+@pytest.mark.slow
+def test_killed_50_times_it_ends_where_an_undisturbed_run_does(command, tmp_path):
+    """At any moment, saving included: what was saved is whole, and the same command goes on from it."""
+    command = [*command, "--epochs", "6", "--checkpointing-steps", "1", "--method", "head", "--num-workers", "0"]
+    whole = finetune.main([*command, "--output-dir", str(tmp_path / "whole")])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["finetune"])
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        process = context.Process(target=finetune.main, args=([*command, "--resume-from-checkpoint", "latest"],))
+        process.start()
+        process.join(timeout=generator.uniform(0.2, 8))
+        process.kill()
+        process.join()
+        for checkpoint in (tmp_path / "out").glob("checkpoints/step_*"):
+            load_file(checkpoint / "trainable.safetensors")
+            json.loads((checkpoint / "settings.json").read_text())
+        if (tmp_path / "out/results.json").exists():
+            json.loads((tmp_path / "out/results.json").read_text())
+    last = finetune.main([*command, "--resume-from-checkpoint", "latest"])
+    assert last["trained"] == whole["trained"] and last["validation"] == whole["validation"]
+
+
 def test_latest_without_a_checkpoint_starts_anew(command, tmp_path, capsys):
     results = finetune.main([*command, "--resume-from-checkpoint", "latest"])
     assert "starting anew" in capsys.readouterr().out
@@ -358,10 +426,11 @@ def test_the_command_line_wins_over_yaml(tmp_path):
         ("method: magic", "invalid choice: 'magic'"),
         ("with_tracking: maybe", "must be true or false, got 'maybe'"),
         ("- lr", "must map flags to values"),
-        ("epochs: 0", "`--epochs` must be at least 1, got 0"),
-        ("text_prior: -1", "`--text-prior` must be at least 0, got -1"),
+        ("epochs: 0", "`--epochs` must be a number, at least 1, got 0"),
+        ("lr: 0", "`--lr` must be a number greater than 0, got 0.0"),
+        ("text_prior: -1", "`--text-prior` must be a number, at least 0, got -1"),
         ("text_prior: much", "invalid strength value: 'much'"),
-        ("guidance_rows: -1", "`--guidance-rows` must be at least 0, got -1"),
+        ("guidance_rows: -1", "`--guidance-rows` must be a number, at least 0, got -1"),
         ("push_to_hub: true", "needs `--hub-model-id`"),
     ],
 )
