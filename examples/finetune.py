@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tune a CLIP-like model on long-tailed images with a semantic-guided adapter.
+"""Fine-tune a CLIP-like model on long-tailed images.
 
 Without arguments it runs on the embedded demo, Emoji-LT with a small CLIP:
 
@@ -7,10 +7,11 @@ Without arguments it runs on the embedded demo, Emoji-LT with a small CLIP:
 
 On your own images (`photos/train/CLASS/*.jpg`, `photos/test/CLASS/*.jpg`) with any CLIP or SigLIP:
 
-    accelerate launch examples/finetune.py --model openai/clip-vit-base-patch16 --dataset photos --lr 0.001
+    accelerate launch examples/finetune.py --model openai/clip-vit-base-patch16 --dataset photos
 
-It prints the zero-shot accuracy, trains, prints the accuracy on classes with many, medium and few training images,
-saves adapter and head, and checks that a fresh model with the saved files predicts the same.
+It embeds the training images with the frozen tower, prints the zero-shot accuracy and how far the class texts are
+to be trusted, trains adapters and head, prints the accuracy on classes with many, medium and few training images,
+saves what it trained, and checks that a fresh model with the saved files predicts the same.
 """
 
 # ruff: noqa: E402
@@ -21,6 +22,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
-from accelerate.utils import set_seed, tqdm
+from accelerate.utils import broadcast_object_list, gather_object, set_seed, tqdm
 from checkpoints import (
     TrainingProgress,
     checkpoint_trainable_only,
@@ -43,30 +45,34 @@ from checkpoints import (
 from huggingface_hub import create_repo, upload_folder
 from image_data import (
     FiveCropView,
-    LabelledImages,
+    ImageData,
     PixelDataset,
     PixelTransform,
     ProcessorView,
     RandomCropView,
+    find_unreadable,
     load_images,
     long_tailed_subset,
 )
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from report import write_report
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, BaseImageProcessor, PreTrainedModel
+from torch.utils.data import DataLoader, Subset
+from transformers import BaseImageProcessor
 
 from peft_sage import (
     LongTailAccuracy,
     SageClassifier,
     SageConfig,
     SageLoss,
-    encode_class_descriptions,
+    TextPrior,
+    choose_text_prior,
+    parameter_groups,
+    read_class_descriptions,
 )
-from peft_sage.towers import find_blocks
+from peft_sage.towers import find_mlps
 
 
 DEMO = Path(__file__).parent / "emoji_lt"
@@ -76,56 +82,92 @@ LORA_TARGETS, TEXT_TOWER = ["q_proj", "v_proj", "query", "value"], r".*text_mode
 HOW = {"config", "output_dir", "resume_from_checkpoint", "checkpointing_steps", "num_workers", "cpu_threads"}
 HOW |= {"cache_gib", "with_tracking", "push_to_hub", "hub_model_id"}
 SCORES = ("overall", "macro", "many", "medium", "few", "worst")
+#: Where `--epochs` is not given: passes over the images, but no fewer steps than this.
+EPOCHS, MIN_STEPS = 10, 300
+#: Where `--text-guidance` is not given: its share of the text prior, chosen on validation images (RESULTS.md).
+GUIDANCE_SHARE = 0.4
 
 
-def class_texts(path: str | None, class_names: list[str]) -> list[str] | dict[str, Any]:
-    """Return the descriptions of the classes in the order of their indices, or their names where there are none."""
-    if path is None:
-        return [name.replace("_", " ") for name in class_names]
-    try:
-        descriptions = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"`--descriptions` {path!r} cannot be read: {error}") from error
-    if not isinstance(descriptions, dict):
-        raise ValueError(f"`--descriptions` must map class names to texts, got a JSON {type(descriptions).__name__}.")
-    missing = [name for name in class_names if name not in descriptions]
-    if missing:
-        raise ValueError(f"`--descriptions` has no entry for {len(missing)} classes: {missing[:10]}.")
-    return {name: descriptions[name] for name in class_names}
-
-
-def load_clip(name: str) -> PreTrainedModel:
-    """Load the base model in float32, whatever its file holds; `--mixed-precision` makes it compute in less."""
-    return AutoModel.from_pretrained(name, dtype=torch.float32)
-
-
-def peft_config(args: argparse.Namespace, model: nn.Module, texts: list[str] | dict[str, Any]) -> PeftConfig:
+def peft_config(args: argparse.Namespace, model: nn.Module) -> PeftConfig:
     """Say what is trained: always the head, and with it what `--method` names in the last blocks of the tower."""
     common: dict[str, Any] = {"r": args.r, "modules_to_save": ["class_head"]}
     if args.method == "head":
         return LoraConfig(target_modules=DUMMY_TARGET_MODULES, **common)
-    if args.last_blocks:
-        depth = len(find_blocks(model))
-        common["layers_to_transform"] = list(range(max(0, depth - args.last_blocks), depth))
+    depth = len(find_mlps(model))
+    last = depth if args.last_blocks == 0 else args.last_blocks or math.ceil(depth / 2)
+    common["layers_to_transform"] = list(range(max(0, depth - last), depth))
     if args.method == "lora":
         return LoraConfig(lora_alpha=args.r, target_modules=LORA_TARGETS, exclude_modules=TEXT_TOWER, **common)
-    if args.method == "adaptformer":
-        return SageConfig(**common)
-    return SageConfig(class_descriptions=texts, guidance_rows=args.guidance_rows, **common)
+    return SageConfig(guidance_rows=0 if args.method == "adaptformer" else args.guidance_rows, **common)
 
 
-def make_loss(args: argparse.Namespace, class_counts: np.ndarray) -> SageLoss:
+def make_loss(args: argparse.Namespace, class_counts: np.ndarray, prior: float, guidance: float) -> SageLoss:
     """Return cross-entropy, the logit-adjusted loss or the Sage loss, which are one formula."""
     tau = 0.0 if args.loss == "ce" else args.tau
     compensation = args.compensation if args.loss == "sage" else 0.0
-    return SageLoss(class_counts.tolist(), tau=tau, compensation=compensation)
+    return SageLoss(class_counts.tolist(), tau, compensation, text_prior=prior, text_guidance=guidance)
 
 
-def make_optimizer(args: argparse.Namespace, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Return AdamW, or SGD with momentum, over the parameters."""
+def text_terms(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    classifier: SageClassifier,
+    loader: DataLoader,
+    transform: PixelTransform,
+) -> tuple[float, float, TextPrior | None]:
+    """Return the strengths of the text prior and of the guidance, and how the first was chosen if it was.
+
+    The training images are embedded with the frozen tower for it, which goes with the batches from then on.
+    """
+    wanted = {name: getattr(args, name) for name in ("text_prior", "text_guidance")}
+    if args.loss != "sage":
+        return 0.0, 0.0, None
+    if args.method == "head" and wanted["text_guidance"] == "auto":
+        wanted["text_guidance"] = 0.0  # the tower stays frozen
+    embeds = None
+    if wanted["text_prior"] == "auto" or wanted["text_guidance"] != 0:
+        embeds = embed_training_images(accelerator, classifier, loader, transform)
+    chosen: TextPrior | None = None
+    if wanted["text_prior"] == "auto":
+        if accelerator.is_main_process:
+            labels = torch.as_tensor(loader.dataset.split.labels)
+            chosen = choose_text_prior(embeds.to(classifier.device), labels, classifier.text_embeds, seed=args.seed)
+            accelerator.print(f"Chosen: {chosen}")
+        chosen = broadcast_object_list([chosen])[0]  # on a GPU two processes might not come to the same choice
+        wanted["text_prior"] = chosen.strength
+    if wanted["text_guidance"] == "auto":
+        wanted["text_guidance"] = GUIDANCE_SHARE * wanted["text_prior"]
+    if wanted["text_guidance"]:
+        loader.dataset.base_image_embeds = embeds
+    return wanted["text_prior"], wanted["text_guidance"], chosen
+
+
+def embed_training_images(
+    accelerator: Accelerator, classifier: SageClassifier, loader: DataLoader, transform: PixelTransform
+) -> torch.Tensor:
+    """Return the frozen tower's embeddings (N, e) of the plain training images; each process embeds its share."""
+    images = whole_images(loader.dataset, classifier.image_processor)
+    transform.eval()
+
+    def batches(indices: list[int]) -> Iterator[dict[str, torch.Tensor]]:
+        workers = 0 if images.pixels is not None else loader.num_workers
+        for batch in DataLoader(Subset(images, indices), batch_size=loader.batch_size or 1, num_workers=workers):
+            bar.update(len(batch["labels"]))
+            yield {"pixel_values": transform(batch["pixel_values"].to(accelerator.device))}
+
+    with accelerator.split_between_processes(list(range(len(images)))) as share, accelerator.autocast():
+        bar = tqdm(total=len(share), desc="embedding training images", unit="image", leave=False)
+        embeds = classifier.embed(batches(share)) if share else classifier.text_embeds[:0].cpu()
+        bar.close()
+    return torch.cat(gather_object([embeds]))
+
+
+def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """Return AdamW, or SGD with momentum; the head learns faster than the adapters."""
+    groups = parameter_groups(model, args.lr, args.head_lr)
     if args.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
-    return torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
+        return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    return torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
 
 
 def cosine(done: float) -> float:
@@ -136,17 +178,17 @@ def cosine(done: float) -> float:
 def make_loaders(
     args: argparse.Namespace,
     accelerator: Accelerator,
-    splits: dict[str, LabelledImages],
+    data: ImageData,
     processor: BaseImageProcessor,
 ) -> dict[str, DataLoader]:
     """Return a prepared loader a split; a split that fits into memory is decoded once."""
-    views = dict.fromkeys(splits, ProcessorView(processor))
+    views = dict.fromkeys(data.splits, ProcessorView(processor))
     if args.augmentation == "resized-crop-flip":
         views["train"] = RandomCropView(processor, args.crop_scale, args.seed)
     if args.test_crops == 5:
         views["test"] = FiveCropView(processor)
     loaders = {}
-    for name, split in splits.items():
+    for name, split in data.splits.items():
         pixels = PixelDataset(split, views[name])
         pixels.cache_if_small(int(args.cache_gib * 2**30), progress=accelerator.is_local_main_process)
         full_batch = len(split) >= args.batch_size * accelerator.num_processes
@@ -203,22 +245,22 @@ def train(
     args: argparse.Namespace,
     accelerator: Accelerator,
     model: nn.Module,
+    loss_function: SageLoss,
     loaders: dict[str, DataLoader],
     transform: PixelTransform,
     class_counts: np.ndarray,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Train, with a checkpoint after every epoch; end with the weights of the best epoch on the validation split."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(args, trainable)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    # Not prepared: it counts optimiser steps, however many processes and however large the gradient accumulation.
+    model, optimizer = accelerator.prepare(model, make_optimizer(args, model))
+    # Not prepared: it counts optimizer steps, however many processes and however large the gradient accumulation.
     steps_per_epoch = math.ceil(len(loaders["train"]) / args.gradient_accumulation_steps)
-    total_steps = args.epochs * steps_per_epoch
+    epochs = args.epochs or max(EPOCHS, math.ceil(MIN_STEPS / steps_per_epoch))
+    total_steps = epochs * steps_per_epoch
     decay_every = steps_per_epoch if args.lr_decay == "epoch" else 1
     scheduler = LambdaLR(optimizer, lambda step: cosine(step // decay_every * decay_every / total_steps))
-    loss_function = make_loss(args, class_counts).to(accelerator.device)
+    loss_function.to(accelerator.device)
     progress = TrainingProgress()
-    accelerator.register_for_checkpointing(scheduler, progress)
+    accelerator.register_for_checkpointing(scheduler, progress, loss_function)
     checkpoint_trainable_only(accelerator)
 
     folder = Path(args.output_dir, "checkpoints")
@@ -230,47 +272,64 @@ def train(
         accelerator.print(f"Going on from {checkpoint}" if checkpoint else "No checkpoint yet: starting anew")
 
     bar = tqdm(total=total_steps, initial=progress.step, desc="training", unit="step")
-    while progress.epoch < args.epochs:
-        model.train()
+    while progress.epoch < epochs:
         transform.train()
-        # The loader without the first batches is another one, which must be told the epoch itself.
-        loader = skip_first_batches(loaders["train"], progress.batch)
-        loader.set_epoch(progress.epoch)
-        loader.dataset.set_epoch(progress.epoch)
-        for batch in loader:
-            seed_batch(args.seed, progress.epoch, progress.batch, accelerator.process_index)
-            with accelerator.accumulate(model):
-                logits = model(pixel_values=transform(batch["pixel_values"])).logits
-                loss = loss_function(logits, batch["labels"])
-                accelerator.backward(loss)
-                optimizer.step()
-                optimizer.zero_grad()
-            progress.batch += 1
-            if accelerator.sync_gradients:
-                scheduler.step()
-                progress.step += 1
-                bar.update()
-                bar.set_postfix(loss=f"{loss.item():.3f}")
-                accelerator.log({"loss": loss.item(), "lr": scheduler.get_last_lr()[0]}, step=progress.step)
-                if args.checkpointing_steps and progress.step % args.checkpointing_steps == 0:
-                    save_checkpoint(accelerator, folder, progress.step, settings)
+        for loss in train_epoch(
+            args, accelerator, model, optimizer, loss_function, loaders["train"], transform, progress
+        ):
+            scheduler.step()
+            progress.step += 1
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}")
+            accelerator.log({"loss": loss, "lr": scheduler.get_last_lr()[0]}, step=progress.step)
+            if args.checkpointing_steps and progress.step % args.checkpointing_steps == 0:
+                save_checkpoint(accelerator, folder, progress.step, settings)
         if "validation" in loaders:
             scores, _ = evaluate(accelerator, model, loaders["validation"], transform, class_counts)
             progress.record({name: scores[name] for name in SCORES}, accelerator.unwrap_model(model))
             accelerator.log({"validation_macro": scores["macro"]}, step=progress.step)
             # tqdm writes in every process, even where the bar is hidden.
             if accelerator.is_main_process:
-                bar.write(f"epoch {progress.epoch + 1}: validation macro accuracy {scores['macro']:.1f} %")
+                bar.write(f"epoch {progress.epoch + 1} of {epochs}: validation {format_scores(scores)}")
         progress.epoch += 1
         progress.batch = 0
         save_checkpoint(accelerator, folder, progress.step, settings)
     bar.close()
-    kept_epoch = args.epochs
+    kept_epoch = epochs
     if args.model_selection == "best" and progress.best_weights:
         load_trainable_weights(accelerator.unwrap_model(model), progress.best_weights)
         kept_epoch = progress.best_epoch + 1
         accelerator.print(f"Keeping epoch {kept_epoch}, the best on the validation split")
     return model, {"validation": progress.validation, "kept_epoch": kept_epoch}
+
+
+def train_epoch(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_function: SageLoss,
+    loader: DataLoader,
+    transform: PixelTransform,
+    progress: TrainingProgress,
+) -> Iterator[float]:
+    """Train for what is left of an epoch, and give the loss after every optimizer step."""
+    model.train()
+    # The loader without the first batches is another one, which must be told the epoch itself.
+    loader = skip_first_batches(loader, progress.batch)
+    loader.set_epoch(progress.epoch)
+    loader.dataset.set_epoch(progress.epoch)
+    for batch in loader:
+        seed_batch(args.seed, progress.epoch, progress.batch, accelerator.process_index)
+        with accelerator.accumulate(model):
+            outputs = model(**batch | {"pixel_values": transform(batch["pixel_values"])})
+            loss = loss_function(outputs, batch["labels"])
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        progress.batch += 1
+        if accelerator.sync_gradients:
+            yield loss.item()
 
 
 def training_function(args: argparse.Namespace) -> dict[str, Any]:
@@ -289,71 +348,99 @@ def training_function(args: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(args.cpu_threads or max(1, available_cores() // local_processes))
     set_seed(args.seed)
 
-    with accelerator.main_process_first():
-        splits, class_names = load_images(
-            args.dataset,
-            args.image_column,
-            args.label_column,
-            args.train_split,
-            args.validation_split,
-            args.test_split,
-        )
+    data = load_images(
+        args.dataset,
+        args.image_column,
+        args.label_column,
+        args.train_split,
+        args.validation_split,
+        args.test_split,
+        args.on_bad_image,
+        args.seed,
+        unreadable=lambda tables: check_once(accelerator, tables),
+    )
     if args.imbalance_ratio is not None:
-        kept = long_tailed_subset(splits["train"].labels, len(class_names), args.imbalance_ratio, args.seed)
-        splits["train"] = splits["train"].select(kept)
-    class_counts = np.bincount(splits["train"].labels, minlength=len(class_names))
-    texts = class_texts(args.descriptions, class_names)
-
-    processor = AutoImageProcessor.from_pretrained(args.model)
-    clip = load_clip(args.model).to(accelerator.device)
-    embeddings = encode_class_descriptions(clip, AutoTokenizer.from_pretrained(args.model), texts)
-    classifier = SageClassifier(clip, embeddings).to(accelerator.device)
-    loaders = make_loaders(args, accelerator, splits, processor)
+        labels = data.splits["train"].labels
+        kept = long_tailed_subset(labels, len(data.class_names), args.imbalance_ratio, args.seed)
+        data.splits["train"] = data.splits["train"].select(kept)
+    accelerator.print(data.summary())
+    class_counts = data.class_counts()
+    texts = read_class_descriptions(args.descriptions or data.class_names, data.class_names)
+    with accelerator.main_process_first():
+        classifier = SageClassifier.from_texts(args.model, texts, cache_dir=Path(args.output_dir, "text_embeds"))
+    classifier.to(accelerator.device)
+    processor = classifier.image_processor
+    loaders = make_loaders(args, accelerator, data, processor)
     augmentation = "flip" if args.augmentation == "resized-crop-flip" else args.augmentation
     transform = PixelTransform(processor, augmentation, args.crop_scale).to(accelerator.device)
-
     results: dict[str, Any] = {
         "settings": vars(args),
         "num_processes": accelerator.num_processes,
-        "class_names": class_names,
+        "data": data.as_dict(),
+        "class_names": data.class_names,
+        "class_descriptions": list_of_texts(texts),
         "class_counts": class_counts.tolist(),
     }
     results["zero_shot"], _ = evaluate(accelerator, classifier, loaders["test"], transform, class_counts)
     accelerator.print(f"Zero-shot: {format_scores(results['zero_shot'])}")
+    prior, guidance, chosen = text_terms(args, accelerator, classifier, loaders["train"], transform)
+    results |= {"text_prior": prior, "text_guidance": guidance}
+    results["text_prior_scores"] = None if chosen is None else chosen.scores
     if args.with_tracking:
         accelerator.init_trackers("logs", {key: value for key, value in vars(args).items() if value is not None})
 
-    model = get_peft_model(classifier, peft_config(args, classifier, texts))
-    counts = [
-        sum(p.numel() for p in model.parameters() if p.requires_grad),
-        sum(p.numel() for p in model.parameters()),
-    ]
-    accelerator.print(f"Training {counts[0]:,} of {counts[1]:,} parameters on {len(splits['train']):,} images")
-    model, history = train(args, accelerator, model, loaders, transform, class_counts)
-
+    model = get_peft_model(classifier, peft_config(args, classifier))
+    trained, total = model.get_nb_trainable_parameters()
+    images = len(data.splits["train"])
+    accelerator.print(f"Training {trained:,} of {total:,} parameters on {images:,} images")
+    loss_function = make_loss(args, class_counts, prior, guidance)
+    model, history = train(args, accelerator, model, loss_function, loaders, transform, class_counts)
     results |= history
     results["trained"], predictions = evaluate(accelerator, model, loaders["test"], transform, class_counts)
     accelerator.print(format_table(results, args.method))
     if args.with_tracking:
-        accelerator.log(
-            {f"test_{name}": results["trained"][name] for name in SCORES if results["trained"][name] is not None}
-        )
+        scores = {f"test_{name}": results["trained"][name] for name in SCORES}
+        accelerator.log({name: score for name, score in scores.items() if score is not None})
         accelerator.end_training()
-
-    trained = accelerator.unwrap_model(model)
-    if accelerator.is_main_process:
-        trained.save_pretrained(args.output_dir)
-        folder = Path(args.output_dir)
-        (folder / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False))
-        pixels = whole_images(loaders["test"].dataset, processor)
-        repo_id = args.hub_model_id or args.output_dir
-        write_report(folder, trained, args.method, results, pixels, transform, repo_id)
-        if args.push_to_hub:
-            create_repo(repo_id, exist_ok=True)
-            upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=["checkpoints/*", "logs/*"])
-    accelerator.wait_for_everyone()
+    save(args, accelerator, model, results, loaders["test"], transform)
     verify_saved_model(args, accelerator, loaders["test"], transform, class_counts, results["trained"], predictions)
     return results
+
+
+def save(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    model: nn.Module,
+    results: dict[str, Any],
+    test: DataLoader,
+    transform: PixelTransform,
+) -> None:
+    """Write what was trained, the results and the report, and push them to the Hub if that was asked for."""
+    trained = accelerator.unwrap_model(model)
+    folder = Path(args.output_dir)
+    if accelerator.is_main_process:
+        trained.save_pretrained(folder)
+        trained.image_processor.save_pretrained(folder)
+        (folder / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False), encoding="utf-8")
+        repo_id = args.hub_model_id or args.output_dir
+        images = whole_images(test.dataset, trained.image_processor)
+        write_report(folder, trained, args.method, results, images, transform, repo_id)
+        if args.push_to_hub:
+            create_repo(repo_id, exist_ok=True)
+            ignored = ["checkpoints/*", "logs/*", "text_embeds/*"]
+            upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=ignored)
+    accelerator.wait_for_everyone()
+
+
+def check_once(accelerator: Accelerator, tables: dict[str, Any]) -> dict[str, dict[int, str]]:
+    """Look for unreadable images in one process and tell the others."""
+    found = [find_unreadable(tables) if accelerator.is_main_process else None]
+    return broadcast_object_list(found)[0]
+
+
+def list_of_texts(texts: list[str] | dict[str, list[str]]) -> list[list[str]]:
+    """Return the texts of each class, in class order; a bare name stands for itself."""
+    return list(texts.values()) if isinstance(texts, dict) else [[name] for name in texts]
 
 
 def whole_images(pixels: PixelDataset, processor: BaseImageProcessor) -> PixelDataset:
@@ -375,8 +462,7 @@ def verify_saved_model(
     Raises:
         RuntimeError: If a prediction or an accuracy differs.
     """
-    blank = SageClassifier(load_clip(args.model), len(class_counts))
-    loaded = PeftModel.from_pretrained(blank, args.output_dir).to(accelerator.device)
+    loaded = SageClassifier.from_pretrained(args.output_dir, device=accelerator.device)
     loaded_scores, loaded_predictions = evaluate(accelerator, loaded, loader, transform, class_counts)
     different = (loaded_predictions != predictions).sum().item()
     if different or loaded_scores != scores:
@@ -411,37 +497,57 @@ def format_table(results: dict[str, Any], method: str) -> str:
     return "\n".join(f"{row[0]:<18}" + "".join(f"{cell:>9}" for cell in row[1:]) for row in rows)
 
 
+def strength(text: str) -> float | str:
+    """Parse `auto` or a number."""
+    return text if text == "auto" else float(text)
+
+
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line; its defaults are those of the demo."""
+    """Return the parser of the command line; its defaults are one recipe for every data set."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    add = parser.add_argument
-    add("--config", help="YAML file with values for these flags; the command line wins")
-    add("--model", default=str(DEMO / "tiny-clip"), help="Hub id or folder of a CLIP-like model")
-    add("--dataset", default=str(DEMO), help="image folder, folder of parquet files, or Hub id")
+    parser.add_argument("--config", help="YAML file with values for these flags; the command line wins")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", default=str(DEMO), help="image folder, folder of parquet or CSV files, or Hub id")
+    add("--descriptions", help="JSON or CSV with texts for each class; default: descriptions.json in the data set")
     add("--image-column", default="image")
     add("--label-column", default="label")
     add("--train-split", default="train")
     add("--validation-split", default="validation", help="chooses the epoch, if the data set has it")
     add("--test-split", default="test")
+    add("--on-bad-image", choices=["error", "skip"], default="error", help="what to do with unreadable images")
     add("--imbalance-ratio", type=float, help="thin the training set to an exponential tail: head over tail images")
-    add("--descriptions", help="JSON: class name to text or list of texts; default: descriptions.json in the data set")
+    add("--num-workers", type=int, default=min(8, available_cores()), help="processes that decode uncached images")
+    add("--cache-gib", type=float, default=2.0, help="decode a split once and keep it if it is no larger than this")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default=str(DEMO / "tiny-clip"), help="Hub id or folder of a CLIP-like model")
+    add("--r", type=int, default=16, help="width of adapter or LoRA")
+    add(
+        "--last-blocks", type=int, help="adapt so many blocks of the vision tower, from its end; default: half; 0: all"
+    )
+    add("--guidance-rows", type=int, help="rows that the adapter attends to; default: at most 64 (sage)")
+
+    add = parser.add_argument_group("method").add_argument
     add("--method", choices=["sage", "adaptformer", "lora", "head"], default="sage")
     add("--loss", choices=["sage", "la", "ce"], default="sage", help="la: logit adjustment, ce: cross-entropy")
-    add("--tau", type=float, default=1.2, help="strength of the prior correction (sage, la)")
+    add("--text-prior", type=strength, default="auto", help="pull of the head to the class texts; auto: by the data")
+    add("--text-guidance", type=strength, default="auto", help="pull of the tower to its view of the texts")
+    add("--tau", type=float, default=1.0, help="strength of the prior correction (sage, la)")
     add("--compensation", type=float, default=1.0, help="strength of the mismatch compensation (sage)")
-    add("--r", type=int, default=16, help="width of adapter or LoRA")
-    add("--last-blocks", type=int, default=2, help="adapt so many blocks of the vision tower, from its end; 0 for all")
-    add("--guidance-rows", type=int, help="pool the descriptions of more classes to so many, which is faster (sage)")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=int, help=f"default: {EPOCHS}, or more, so that there are {MIN_STEPS} steps")
+    add("--lr", type=float, default=0.002, help="of the adapters")
+    add("--head-lr", type=float, help="of the head; default: 2.5 times that of the adapters")
+    add("--batch-size", type=int, default=128, help="images per process and step")
+    add("--gradient-accumulation-steps", type=int, default=1)
     add("--optimizer", choices=["adamw", "sgd"], default="adamw")
     add("--momentum", type=float, default=0.9, help="of SGD")
-    add("--lr", type=float, default=0.005)
     add("--lr-decay", choices=["step", "epoch"], default="step", help="how often the cosine lowers the learning rate")
     add("--weight-decay", type=float, default=0.0)
-    add("--epochs", type=int, default=16)
-    add("--batch-size", type=int, default=128, help="images a process and step")
-    add("--gradient-accumulation-steps", type=int, default=1)
     add(
         "--augmentation",
         choices=["crop-flip", "resized-crop-flip", "none"],
@@ -453,15 +559,15 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model-selection", choices=["best", "last"], default="best", help="best: epoch by validation macro accuracy")
     add("--mixed-precision", choices=["no", "fp16", "bf16"], help="default: what `accelerate launch` says")
     add("--seed", type=int, default=0)
+    add("--cpu-threads", type=int, help="threads per process without a GPU; default: all cores, shared fairly")
+
+    add = parser.add_argument_group("output").add_argument
     add("--output-dir", default="finetuned", help="adapter, results.json, checkpoints/ and logs/ go here")
     add("--checkpointing-steps", type=int, help="checkpoint every so many steps too, not only after an epoch")
     add("--resume-from-checkpoint", help="a checkpoint, or `latest` of the output folder")
     add("--with-tracking", action=argparse.BooleanOptionalAction, default=False, help="write TensorBoard logs")
     add("--push-to-hub", action=argparse.BooleanOptionalAction, default=False)
     add("--hub-model-id", help="where to push: user/name")
-    add("--num-workers", type=int, default=min(8, available_cores()), help="processes that decode uncached images")
-    add("--cache-gib", type=float, default=2.0, help="decode a split once and keep it if it is no larger than this")
-    add("--cpu-threads", type=int, help="threads a process without a GPU; default: all cores, shared fairly")
     return parser
 
 
@@ -471,12 +577,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     config = parser.parse_args(argv).config
     args = parser.parse_args(_flags_from_yaml(parser, config) + argv) if config else parser.parse_args(argv)
-    for name in ("epochs", "batch_size", "gradient_accumulation_steps", "r", "guidance_rows"):
+    least = {"epochs": 1, "batch_size": 1, "gradient_accumulation_steps": 1, "r": 1, "guidance_rows": 0}
+    least |= {"last_blocks": 0, "text_prior": 0, "text_guidance": 0, "compensation": 0, "lr": 0, "cache_gib": 0}
+    for name, low in least.items():
         value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"`--{name.replace('_', '-')}` must be at least 1, got {value}.")
-    if args.last_blocks < 0:
-        parser.error(f"`--last-blocks` must be at least 0, got {args.last_blocks}.")
+        if isinstance(value, (int, float)) and not value >= low:
+            parser.error(f"`--{name.replace('_', '-')}` must be at least {low}, got {value}.")
     if args.push_to_hub and not args.hub_model_id:
         parser.error("`--push-to-hub` needs `--hub-model-id`.")
     if args.descriptions is None and Path(args.dataset, "descriptions.json").is_file():

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labelled images for the examples: any data set that `datasets` reads, as batches of normalised pixel values."""
+"""Data sets for the examples, checked and described before anything is computed, and as batches of pixel values."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import io
+import math
+import os
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,137 +18,226 @@ import kornia.augmentation as K
 import numpy as np
 import PIL.Image
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset
+from labels import unite
+from reading import LabelledImages, Reader, Table
+from splitting import split_by_object
 from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
 
+from peft_sage.images import decoding_side, read_image
+
 
 @dataclass
-class LabelledImages:
-    """One split: the images, still encoded, and a class index for each.
+class ImageData:
+    """A data set as it was read.
 
     Attributes:
-        images: Data set whose column `image_column` decodes to PIL images.
-        image_column: Name of that column.
-        labels: (N,) class indices.
+        splits: "train", "test" and, where there is one, "validation".
+        class_names: Names of the classes, in the order of the class indices.
+        skipped: What was left out: from the split ("data" if there was none) and the reason to the files or rows.
+        notes: What else there is to say about it.
     """
 
-    images: Dataset
-    image_column: str
-    labels: np.ndarray
+    splits: dict[str, LabelledImages]
+    class_names: list[str]
+    skipped: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    def class_counts(self, split: str = "train") -> np.ndarray:
+        """Return (K,) numbers of images."""
+        return np.bincount(self.splits[split].labels, minlength=len(self.class_names))
 
-    def select(self, indices: np.ndarray) -> LabelledImages:
-        return LabelledImages(self.images.select(indices), self.image_column, self.labels[indices])
+    def summary(self) -> str:
+        """Return a small table: split, images, classes, images per class; below it what was skipped, and why."""
+        lines = [f"{'split':<12}{'images':>10}{'classes':>10}   images per class"]
+        for split, images in self.splits.items():
+            counts = np.sort(self.class_counts(split))
+            counts = counts[counts > 0]
+            spread = f"{counts[0]:,} to {counts[-1]:,}, median {np.median(counts):,.0f}"
+            lines.append(f"{split:<12}{len(images):>10,}{len(counts):>10,}   {spread}")
+        for split, reasons in self.skipped.items():
+            for reason, names in reasons.items():
+                examples = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+                lines.append(f"skipped in {split}: {len(names):,} {reason} ({examples})")
+        return "\n".join(lines + self.notes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the same for `results.json`, with all names."""
+        splits = {}
+        for split, images in self.splits.items():
+            counts = self.class_counts(split)
+            splits[split] = {
+                "images": len(images),
+                "classes": int((counts > 0).sum()),
+                "images_per_class": dict(zip(self.class_names, counts.tolist(), strict=True)),
+            }
+        return {"splits": splits, "skipped": self.skipped, "notes": self.notes}
 
 
 def load_images(
-    name: str, image_column: str, label_column: str, train: str, validation: str, test: str
-) -> tuple[dict[str, LabelledImages], list[str]]:
-    """Load the splits of a data set and the names of its classes.
+    name: str,
+    image_column: str = "image",
+    label_column: str = "label",
+    train: str = "train",
+    validation: str = "validation",
+    test: str = "test",
+    on_bad_image: str = "error",
+    seed: int = 0,
+    unreadable: Callable[[dict[str, Table]], dict[str, dict[int, str]]] | None = None,
+) -> ImageData:
+    """Load the splits of a data set, with every image checked.
 
     Args:
-        name: A folder with images (`train/CLASS/*.png`, `test/CLASS/*.png`, ...) or with parquet files
-            (`train.parquet`, `test-00000-of-00001.parquet`, ...), or the id of a data set on the Hub.
-        image_column: Column with the images.
-        label_column: Column with the classes: a `ClassLabel`, strings, or integers from 0.
+        name: A folder with images (`train/CLASS/*`, `test/CLASS/*`, or `CLASS/*`, which is split here), with parquet
+            files or CSV files of file names called after the splits, or with one such table or `metadata.csv`; the
+            table itself; or the id of a data set on the Hub.
+        image_column: Column of tables with the images, or with the names of their files.
+        label_column: Column of tables with the classes: names or whole numbers.
         train: Name of the split to train on.
-        validation: Name of the split that chooses the epoch; it may be missing.
+        validation: Name of the split that chooses the epoch; it may be missing, and "none" ignores it.
         test: Name of the split that is reported.
-
-    Returns:
-        The splits, under the keys "train", "test" and, where it exists, "validation"; and the class names in the order
-        of the class indices.
+        on_bad_image: "error", or "skip" to leave out and list what cannot be read or lies beside the class folders.
+        seed: Draws the splits where there are none.
+        unreadable: Finds the images that cannot be read. Default: [`find_unreadable`]; several processes would rather
+            do that once and share the result.
 
     Raises:
-        ValueError: If there is no such data set, split or column, if an image is without a label, or if two splits
-            number the classes differently.
+        ValueError: If there is no such data set, split or column, if labels or images cannot be read, or if training
+            and test have nothing in common. It names the file, row or column.
     """
-    if len({train, validation, test}) < 3:
+    wanted = {"train": train, "test": test, "validation": validation}
+    if train in (validation, test):
         raise ValueError(
             f"Three different splits are needed, got train={train}, validation={validation}, test={test}."
         )
-    data = _read(name, [train, validation, test])
-    for split in (train, test):
-        if split not in data:
-            raise ValueError(
-                f"Data set {name!r} has no split {split!r}, only {sorted(data)}. An image folder needs train/ "
-                "and test/ with one folder a class; `--train-split` and `--test-split` name other splits."
-            )
-    splits = {
-        key: data[split]
-        for key, split in [("train", train), ("validation", validation), ("test", test)]
-        if split in data
-    }
-    for key, split in splits.items():
-        for flag, column in (("--image-column", image_column), ("--label-column", label_column)):
-            if column not in split.column_names:
-                raise ValueError(
-                    f"Split {key!r} of data set {name!r} has no column {column!r}, only {split.column_names}; "
-                    f"choose one with `{flag}`."
-                )
-        if not isinstance(split.features[image_column], Image):
-            splits[key] = _as_images(split, image_column)
-    labels, class_names = _class_indices({key: split.with_format(None) for key, split in splits.items()}, label_column)
-    images = {key: LabelledImages(split, image_column, labels[key]) for key, split in splits.items()}
-    for key, split in images.items():
-        if len(split) == 0:
-            raise ValueError(f"Split {key!r} of data set {name!r} is empty.")
-        if split.labels.min() < 0:
-            raise ValueError(
-                f"Split {key!r} of data set {name!r} has {(split.labels < 0).sum()} images without a label."
-            )
-    return images, class_names
-
-
-def _read(name: str, splits: Sequence[str]) -> DatasetDict:
-    folder = Path(name)
-    if folder.is_dir():
-        parquet = {split: [str(file) for file in sorted(folder.glob(f"**/{split}[-.]*parquet"))] for split in splits}
-        parquet = {split: files for split, files in parquet.items() if files}
-        if parquet:
-            return load_dataset("parquet", data_files=parquet)
-        try:
-            return load_dataset("imagefolder", data_dir=name, drop_labels=False)
-        except Exception as error:
-            raise ValueError(f"Folder {name!r} holds neither images nor parquet files named after splits.") from error
-    if name.startswith((".", "/", "~")) or folder.is_file():
-        raise ValueError(f"`--dataset` {name!r} is not a folder.")
-    try:
-        return load_dataset(name)
-    except Exception as error:
+    if validation in ("", "none", test):
+        del wanted["validation"]
+    reader = Reader(name, wanted, image_column, label_column, strict=on_bad_image != "skip")
+    tables = reader.read()
+    if "" not in tables and "test" not in tables:
         raise ValueError(
-            f"`--dataset` {name!r} is neither a folder nor a data set that the Hub gives: {error}"
-        ) from error
+            f"Data set {name!r} has no split {test!r}, only {[wanted[key] for key in tables]}. `--test-split` names "
+            "another one; a folder of class folders without splits is split for you."
+        )
+    skipped = {key or "data": {r: n for r, n in part.skipped.items() if n} for key, part in tables.items()}
+    for key, problems in (unreadable or find_unreadable)(tables).items():
+        tables[key] = _without(tables[key], problems, on_bad_image)
+        if problems:
+            skipped[key or "data"]["unreadable"] = list(problems.values())
+    if "" in tables:
+        tables, note = split_by_object(tables[""], seed)
+        reader.notes.append(note)
+    _refuse_shared_files(tables)
+    data = _with_common_classes(tables, label_column, skipped)
+    return replace(data, notes=reader.notes)
 
 
-def _as_images(split: Dataset, column: str) -> Dataset:
-    try:
-        return split.cast_column(column, Image())
-    except Exception as error:
-        raise ValueError(f"Column {column!r} holds {split.features[column]}, which are no images.") from error
+def _without(table: Table, problems: dict[int, str], on_bad_image: str) -> Table:
+    if problems and on_bad_image != "skip":
+        raise ValueError(
+            f"{len(problems)} images cannot be read; `--on-bad-image skip` leaves them out.\n"
+            + "\n".join(list(problems.values())[:5])
+        )
+    return table.select(np.setdiff1d(np.arange(len(table.images)), list(problems))) if problems else table
 
 
-def _class_indices(splits: dict[str, Dataset], column: str) -> tuple[dict[str, np.ndarray], list[str]]:
-    features = [split.features[column] for split in splits.values()]
-    values = {key: split[column][:] for key, split in splits.items()}
-    if isinstance(features[0], ClassLabel):
-        if any(feature != features[0] for feature in features):
-            raise ValueError(f"Column {column!r} has other classes in one split than in another.")
-        names = features[0].names
-    elif all(isinstance(feature, Value) and feature.dtype == "string" for feature in features):
-        names = sorted(set().union(*values.values()))
-        index = {name: i for i, name in enumerate(names)}
-        values = {key: [index[name] for name in column_values] for key, column_values in values.items()}
-    elif all(isinstance(feature, Value) and "int" in feature.dtype for feature in features):
-        names = [str(i) for i in range(1 + max(max(column_values, default=0) for column_values in values.values()))]
-    else:
-        raise ValueError(f"Column {column!r} must hold class labels, strings or integers, got {features[0]}.")
-    return {key: np.asarray(column_values, dtype=np.int64) for key, column_values in values.items()}, names
+def _refuse_shared_files(tables: dict[str, Table]) -> None:
+    """Raise if one file is in two splits or of two classes."""
+    folders: dict[str, str] = {}
+    uses: dict[str, tuple[str, str]] = {}
+    for table in tables.values():
+        for index, path in enumerate([] if table.paths is None else table.paths):
+            folder, name = os.path.split(path)
+            real = os.path.realpath(path) if os.path.islink(path) else None
+            real = real or os.path.join(folders.setdefault(folder, os.path.realpath(folder)), name)
+            use = (table.images.split, table.classes.names[table.images.labels[index]])
+            if uses.setdefault(real, use) != use:
+                raise ValueError(
+                    f"Image {path!r} is in split {uses[real][0]!r} as {uses[real][1]!r} and in split {use[0]!r} as "
+                    f"{use[1]!r}; every image has one split and one class."
+                )
+
+
+def _with_common_classes(
+    tables: dict[str, Table], label_column: str, skipped: dict[str, dict[str, list[str]]]
+) -> ImageData:
+    """Number the classes alike in all splits; what is not trained is not evaluated."""
+    named = {table.images.split: (table.images.labels, table.classes) for table in tables.values()}
+    labels, classes = unite(named, label_column)
+    counts = np.bincount(np.concatenate(list(labels.values())), minlength=len(classes.names))
+    kept = (counts > 0) | classes.stated
+    names, numbers = [n for n, k in zip(classes.names, kept, strict=True) if k], np.cumsum(kept) - 1
+    splits = {
+        key: replace(tables[key].images, labels=numbers[labels[tables[key].images.split]])
+        for key in ("train", "validation", "test")
+        if key in tables
+    }
+    trained = np.bincount(splits["train"].labels, minlength=len(names)) > 0
+    if trained.sum() < 2:
+        raise ValueError(
+            f"The training split needs two classes at least, got {[names[k] for k in np.flatnonzero(trained)]}."
+        )
+    for key in [key for key in ("validation", "test") if key in splits]:
+        images = splits[key]
+        known = trained[images.labels]
+        lacking = sorted({names[label] for label in images.labels[~known]})
+        if not known.any():
+            if not len(images) and key == "test":
+                raise ValueError(f"Split {images.split!r} has no images.")
+            if lacking:
+                raise ValueError(
+                    f"Split {images.split!r} has no image of a class of the training split, but of {lacking}."
+                )
+            del splits[key]
+            continue
+        if lacking:
+            warnings.warn(
+                f"Split {images.split!r} has {(~known).sum()} images of classes without training images, which count "
+                f"nowhere: {lacking[:10]}.",
+                stacklevel=3,
+            )
+            places = [images.name(int(index)) for index in np.flatnonzero(~known)]
+            skipped.setdefault(key, {})["of classes without training images"] = places
+            splits[key] = images.select(np.flatnonzero(known))
+    return ImageData(splits, names, {split: reasons for split, reasons in skipped.items() if reasons})
+
+
+def find_unreadable(tables: dict[str, Table], progress: bool = True) -> dict[str, dict[int, str]]:
+    """Return the images of each split that cannot be decoded, and why; a JPEG is decoded at an eighth of its size."""
+
+    def problem(images: LabelledImages, index: int) -> str | None:
+        try:
+            source = images.source(index)
+            data = source["bytes"] if source["bytes"] is not None else Path(source["path"]).read_bytes()
+            if data.startswith(b"\x89PNG"):
+                # Its checksums tell, forty times faster than decoding.
+                PIL.Image.open(io.BytesIO(data)).verify()
+            else:
+                read_image(data, min_side=1)
+        except Exception:
+            # Rare, so the reason may take its time.
+            try:
+                images.read(index)
+            except ValueError as error:
+                return str(error)
+        return None
+
+    found: dict[str, dict[int, str]] = {}
+    total = sum(len(table.images) for table in tables.values())
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm(total=total, desc="checking images", disable=not progress, leave=False) as bar,
+    ):
+        for split, table in tables.items():
+            found[split] = {}
+            for start in range(0, len(table.images), 1024):
+                indices = range(start, min(start + 1024, len(table.images)))
+                reasons = pool.map(partial(problem, table.images), indices)
+                found[split] |= {index: reason for index, reason in zip(indices, reasons, strict=True) if reason}
+                bar.update(len(indices))
+    return found
 
 
 def long_tailed_subset(labels: np.ndarray, num_classes: int, imbalance_ratio: float, seed: int) -> np.ndarray:
@@ -187,6 +281,7 @@ class ProcessorView:
 
     def __init__(self, processor: BaseImageProcessor) -> None:
         self.processor = processor
+        self.min_side = decoding_side(processor)
 
     def __call__(self, image: PIL.Image.Image, index: int) -> torch.Tensor:
         """Return (3, H, W)."""
@@ -228,6 +323,8 @@ class RandomCropView(ProcessorView):
     def __init__(self, processor: BaseImageProcessor, scale: float, seed: int) -> None:
         super().__init__(processor)
         self.crop = K.RandomResizedCrop(self.size, scale=(scale, 1.0))
+        # The smallest crop is to be as sharp as the whole image would be.
+        self.min_side = math.ceil(self.min_side / math.sqrt(scale)) if self.min_side else None
         self.seed = seed
         self.epoch = 0
 
@@ -248,19 +345,27 @@ class PixelDataset(TorchDataset):
     Args:
         split: The images.
         view: Gives that geometry to an image.
+
+    Attributes:
+        pixels: (N, ...) all images, if they are decoded already.
+        base_image_embeds: (N, e) embeddings of them by the frozen tower, which go with the images if they are there.
     """
 
     def __init__(self, split: LabelledImages, view: ProcessorView) -> None:
         self.split = split
         self.view = view
         self.pixels: torch.Tensor | None = None
+        self.base_image_embeds: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         pixels = self._decode(index) if self.pixels is None else self.pixels[index]
-        return {"pixel_values": pixels, "labels": self.split.labels[index]}
+        item = {"pixel_values": pixels, "labels": self.split.labels[index]}
+        if self.base_image_embeds is not None:
+            item["base_image_embeds"] = self.base_image_embeds[index]
+        return item
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch comes next, to a view that is random."""
@@ -268,11 +373,7 @@ class PixelDataset(TorchDataset):
             self.view.epoch = epoch
 
     def _decode(self, index: int) -> torch.Tensor:
-        try:
-            image = self.split.images[int(index)][self.split.image_column].convert("RGB")
-        except OSError as error:
-            raise ValueError(f"Image {index} cannot be read: {error}") from error
-        return self.view(image, int(index))
+        return self.view(self.split.read(index, self.view.min_side), int(index))
 
     def cache_if_small(self, max_bytes: int, progress: bool) -> None:
         """Decode all images now, once, if they fit and are the same every epoch.

@@ -4,24 +4,24 @@
 from typing import TYPE_CHECKING, Any
 
 from . import requirements, templates  # noqa: F401 - the versions are checked first
+from .attention import attention_maps, plot_attention
 from .classifier import CosineHead, SageClassifier, SageClassifierOutput
 from .config import SageConfig
-from .description_files import check_descriptions, read_class_descriptions
-from .guidance import encode_class_descriptions
+from .descriptions import read_class_descriptions
+from .encoding import encode_class_descriptions, pool_guidance
 from .layer import SageLayer
 from .loss import SageLoss
 from .model import SageModel
-from .model_card import create_model_card
-from .pooling import pool_guidance
+from .optimization import parameter_groups
 from .registration import register
 from .text_prior import TextPrior, choose_text_prior
-from .version import __version__
-from .visualization import attention_maps, plot_attention, plot_long_tail
 
 
 if TYPE_CHECKING:
     from .callbacks import LongTailCallback
     from .metrics import LongTailAccuracy
+
+__version__ = "0.1.0.dev0"
 
 __all__ = [
     "CosineHead",
@@ -36,12 +36,10 @@ __all__ = [
     "TextPrior",
     "__version__",
     "attention_maps",
-    "check_descriptions",
     "choose_text_prior",
-    "create_model_card",
     "encode_class_descriptions",
+    "parameter_groups",
     "plot_attention",
-    "plot_long_tail",
     "pool_guidance",
     "read_class_descriptions",
     "templates",

@@ -1,42 +1,82 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An image classifier that starts as zero-shot CLIP."""
+"""One object from texts to predictions: the image tower of a CLIP-style model with a cosine head."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.utils import ModulesToSaveWrapper
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME, ModulesToSaveWrapper
 from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoImageProcessor, AutoModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from . import towers
-from .validation import check_embeddings
+from .config import SageConfig
+from .descriptions import Descriptions, read_class_descriptions
+from .encoding import encode_class_descriptions, load_tokenizer
+from .images import decoding_side, find_images, read_image
+from .model import set_guidance
+from .validation import check_embeddings, check_number, is_int
 
 
 class CosineHead(nn.Linear):
     """Bias-free cosine classifier `scale * cos(x, w_k)`, the head of LIFT (arXiv 2309.10019).
 
-    An `nn.Linear`, because PEFT mixes adapters within a batch only for modules of the kinds that it knows.
+    An `nn.Linear`, because PEFT mixes adapters within a batch only for modules of the kinds that it knows. What it
+    saves beside its rows, the texts and the names of the classes, comes back with it whatever the PEFT method is.
 
     Args:
-        text_embeds: (K, e), the rows it starts from. They stay beside it as a buffer.
+        text_embeds: (K, e), the rows it starts from, kept as a buffer. With K = 0 the head is blank, and takes the
+            number of classes and the width from what is loaded into it.
+        class_names: K names, or None.
         scale: Factor of the cosines; fixed.
     """
 
     text_embeds: torch.Tensor
 
-    def __init__(self, text_embeds: torch.Tensor, scale: float = 25.0) -> None:
+    def __init__(self, text_embeds: torch.Tensor, class_names: list[str] | None = None, scale: float = 25.0) -> None:
         super().__init__(text_embeds.shape[1], text_embeds.shape[0], bias=False, device="meta")
-        self.weight = nn.Parameter(text_embeds.detach().clone())
-        self.register_buffer("text_embeds", text_embeds.detach().clone())
         self.scale = scale
+        self.set_rows(text_embeds, class_names)
+
+    def set_rows(self, text_embeds: torch.Tensor, class_names: list[str] | None) -> None:
+        """Replace the classes: rows and texts become `text_embeds` (K, e)."""
+        trained = self.weight.requires_grad
+        self.weight = nn.Parameter(text_embeds.detach().clone(), requires_grad=trained)
+        self.register_buffer("text_embeds", text_embeds.detach().clone())
+        self.out_features, self.in_features = text_embeds.shape
+        self.class_names = class_names
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The logits (..., K), between -scale and scale, of features (..., e) of any length."""
         return self.scale * F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
+
+    def get_extra_state(self) -> torch.Tensor:
+        # A tensor, which safetensors can hold.
+        state = json.dumps({"class_names": self.class_names, "scale": self.scale})
+        return torch.tensor(list(state.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        saved = json.loads(bytes(state.tolist()))
+        self.class_names, self.scale = saved["class_names"], saved["scale"]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        rows = state_dict.get(f"{prefix}weight")
+        if not self.out_features and rows is not None:
+            self.set_rows(torch.empty_like(rows, device=self.weight.device, dtype=self.weight.dtype), None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale={self.scale}"
@@ -52,7 +92,7 @@ class SageClassifierOutput(ImageClassifierOutput):
         image_embeds: (B, e), of unit length.
         class_embeds: (K, e), the rows of the head, of unit length.
         text_embeds: (K, e), the frozen text embeddings of the classes, of unit length.
-        base_image_embeds: (B, e), what the batch brought of the frozen tower.
+        base_image_embeds: (B, e), the embeddings by the frozen tower that the batch brought.
         logit_scale: Factor of the cosines.
     """
 
@@ -65,10 +105,15 @@ class SageClassifierOutput(ImageClassifierOutput):
 
 @dataclass
 class _ClassifierConfig:
-    """Not the model's own configuration: PEFT would take the classifier for a transformers model by its type."""
+    """What PEFT, Trainer and pipelines read; without `model_type`, by which PEFT tells models of transformers."""
 
     _name_or_path: str
+    id2label: dict[int, str]
+    num_labels: int
     use_cache: bool = False
+    problem_type: str = "single_label_classification"
+    task_specific_params: None = None
+    custom_pipelines: dict[str, Any] = field(default_factory=dict)
 
 
 class SageClassifier(nn.Module):
@@ -78,13 +123,15 @@ class SageClassifier(nn.Module):
 
     Args:
         clip: A model with an image tower and, where it has one, a projection to the space of the texts.
-        text_embeds: One text embedding per class (K, e), as from [`encode_class_descriptions`]; or the number of
-            classes K, for a head that is to be loaded or trained from a random start.
+        text_embeds: (K, e), one embedding per class, by any text encoder that shares the space of the images. None
+            makes a blank head, for an adapter to be loaded into.
+        class_names: K names, for predictions.
+        image_processor: What turns pictures into `pixel_values`; `embed` and `predict` need it.
         scale: Factor of the cosines. It does not change the predictions before training, but the loss.
 
     Raises:
-        ValueError: If the embeddings are not of shape (K, e) or not finite, or a number is not positive.
-        TypeError: If they are not a floating-point tensor or a number of classes.
+        TypeError, ValueError: `text_embeds` are not floating-point, of shape (K, e) and finite, there are not K
+            `class_names`, or `scale` is not positive.
     """
 
     main_input_name = "pixel_values"
@@ -92,21 +139,105 @@ class SageClassifier(nn.Module):
     model: Any
     class_head: Any
 
-    def __init__(self, clip: nn.Module, text_embeds: torch.Tensor | int, scale: float = 25.0) -> None:
+    def __init__(
+        self,
+        clip: nn.Module,
+        text_embeds: torch.Tensor | None,
+        class_names: Sequence[str] | None = None,
+        *,
+        image_processor: Any = None,
+        scale: float = 25.0,
+    ) -> None:
         super().__init__()
-        if isinstance(text_embeds, int):
-            if text_embeds < 1:
-                raise ValueError(f"`text_embeds` must be at least one class, got {text_embeds!r}.")
-            text_embeds = torch.randn(text_embeds, _embedding_width(clip))
-        check_embeddings(text_embeds, "text_embeds")
-        if not scale > 0:
-            raise ValueError(f"`scale` must be positive, got {scale!r}.")
+        check_number("scale", scale, 1e-6)
+        if text_embeds is None:
+            text_embeds, class_names = torch.empty(0, 0), None
+        else:
+            check_embeddings(text_embeds, "text_embeds")
+            text_embeds = F.normalize(text_embeds.detach().float(), dim=-1)
+        if class_names is not None and len(class_names) != len(text_embeds):
+            raise ValueError(f"`class_names` must have {len(text_embeds)} names, one per row, got {len(class_names)}.")
         self.model = clip
-        rows = F.normalize(text_embeds.float(), dim=-1).to(next(clip.parameters()).device)
-        self.class_head = CosineHead(rows, scale)
-        # Where PEFT looks for the base model's name, and where Trainer does.
-        self.name_or_path = getattr(clip, "name_or_path", "")
-        self.config = _ClassifierConfig(self.name_or_path)
+        names = None if class_names is None else list(class_names)
+        self.class_head = CosineHead(text_embeds.to(next(clip.parameters()).device), names, scale)
+        self.image_processor = image_processor
+        self.tokenizer: Any = None
+        self.name_or_path = getattr(clip, "name_or_path", "")  # where PEFT looks for the base model's name
+
+    @classmethod
+    def from_texts(
+        cls,
+        clip: nn.Module | str | os.PathLike[str],
+        classes: Descriptions | str | os.PathLike[str] | Any,
+        *,
+        templates: Sequence[str] | None = None,
+        tokenizer: Any = None,
+        image_processor: Any = None,
+        scale: float = 25.0,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> SageClassifier:
+        """Make a classifier whose head starts from texts, which the model's own text tower encodes once, here.
+
+        Args:
+            clip: A model, or the folder or Hub id of one, which is loaded in float32.
+            classes: Anything that [`read_class_descriptions`] takes.
+            templates: For bare class names, texts with one `{}` each.
+            tokenizer: Default: the one of the model's folder or repository.
+            image_processor: Default: likewise, if there is one.
+            scale: Factor of the cosines.
+            cache_dir: Where the embeddings are kept, for a next time with this model and these texts.
+
+        Raises:
+            TypeError, ValueError: The classes cannot be read or encoded, or there is no tokenizer.
+        """
+        texts = read_class_descriptions(classes)
+        if not isinstance(clip, nn.Module):
+            clip = AutoModel.from_pretrained(clip, dtype=torch.float32)
+        name = getattr(clip, "name_or_path", "")
+        tokenizer = load_tokenizer(clip) if tokenizer is None else tokenizer
+        embeds = encode_class_descriptions(clip, tokenizer, texts, templates, cache_dir=cache_dir)
+        image_processor = image_processor or _load(AutoImageProcessor, name, {})
+        classifier = cls(clip, embeds, list(texts), image_processor=image_processor, scale=scale)
+        classifier.tokenizer = tokenizer
+        return classifier
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], clip: nn.Module | None = None, **kwargs: Any
+    ) -> SageClassifier:
+        """Load what `save_pretrained` or Trainer left, or `push_to_hub` uploaded, whatever the PEFT method.
+
+        Of a model without an adapter it makes a classifier with a blank head, for an adapter to be loaded into.
+
+        Args:
+            pretrained_model_name_or_path: Folder, or repository on the Hub.
+            clip: The base model, where it has no name to be loaded from (open_clip, timm).
+            **kwargs: `device`; `dtype` and further arguments for the base model; `revision`, `token`, `cache_dir` and
+                the like for the Hub.
+
+        Raises:
+            OSError, ValueError: There is no such folder or repository, its adapter does not say which base model it
+                belongs to, or it does not fit.
+        """
+        source, device = os.fspath(pretrained_model_name_or_path), kwargs.pop("device", None)
+        hub = {name: kwargs.pop(name) for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
+        own = hub | {"revision": kwargs.pop("revision", None)}  # that of the base model stands in the configuration
+        config = _adapter_config(source, own)
+        base, base_revision = (
+            (source, own["revision"]) if config is None else (config.base_model_name_or_path, config.revision)
+        )
+        if clip is None and not base:
+            raise ValueError(f"The adapter in {source!r} does not name its base model: give it as `clip`.")
+        if clip is None:
+            clip = AutoModel.from_pretrained(base, revision=base_revision, **{"dtype": torch.float32, **hub, **kwargs})
+        classifier = cls(clip, None)
+        for place in filter(None, (source, base)):
+            classifier.image_processor = classifier.image_processor or _load(AutoImageProcessor, place, hub)
+        if config is not None:
+            PeftModel.from_pretrained(classifier, source, **own)
+            if not classifier._head.out_features:
+                raise ValueError(f"The adapter in {source!r} holds no `class_head`: it is not of a SageClassifier.")
+        return classifier.to(device).eval()
 
     def forward(
         self,
@@ -130,76 +261,191 @@ class SageClassifier(nn.Module):
             raise RuntimeError(
                 "`nn.DataParallel` cannot train a SageClassifier; start one process per device: accelerate launch ..."
             )
-        head = self._active_head
-        features = towers.encode_image(self.model, pixel_values, **kwargs)
-        logits = self.class_head(features.to(head.weight.dtype))
+        head = self._head
+        features = towers.encode_image(self.model, pixel_values, **kwargs).to(head.weight.dtype)
+        logits = self.class_head(features)
         loss = None if labels is None else F.cross_entropy(logits, labels)
         if not self.training:
             return SageClassifierOutput(loss=loss, logits=logits)
         return SageClassifierOutput(
             loss=loss,
             logits=logits,
-            image_embeds=F.normalize(features.to(head.weight.dtype), dim=-1),
+            image_embeds=F.normalize(features, dim=-1),
             class_embeds=F.normalize(head.weight, dim=-1),
             text_embeds=head.text_embeds,
             base_image_embeds=base_image_embeds,
             logit_scale=head.scale,
         )
 
-    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Recompute the tower's activations in the backward pass; Trainer calls it.
+    @torch.no_grad()
+    def embed(self, images: Any, batch_size: int = 32) -> torch.Tensor:
+        """Embed images by the frozen tower, with all adapters off, in evaluation mode; with a progress bar.
 
         Args:
-            *args: As for transformers' models.
-            **kwargs: As for transformers' models.
+            images: What `predict` takes; a data set with a column `pixel_values` or `image`; or a loader of batches
+                with `pixel_values`.
+            batch_size: Images per step, unless a loader makes the batches.
+
+        Returns:
+            (n, e) float32 on the CPU, of unit length.
+
+        Raises:
+            ValueError: An image cannot be read, or there is no `image_processor` to prepare it.
         """
+        with towers.eval_mode(self), self._adapters_off():
+            batches = self._batches(images, batch_size, "embedding images")
+            embeds = [towers.encode_image(self.model, **batch).float().cpu() for batch in batches]
+        if not embeds:
+            raise ValueError("`images` is empty; give at least one.")
+        return F.normalize(torch.cat(embeds), dim=-1)
+
+    @torch.no_grad()
+    def predict(self, images: Any, top_k: int = 1, batch_size: int = 32) -> list[list[dict[str, Any]]]:
+        """Name what is in pictures.
+
+        Args:
+            images: Paths, PIL images or arrays; or a folder, of which its own images are taken in order of their
+                names.
+            top_k: How many classes to name for each image.
+            batch_size: Images per step.
+
+        Returns:
+            For each image its `top_k` classes, the likeliest first, as `{"label": ..., "score": ...}`.
+
+        Raises:
+            ValueError: A path holds no image, a file cannot be read (it is named), or there is no `image_processor`.
+        """
+        if not is_int(top_k) or top_k < 1:
+            raise ValueError(f"`top_k` must be a positive integer, got {top_k!r}.")
+        names, answers = self.config.id2label, []
+        with towers.eval_mode(self):
+            for batch in self._batches(images, batch_size, "predicting"):
+                best = self(**batch).logits.float().softmax(dim=-1).topk(min(top_k, len(names)))
+                for scores, classes in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+                    pairs = zip(classes, scores, strict=True)
+                    answers.append([{"label": names[k], "score": score} for k, score in pairs])
+        return answers
+
+    def set_classes(self, classes: torch.Tensor | Descriptions | Any, templates: Sequence[str] | None = None) -> None:
+        """Give the active head other classes, without training; the guidance of a Sage adapter follows.
+
+        Args:
+            classes: (K, e) text embeddings, or anything that [`read_class_descriptions`] takes, for the model's own
+                text tower.
+            templates: For bare class names, texts with one `{}` each.
+
+        Raises:
+            TypeError, ValueError: The classes cannot be read or encoded, or have another width.
+        """
+        names = None
+        if not isinstance(classes, torch.Tensor):
+            texts = read_class_descriptions(classes)
+            names, tokenizer = list(texts), self.tokenizer or load_tokenizer(self.model)
+            classes = encode_class_descriptions(self.model, tokenizer, texts, templates)
+        check_embeddings(classes, "classes")
+        head = self._head
+        if classes.shape[1] != head.in_features:
+            raise ValueError(f"`classes` must have the shape (K, {head.in_features}), got {tuple(classes.shape)}.")
+        head.set_rows(F.normalize(classes.detach().float(), dim=-1).to(head.weight), names)
+        active = getattr(self.class_head, "active_adapters", None)
+        for name, config in getattr(self, "peft_config", {}).items():
+            follows = isinstance(config, SageConfig) and (config.guidance_shape or [0, 0])[1] == head.in_features
+            if follows and (active is None or name in active):
+                set_guidance(self, None, name)
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Recompute the tower's activations in the backward pass; Trainer calls it."""
         self.model.activation_checkpointing_enable(*args, **kwargs)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Do the same under the name that it has in older versions of transformers.
-
-        Args:
-            *args: As for transformers' models.
-            **kwargs: As for transformers' models.
-        """
+        """The same, by the name that it has in older versions of transformers."""
         self.model.gradient_checkpointing_enable(*args, **kwargs)
 
-    def set_class_embeddings(self, text_embeds: torch.Tensor) -> None:
-        """Replace the classes of the active head: open-vocabulary use, without training.
-
-        Args:
-            text_embeds: One text embedding a class (K, e); K may differ from before.
-
-        Raises:
-            ValueError: If the embeddings are not of shape (K, e) with the head's e, or not finite.
-            TypeError: If they are not a floating-point tensor.
-        """
-        check_embeddings(text_embeds, "text_embeds")
-        head = self._active_head
-        if text_embeds.shape[1] != head.weight.shape[1]:
-            raise ValueError(
-                f"`text_embeds` must have the shape (K, {head.weight.shape[1]}), got {tuple(text_embeds.shape)}."
-            )
-        weight = F.normalize(text_embeds.detach().float(), dim=-1).to(head.weight)
-        head.weight = nn.Parameter(weight, requires_grad=head.weight.requires_grad)
-        head.text_embeds = weight.clone()
-        head.out_features = len(weight)
+    @property
+    def text_embeds(self) -> torch.Tensor:
+        """(K, e) frozen text embeddings of the classes, of unit length."""
+        return self._head.text_embeds
 
     @property
-    def _active_head(self) -> CosineHead:
+    def class_names(self) -> list[str] | None:
+        """Names of the classes as they were spelled."""
+        return self._head.class_names
+
+    @property
+    def config(self) -> _ClassifierConfig:
+        names = self.class_names or [f"LABEL_{k}" for k in range(self._head.out_features)]
+        return _ClassifierConfig(self.name_or_path, dict(enumerate(names)), len(names))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point())
+
+    @property
+    def _head(self) -> CosineHead:
         if isinstance(self.class_head, ModulesToSaveWrapper) and self.class_head.active_adapters:
             return self.class_head.modules_to_save[self.class_head.active_adapters[0]]  # type: ignore[return-value]
-        return self.class_head
+        return getattr(self.class_head, "original_module", self.class_head)
+
+    @contextmanager
+    def _adapters_off(self) -> Iterator[None]:
+        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        on = [layer for layer in layers if not layer.disable_adapters]
+        trainable = [parameter for layer in on for parameter in layer.parameters() if parameter.requires_grad]
+        for layer in on:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in on:
+                layer.enable_adapters(True)
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+
+    def _batches(self, images: Any, batch_size: int, title: str) -> Iterator[dict[str, Any]]:
+        """Inputs of the image tower, batch by batch."""
+        if not is_int(batch_size) or batch_size < 1:
+            raise ValueError(f"`batch_size` must be a positive integer, got {batch_size!r}.")
+        if isinstance(images, (str, os.PathLike)):
+            images = find_images(images)
+        elif isinstance(images, (list, tuple)):
+            images = [find_images(i)[0] if isinstance(i, (str, os.PathLike)) else i for i in images]
+        loads = isinstance(images, DataLoader) or not hasattr(images, "__getitem__")
+        loader = images if loads else DataLoader(images, batch_size=batch_size, collate_fn=self._collate)
+        total = len(loader) if hasattr(loader, "__len__") else None
+        for batch in tqdm(loader, desc=title, total=total, leave=False, disable=total is None or total < 10):
+            inputs = {name: value for name, value in batch.items() if name not in ("labels", "base_image_embeds")}
+            yield {name: self._on_device(value) for name, value in inputs.items()}
+
+    def _on_device(self, value: Any) -> Any:
+        return value.to(self.device, self.dtype if value.is_floating_point() else None)
+
+    def _collate(self, items: list[Any]) -> dict[str, Any]:
+        if isinstance(items[0], dict) and "pixel_values" in items[0]:
+            return {"pixel_values": torch.stack([torch.as_tensor(item["pixel_values"]) for item in items])}
+        if self.image_processor is None:
+            raise ValueError("`image_processor` must be set on the classifier to prepare pictures, got None.")
+        side = decoding_side(self.image_processor)
+        pictures = [read_image(item["image"] if isinstance(item, dict) else item, min_side=side) for item in items]
+        return dict(self.image_processor(images=pictures, return_tensors="pt"))
 
 
-@torch.no_grad()
-def _embedding_width(clip: nn.Module) -> int:
-    """Width of the image embedding, from a blank image: no field of the configurations tells it reliably."""
-    config = getattr(clip, "config", None)
-    config = getattr(config, "vision_config", config)
-    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
-    if not isinstance(size, int):
-        raise ValueError("`text_embeds` cannot be a number for this model: its image size is not known.")
-    parameter = next(clip.parameters())
-    blank = torch.zeros(1, channels, size, size, dtype=parameter.dtype, device=parameter.device)
-    return towers.encode_image(clip, blank).shape[-1]
+def _load(auto_class: Any, name: str, hub: dict[str, Any]) -> Any:
+    """What a folder or repository may hold beside the model; None where it does not."""
+    try:
+        return auto_class.from_pretrained(name, **hub) if name else None
+    except (OSError, ValueError):
+        return None
+
+
+def _adapter_config(source: str, hub: dict[str, Any]) -> PeftConfig | None:
+    """The configuration of an adapter; None for the folder or repository of a model."""
+    try:
+        return PeftConfig.from_pretrained(source, **hub)
+    except ValueError as error:
+        if Path(source, CONFIG_NAME).is_file() or f"Can't find '{CONFIG_NAME}'" not in str(error):
+            raise
+        return None

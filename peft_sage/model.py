@@ -1,30 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the adapter is injected, and how it is saved and loaded."""
+"""Where the adapter is injected, what it attends to, and how it is saved and loaded."""
 
 from __future__ import annotations
 
+import copy
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
-from . import checkpoint, towers
-from .classifier import CosineHead
+from . import towers, weights
 from .config import SageConfig
 from .descriptions import Descriptions, normalise_descriptions
-from .guidance import encode_for, make_guidance
-from .layer import MERGE_ERROR, SageLayer
+from .encoding import first_guidance, make_guidance, own_embeddings
+from .layer import MERGE_ERROR, SageLayer, SharedGuidance, is_of_adapter
 from .registration import PREFIX
-from .targeting import find_targets, is_excluded
 
 
 class SageModel(BaseTuner):
@@ -33,17 +34,10 @@ class SageModel(BaseTuner):
     Not made directly but by `get_peft_model(model, SageConfig(...))`, `PeftModel.from_pretrained`, or a transformers
     model's own `add_adapter` and `load_adapter`.
 
-    Args:
-        model (`torch.nn.Module`): The model to adapt; only its vision tower is touched.
-        peft_config (`SageConfig`): The configuration.
-        adapter_name (`str`): The adapter's name.
-        *args: As PEFT's `BaseTuner` takes them.
-        **kwargs: The same; `low_cpu_mem_usage=True` creates the adapter's weights on the meta device, to be loaded.
-
     Raises:
         ValueError: Before anything is changed, if the model has no vision tower that can be adapted, no module matches
-            the targets, a target does not map (..., d) to (..., d), the guidance cannot be had, or another method's
-            adapter in the model has the same name.
+            the targets, a target does not map (..., d) to (..., d), the guidance cannot be had, or the adapter's name
+            cannot be used.
     """
 
     prefix = PREFIX
@@ -55,130 +49,61 @@ class SageModel(BaseTuner):
         _check_name_is_free(model, adapter_name)
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
-    def inject_adapter(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, torch.Tensor] | None = None,
-    ) -> None:
-        """Inject an adapter. What may fail is done first, before the model or the configuration is changed.
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Inject an adapter, as PEFT's own method does. What may fail is done first, before the model is changed."""
+        # A copy, so that what is filled in does not stay on the user's object.
+        config: Any = copy.copy(self.peft_config[adapter_name])
+        if config.modules_to_save is None and not config.saved and hasattr(model, "class_head"):
+            config.modules_to_save = ["class_head"]
+        _check_names(adapter_name, config)
+        targets = find_targets(model, config, kwargs.get("state_dict"))
+        if not (config.num_classes or config.saved):
+            config.class_names = getattr(model, "class_names", None)
+        config.r = config.r or default_r(config.num_classes or len(own_embeddings(model)), max(1, len(targets)))
+        if config.r % config.num_heads:
+            raise ValueError(f"`num_heads` must divide `r`={config.r} (from the classes), got {config.num_heads}.")
+        _check_base_model(model, config)
+        rows, config.row_names = first_guidance(model, config)
+        config.guidance_shape = [0, 0] if rows is None else list(rows.shape)
+
+        # PEFT finds the same modules by exactly their names. Without any, only `modules_to_save` are trained.
+        plan: Any = copy.copy(config)
+        plan.target_modules = "|".join(map(re.escape, targets)) or DUMMY_TARGET_MODULES
+        plan.exclude_modules = plan.layers_to_transform = plan.layers_pattern = None
+        plan.shared = None if rows is None else SharedGuidance(adapter_name, rows)
+        self.peft_config[adapter_name] = plan
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self.peft_config[adapter_name] = config
+
+    def set_guidance(self, guidance: Any = None, adapter_name: str | None = None) -> None:
+        """Give a trained adapter another set of classes, without training; see [`set_guidance`].
 
         Args:
-            model: The model to adapt.
-            adapter_name: The adapter's name, whose configuration is in `peft_config`.
-            autocast_adapter_dtype: Whether the weights of the adapter become float32 on a half-precision model.
-            low_cpu_mem_usage: Create the adapter's weights on the meta device, to be loaded.
-            state_dict: If given, its keys tell the adapted blocks, as in PEFT's `inject_adapter_in_model`.
-
-        Raises:
-            ValueError: If the name is a path, the model has no vision tower that can be adapted, no module matches the
-                targets, `num_heads` does not divide `r`, a saved adapter does not fit the model, or the guidance
-                cannot be had.
-        """
-        config: SageConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
-        if not adapter_name or adapter_name != os.path.basename(adapter_name) or adapter_name in (".", ".."):
-            raise ValueError(
-                f"`adapter_name` becomes the name of a folder, so it must be no path, got {adapter_name!r}."
-            )
-        self._targets = find_targets(model, config, state_dict)
-        r = config.r or default_r(config.num_classes, len(self._targets))
-        if r % config.num_heads:
-            raise ValueError(f"`num_heads` must divide `r`={r} (from the number of classes), got {config.num_heads}.")
-        if config.saved and config.source:
-            checkpoint.check_source(model, config, self._targets, r)
-            _check_base_model(model, config)
-        _check_head(model, config)
-        guidance = make_guidance(model, config, on_meta=low_cpu_mem_usage)
-
-        config.r = r
-        # The owner of the guidance is the first adapted block, see `SageLayer`.
-        # In a plain dict, so that it is not registered here as well.
-        self._owner = {} if guidance is None else {adapter_name: BufferDict({adapter_name: guidance}, persistent=True)}
-        config.guidance_shape = [0, 0] if guidance is None else list(guidance.shape)
-        # Before DistributedDataParallel overwrites it by that of rank 0.
-        self._fingerprints = {**self.__dict__.get("_fingerprints", {}), adapter_name: _fingerprint(guidance)}
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-
-    def set_guidance(self, guidance: torch.Tensor | Descriptions, adapter_name: str | None = None) -> None:
-        """Give a trained adapter another set of classes, without training.
-
-        Attention is over a set, so the number of classes may change. A head is not touched: see
-        [`SageClassifier.set_class_embeddings`].
-
-        Args:
-            guidance: A float tensor (M, e) with the width e that the adapter was trained with, or class descriptions
-                for the model's own text tower, in any shape that [`SageConfig`] takes.
+            guidance: A float tensor (M, e) with the width e that the adapter was trained with; class descriptions for
+                the model's own text tower; or `None` for the `text_embeds` of a [`SageClassifier`].
             adapter_name: The adapter's name. Default: the active one.
-
-        Raises:
-            ValueError: If the adapter does not exist or has no guidance, or the tensor does not fit.
-            TypeError: If `guidance` is neither.
         """
-        adapter_name = self.active_adapters[0] if adapter_name is None else adapter_name
-        config = self.peft_config.get(adapter_name)
-        if not isinstance(config, SageConfig):
-            known = [name for name, other in self.peft_config.items() if isinstance(other, SageConfig)]
-            raise ValueError(f"`adapter_name` must be one of the Sage adapters {known}, got {adapter_name!r}.")
-        num_rows, width = config.guidance_shape or (0, 0)
-        if not num_rows:
-            raise ValueError(f"The adapter {adapter_name!r} was made without guidance, so it cannot be given any.")
-        if isinstance(guidance, torch.Tensor):
-            names, texts = (config.class_names if config.num_classes == len(guidance) else None), None
-        else:
-            names, texts = normalise_descriptions(guidance)
-        guidance = encode_for(self.model, config, guidance)
-        if not len(guidance) or guidance.shape[1] != width:
-            raise ValueError(
-                f"`guidance` must have the shape (M, {width}) with at least one row, the width "
-                f"that the adapter {adapter_name!r} was trained with, got {tuple(guidance.shape)}."
-            )
-        for layer in self.modules():
-            if isinstance(layer, SageLayer) and adapter_name in layer.peft_sage_guidance:
-                layer.peft_sage_guidance[adapter_name] = guidance.to(layer.peft_sage_guidance[adapter_name])
-        config.class_names, config.class_descriptions = names, texts
-        config.guidance, config.guidance_shape = None, list(guidance.shape)
+        set_guidance(self.model, guidance, self.active_adapters[0] if adapter_name is None else adapter_name)
 
-    def _prepare_adapter_config(  # type: ignore[override]
-        self, peft_config: SageConfig, model_config: dict[str, Any]
-    ) -> SageConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         # `target_modules=None` stays: it means the blocks of whatever class holds the tower at loading time.
         return peft_config
 
-    def _check_target_module_exists(  # type: ignore[override]
-        self, peft_config: SageConfig, key: str
-    ) -> bool | _ExcludedModule:
-        return _ExcludedModule() if is_excluded(peft_config, key) else key in self._targets
-
     def _create_and_replace(  # type: ignore[override]
-        self,
-        peft_config: SageConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **kwargs: Any,
+        self, config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: str
     ) -> None:
-        layer = target
-        if not isinstance(layer, SageLayer):
-            width, out_width = towers.block_widths(target)
-            layer = SageLayer(target, width, towers.block_input_index(target), out_width)
-        if current_key == self._targets[0] and adapter_name in self._owner:
-            layer.peft_sage_guidance[adapter_name] = self._owner[adapter_name][adapter_name]
-            self._owner[adapter_name] = layer.peft_sage_guidance
-        scaling = peft_config.scaling
-        if peft_config.learnable_scaling:
-            scaling /= _mean_layer_scale(self.model, current_key)
-        layer.update_layer(adapter_name, peft_config, self._owner.get(adapter_name), scaling)
+        layer = target if isinstance(target, SageLayer) else SageLayer(target)
+        scaling, scale = config.scaling, towers.layer_scale(self.model, current_key)
+        if config.learnable_scaling and scale is not None and not scale.is_meta:
+            scaling /= scale.detach().abs().mean().item() or 1.0
+        layer.update_layer(adapter_name, config, config.shared, scaling)
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's own version reads `child.weight`, which a block does not have. The layer moved itself.
+        # PEFT's own version reads `child.weight`, which an MLP does not have. The layer moved itself.
         setattr(parent, child_name, new_module)
         if isinstance(new_module, SageLayer):
             parent.register_forward_pre_hook(_start_graph_at_checkpoint)
@@ -192,8 +117,6 @@ class SageModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._check_processes_agree()
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
             yield
@@ -203,11 +126,12 @@ class SageModel(BaseTuner):
         unknown = set(adapter_names) - set(self.peft_config) - {"__base__"}
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-        pre_forward = partial(_add_adapter_names, adapter_names=adapter_names)
+        modules = [m for m in self.modules() if isinstance(m, (SageLayer, AuxiliaryTrainingWrapper))]
         handles = [
-            module.register_forward_pre_hook(pre_forward, with_kwargs=True)
-            for module in self.modules()
-            if isinstance(module, (SageLayer, AuxiliaryTrainingWrapper))
+            module.register_forward_pre_hook(
+                lambda _, args, kw: (args, {**kw, "adapter_names": adapter_names}), with_kwargs=True
+            )
+            for module in modules
         ]
         try:
             yield
@@ -215,115 +139,194 @@ class SageModel(BaseTuner):
             for handle in handles:
                 handle.remove()
 
-    def _check_processes_agree(self) -> None:
-        """Check once, at the first training step, that all processes were given the same guidance."""
-        unchecked, self._fingerprints = self.__dict__.get("_fingerprints", {}), {}
-        if not unchecked or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-            return
-        of_rank: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(of_rank, unchecked)
-        for name, fingerprint in unchecked.items():
-            others = [rank for rank, other in enumerate(of_rank) if not _agree(other.get(name), fingerprint)]
-            if others:
-                raise ValueError(
-                    f"The processes hold different guidance for the adapter {name!r}: that of rank "
-                    f"{torch.distributed.get_rank()} differs from that of ranks {others}. Give all of them the same "
-                    "class descriptions, in the same order."
-                )
-
     @classmethod
-    def _get_adapter_state_dict(  # type: ignore[override]
-        cls, **kwargs: Any
-    ) -> dict[str, torch.Tensor]:
+    def _get_adapter_state_dict(cls, **kwargs: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
         # PEFT collects every tuner layer, those of a LoRA beside Sage as well.
         state_dict = super()._get_adapter_state_dict(**kwargs)
         return {key: value for key, value in state_dict.items() if f".{cls.prefix}" in key}
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(  # type: ignore[override]
-        cls, model: nn.Module, config: SageConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        blocks = checkpoint.adapted_blocks(model, adapter_name)
-        state_dict = checkpoint.align_block_names(state_dict, blocks)
-        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        expected = {key: value for key, value in model.state_dict().items() if _belongs_to(key, adapter_name)}
-        checkpoint.check_complete(state_dict, expected, config)
+        layers = {name: layer for name, layer in _layers(model) if adapter_name in layer.peft_sage_down}
+        try:
+            state_dict = weights.align_names(state_dict, layers)
+            state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+            weights.size_blank_modules(model, adapter_name, state_dict)
+            saved = f".modules_to_save.{adapter_name}."
+            expected = {
+                key: value
+                for key, value in model.state_dict().items()
+                if is_of_adapter(key, adapter_name) or (saved in key and not key.endswith("_extra_state"))
+            }
+            weights.check_complete(state_dict, expected)
+        except ValueError:
+            if any(adapter_name in layer.unloaded for layer in layers.values()):
+                _take_back(model, adapter_name)
+            raise
+        for layer in layers.values():
+            layer.unloaded.discard(adapter_name)
         return state_dict
 
 
-def default_r(num_classes: int, num_blocks: int) -> int:
-    """Return the width of the bottleneck for a number of classes.
+def set_guidance(model: nn.Module, source: torch.Tensor | Descriptions | None, adapter_name: str) -> None:
+    """Give a trained adapter another set of classes, without training: attention is over a set of any size.
 
-    2^max(0, floor(log2(C / (2 L)))) as in LIFT (arXiv 2309.10019), so that all adapters together have about half as
-    many parameters as a linear head; but at least 8, as attention needs some width.
+    `guidance_rows` of the configuration limits the rows as at the start. A head is not touched.
 
     Args:
-        num_classes: C.
-        num_blocks: L, the number of adapted blocks.
+        model: The model that PEFT adapted, without PEFT's wrapper.
+        source: As in [`SageModel.set_guidance`].
+        adapter_name: The adapter's name.
 
-    Returns:
-        A power of two, at least 8.
+    Raises:
+        ValueError: The adapter does not exist or has no guidance, or the source does not fit.
+        TypeError: `source` is none of these.
     """
-    exponent = math.floor(math.log2(num_classes / (2 * num_blocks))) if num_classes else 0
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    config = configs.get(adapter_name)
+    if not isinstance(config, SageConfig):
+        known = [name for name, other in configs.items() if isinstance(other, SageConfig)]
+        raise ValueError(f"`adapter_name` must be one of the Sage adapters {known}, got {adapter_name!r}.")
+    shared = next((layer.shared[adapter_name] for _, layer in _layers(model) if adapter_name in layer.shared), None)
+    if shared is None:
+        raise ValueError(f"The adapter {adapter_name!r} was made without guidance, so it cannot be given any.")
+    texts: Any = None
+    if source is None:
+        names = getattr(model, "class_names", None)
+    elif isinstance(source, torch.Tensor):
+        names = config.class_names if config.num_classes == len(source) else None
+    else:
+        names, texts = normalise_descriptions(source)
+    rows, row_names = make_guidance(model, config, source, names)
+    if not len(rows) or rows.shape[1] != shared.rows.shape[1]:
+        raise ValueError(
+            f"`guidance` must have the shape (M, {shared.rows.shape[1]}) with at least one row, the width that the "
+            f"adapter {adapter_name!r} was trained with, got {tuple(rows.shape)}."
+        )
+    shared.owner[adapter_name] = rows.to(shared.rows)
+    config.class_names, config.class_descriptions, config.row_names = names, texts, row_names
+    config.guidance, config.guidance_shape = None, list(rows.shape)
+
+
+def find_targets(model: nn.Module, config: SageConfig, state_dict: dict[str, torch.Tensor] | None = None) -> list[str]:
+    """Find the modules that a configuration asks to adapt, in the order of depth.
+
+    `state_dict`, if given, tells them by its keys instead, as in PEFT's `inject_adapter_in_model`.
+
+    Raises:
+        ValueError: Nothing matches (the candidates are listed), a layer index is out of range, or a module does not
+            map (..., d) to (..., d).
+    """
+    names = [name for name, _ in model.named_modules() if name and PREFIX not in name]
+    if state_dict is not None:
+        wanted = {key.partition(f".{PREFIX}")[0] for key in state_dict if f".{PREFIX}" in key}
+        targets = [name for name in names if name in wanted]
+    elif config.target_modules is None:
+        mlps = _select_layers(towers.find_mlps(model), config.layers_to_transform)
+        targets = [name for name in mlps if not isinstance(_match(config, name), _ExcludedModule)]
+    else:
+        matches = {name: _match(config, name) for name in names}
+        targets = [name for name, match in matches.items() if match and not isinstance(match, _ExcludedModule)]
+    head_alone = config.target_modules is not None and not config.target_modules and config.modules_to_save
+    if not targets and not head_alone:
+        candidates = towers.candidate_modules(model)
+        listed = f"Modules that could be adapted: {candidates}." if candidates else "No module could be adapted."
+        raise ValueError(
+            f"No module of {type(model).__name__} was matched by target_modules={config.target_modules!r}, "
+            f"exclude_modules={config.exclude_modules!r}, layers_to_transform={config.layers_to_transform!r}. {listed}"
+        )
+    for name in targets:
+        try:
+            towers.mlp_widths(model.get_submodule(name))
+        except ValueError as error:
+            raise ValueError(f"`target_modules` matches {name!r}, which cannot be adapted: {error}") from error
+    return targets
+
+
+def default_r(num_classes: int, num_mlps: int) -> int:
+    """Return the width of the bottleneck for C classes and L adapted MLPs, 2^max(0, floor(log2(C / (2 L)))).
+
+    All adapters together then have about half as many parameters as a linear head (LIFT, arXiv 2309.10019). It is at
+    least 8, as attention needs some width.
+    """
+    exponent = math.floor(math.log2(num_classes / (2 * num_mlps))) if num_classes else 0
     return max(8, 2 ** max(0, exponent))
+
+
+def _match(config: SageConfig, name: str) -> Any:
+    """What PEFT says of a name: whether it is a target, or that `exclude_modules` or `modules_to_save` keeps it."""
+    read = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+    targets = config.target_modules or set[str]()
+    fields = {field: getattr(config, field) for field in read}
+    return check_target_module_exists(SimpleNamespace(target_modules=targets, target_parameters=None, **fields), name)
+
+
+def _select_layers(mlps: list[str], layers: int | list[int] | None) -> list[str]:
+    layers = [layers] if isinstance(layers, int) else list(range(len(mlps))) if layers is None else layers
+    outside = [layer for layer in layers if not -len(mlps) <= layer < len(mlps)]
+    if outside:
+        raise ValueError(
+            f"`layers_to_transform` must be within the {len(mlps)} blocks of the vision tower, got {outside}."
+        )
+    return [mlps[depth] for depth in sorted({layer % len(mlps) for layer in layers})]
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, SageLayer]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, SageLayer))
+
+
+def _take_back(model: nn.Module, adapter_name: str) -> None:
+    """Remove an adapter whose weights were refused."""
+    if isinstance(model, PeftModel) and len(model.peft_config) > 1:
+        model.delete_adapter(adapter_name)
+    elif isinstance(model, PeftModel):
+        model.base_model.unload()  # type: ignore[operator]
+
+
+def _check_names(adapter_name: str, config: SageConfig) -> None:
+    """Check that the adapter's parts can have its name, and that `modules_to_save` does not mean them."""
+    if not adapter_name or {".", "/", "\\"} & set(adapter_name) or hasattr(nn.ModuleDict, adapter_name):
+        raise ValueError(
+            "`adapter_name` becomes the name of a module and of a folder, so it must not be empty, hold '.' or '/', "
+            f"or be an attribute of `torch.nn.ModuleDict`, got {adapter_name!r}."
+        )
+    # PEFT matches by ending, and the parts of the adapter are there by then.
+    parts = (*SageLayer.adapter_layer_names, "peft_sage_dropout", "peft_sage_guidance", "base_layer", adapter_name)
+    clashes = [(name, part) for name in config.modules_to_save or () for part in parts if f".{part}".endswith(name)]
+    if clashes:
+        raise ValueError(
+            f"`modules_to_save` must not match parts of the adapter by their endings, but {clashes[0][0]!r} matches "
+            f"{clashes[0][1]!r}: give more of the module's name."
+        )
 
 
 def _check_name_is_free(model: nn.Module, adapter_name: str) -> None:
     # One name stands for one configuration, so two methods under it would be saved as one of them.
-    for module in model.modules():
-        if not isinstance(module, BaseTunerLayer) or isinstance(module, SageLayer):
-            continue
-        if adapter_name in module._all_available_adapter_names():
-            raise ValueError(
-                f"`adapter_name` {adapter_name!r} is that of another method's adapter in this model "
-                f"({type(module).__name__}), and the two would be saved as one. Give this one a name of its own, "
-                'such as `get_peft_model(..., adapter_name="sage")`.'
-            )
-
-
-def _check_head(model: nn.Module, config: SageConfig) -> None:
-    head = next((module for module in model.modules() if isinstance(module, CosineHead)), None)
-    if head is not None and config.class_descriptions is not None and config.num_classes < head.out_features:
+    others = (m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, SageLayer))
+    if any(adapter_name in other._all_available_adapter_names() for other in others):
         raise ValueError(
-            f"`class_descriptions` has {config.num_classes} classes, but the model's head has {head.out_features}. "
-            "Give one entry for each class of the head, or pass other guidance as a tensor (`guidance`)."
+            f"`adapter_name` {adapter_name!r} is that of another method's adapter in this model, and the two would be "
+            'saved as one. Give this one a name of its own, such as `get_peft_model(..., adapter_name="sage")`.'
         )
 
 
-def _fingerprint(guidance: torch.Tensor | None) -> torch.Tensor | None:
-    """A sum of the rows (e,) that tells other rows and another order, but not the rounding of another device."""
-    if guidance is None or guidance.is_meta:
-        return None
-    weights = torch.linspace(1, 2, len(guidance), device=guidance.device)
-    return (weights @ guidance).cpu() / len(guidance) ** 0.5
-
-
-def _agree(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return one.shape == other.shape and torch.allclose(one, other, atol=1e-3, equal_nan=True)
-
-
 def _check_base_model(model: nn.Module, config: SageConfig) -> None:
-    trained_on, loaded_on = config.base_model_name_or_path, getattr(model, "name_or_path", None)
+    classes = getattr(getattr(model, "class_head", None), "out_features", 0)
+    if config.class_descriptions is not None and config.num_classes < classes:
+        raise ValueError(
+            f"`class_descriptions` has {config.num_classes} classes, but the model's head has {classes}. Give one "
+            "entry for each class of the head, or pass other guidance as a tensor (`guidance`)."
+        )
     # Only the last part: the same model may lie in a folder here and on the Hub there.
-    if trained_on and loaded_on and os.path.basename(trained_on) != os.path.basename(loaded_on):
+    trained_on, loaded_on = config.base_model_name_or_path or "", getattr(model, "name_or_path", None) or ""
+    if config.saved and trained_on and loaded_on and os.path.basename(trained_on) != os.path.basename(loaded_on):
         warnings.warn(
             f"The adapter was trained on {trained_on!r} and is loaded on {loaded_on!r}. Load the former, unless both "
             "hold the same weights.",
             stacklevel=2,
         )
-
-
-def _mean_layer_scale(model: nn.Module, name: str) -> float:
-    scale = towers.layer_scale(model, name)
-    mean = 1.0 if scale is None or scale.is_meta else scale.detach().abs().mean().item()
-    return mean or 1.0
-
-
-def _belongs_to(key: str, adapter_name: str) -> bool:
-    """Whether a key of a state dict, such as `mlp.peft_sage_up.default.weight`, is one of an adapter."""
-    return key.partition(f".{PREFIX}")[2].split(".")[1:2] == [adapter_name]
 
 
 def _start_graph_at_checkpoint(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -338,9 +341,3 @@ def _start_graph_at_checkpoint(module: nn.Module, args: tuple[Any, ...]) -> tupl
     if not isinstance(first, torch.Tensor) or first.requires_grad or not first.is_floating_point():
         return None
     return first.detach().requires_grad_(), *others
-
-
-def _add_adapter_names(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": adapter_names}

@@ -3,15 +3,22 @@
 
 import json
 import shutil
+import sys
 import tempfile
+from pathlib import Path
 
 import huggingface_hub
 import torch
 from peft import AutoPeftModel, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModel, CLIPModel, Trainer, TrainingArguments
 
-from peft_sage import SageClassifier, SageConfig, SageLoss, create_model_card
+from peft_sage import SageClassifier, SageConfig, SageLoss
 from tests.conftest import byte_tokenizer, randomise, tiny_clip
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from report import create_model_card  # noqa: E402
 
 
 RESULTS = {"accuracy": 0.7123, "many": 0.8, "medium": 0.7, "few": 0.5}

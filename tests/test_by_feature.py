@@ -169,9 +169,6 @@ def test_own_images_then_predict(run, photos, capsys):
     trained = run("own_images", *options, quick=False)
     assert trained["names"] == ["blue", "dark red", "green"]
     assert trained["scores"]["macro"] > 0.6
-    card = Path("own_images", "README.md").read_text()
-    assert "`dark red`" in card and f"| macro | {trained['scores']['macro']:.4g} |" in card
-    assert "| class | training images | accuracy |" in card and Path("own_images", "long_tail.png").is_file()
     capsys.readouterr()
 
     paths = sorted(photos.glob("test/*/*.png"))

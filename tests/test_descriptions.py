@@ -1,21 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Readers of class descriptions, template sets, and the check of what a model makes of them."""
+"""Readers of class descriptions, and template sets."""
 
 import json
-import warnings
 
 import pytest
 from datasets import ClassLabel
 
-from peft_sage import (
-    SageConfig,
-    check_descriptions,
-    encode_class_descriptions,
-    read_class_descriptions,
-    templates,
-)
+from peft_sage import SageConfig, read_class_descriptions, templates
 from peft_sage.descriptions import check_templates
-from tests.conftest import byte_tokenizer
 
 
 TEXTS = {"snowy_owl": ["a white owl", "an owl, in snow"], "cow": ["a cow"]}
@@ -51,7 +43,7 @@ def test_names_without_texts(tmp_path):
     (tmp_path / "names.json").write_text('["snowy_owl", "cow"]')
     for source in (["snowy_owl", "cow"], ClassLabel(names=["snowy_owl", "cow"]), tmp_path / "names.json"):
         assert read_class_descriptions(source) == ["snowy owl", "cow"]
-        assert read_class_descriptions(source, class_names=["cow"]) == ["cow"]
+        assert read_class_descriptions(source, class_names=["cow", "snowy_owl"]) == ["cow", "snowy owl"]
 
 
 def test_refusals(tmp_path, json_file):
@@ -81,47 +73,47 @@ def test_template_sets_are_templates(name):
     assert check_templates(chosen) == chosen and len(set(chosen)) == len(chosen)
 
 
-def test_nothing_to_warn_of(clip):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert check_descriptions(clip, byte_tokenizer(), {"cow": "a cow", "owl": "an owl"}, threshold=1.0) == []
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_texts_survive_their_file(encoding, tmp_path):
+    texts = {"caf\u00e9": ["an ox\nwith horns", "a\u2028b \u0085 c"], "NA": ['so "quoted", yes']}
+    (tmp_path / "texts.json").write_text(json.dumps(texts, ensure_ascii=False), encoding=encoding)
+    lines = [f'"{name}","{text.replace(chr(34), 2 * chr(34))}"' for name, entries in texts.items() for text in entries]
+    for delimiter in ",;\t":
+        table = "\r\n".join(["class,description", *lines]).replace('","', f'"{delimiter}"')
+        table = table.replace("class,", f"class{delimiter}")
+        (tmp_path / "texts.csv").write_text(table, encoding=encoding, newline="")
+        assert read_class_descriptions(tmp_path / "texts.csv") == texts
+    assert read_class_descriptions(tmp_path / "texts.json") == texts
+    # Folders may spell a letter and its accent apart.
+    assert list(read_class_descriptions(texts, ["NA", "cafe\u0301"])) == ["NA", "cafe\u0301"]
 
 
-def test_warns_by_name_of_shared_and_cut_texts(clip):
-    descriptions = {"cow": ["an animal", "a cow"], "owl": "an animal", "bat": "a very long text about a bat " * 3}
-    with pytest.warns(UserWarning) as caught:
-        problems = check_descriptions(clip, byte_tokenizer(), descriptions, threshold=1.0)
-    assert [str(warning.message) for warning in caught] == problems
-    assert len(problems) == 2
-    assert "['cow', 'owl']" in problems[0] and "'an animal'" in problems[0]
-    # 87 bytes, with the tokens of beginning and end.
-    assert "'bat'" in problems[1] and "89 tokens, cut at 40" in problems[1]
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "a.json",
+            '{"cow": "a", "owl": "b", "cow": "c"}',
+            r"a.json' cannot be read: .*more than one entry .*\['cow'\]",
+        ),
+        ("a.json", '{"cow": " "}', "a.json': .*'cow' has an empty text"),
+        ("a.json", '{"cow": []}', "a.json': .*'cow' is an empty list"),
+        ("a.json", "{}", "a.json': .*is empty"),
+        ("a.csv", "class,description\ncow,\n", r"a.csv' has an empty description in line 2 \(class 'cow'\)"),
+        ("a.csv", "class,description\n,a cow\n", "empty class in line 2"),
+        ("a.csv", "class,description\nowl,an owl, in snow\n", "3 fields in line 2 and 2 columns"),
+        ("a.csv", 'class,description\nowl,"an owl\n', "a.csv' cannot be read at line 2"),
+        ("a.csv", "class,class\na,b\n", "names a column twice"),
+        ("a.csv", "", "is empty"),
+        ("a.csv", "class,description\nk\xfche,eine Kuh\n", "not UTF-8 .byte 0xfc at 19.: save it as UTF-8"),
+    ],
+)
+def test_files_that_say_something_else_are_refused(name, text, message, tmp_path):
+    (tmp_path / name).write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=message):
+        read_class_descriptions(tmp_path / name)
 
 
-def test_warns_by_name_of_classes_that_nearly_coincide(clip):
-    descriptions = {"cow": "a cow", "owl": "an owl", "ox": "a cox", "cattle": "a cow"}
-    rows = encode_class_descriptions(clip, byte_tokenizer(), descriptions)
-    cosines = {(i, j): (rows[i] @ rows[j]).item() for i in range(4) for j in range(i + 1, 4)}
-    threshold = (sorted(cosines.values())[-2] + sorted(cosines.values())[-3]) / 2
-    expected = sorted((pair for pair, cosine in cosines.items() if cosine > threshold), key=cosines.get)[::-1]
-    with pytest.warns(UserWarning):
-        problems = check_descriptions(clip, byte_tokenizer(), descriptions, threshold=threshold)
-    names = list(descriptions)
-    assert "share the text" in problems[0] and len(problems) == 1 + len(expected) == 3
-    for problem, (i, j) in zip(problems[1:], expected, strict=True):
-        assert f"{names[i]!r} and {names[j]!r}" in problem and f"{cosines[i, j]:.3f}" in problem
-
-
-def test_bare_names_go_through_templates(clip):
-    with pytest.warns(UserWarning, match="'cow'.*'cow'"):
-        problems = check_descriptions(clip, byte_tokenizer(), ["cow", "cow"], ["one {}", "some {}"])
-    assert [problem for problem in problems if "'one cow'" in problem]
-    with pytest.raises(ValueError, match="`threshold`"):
-        check_descriptions(clip, byte_tokenizer(), ["cow"], threshold=0)
-
-
-def test_indices_without_names(clip):
-    with pytest.warns(UserWarning):
-        problems = check_descriptions(clip, byte_tokenizer(), [["a cow"], ["an owl"], ["a cow"]], threshold=0.999)
-    assert "['class 0', 'class 2'] share the text 'a cow'" in problems[0]
-    assert "Classes 'class 0' and 'class 2' have embeddings of cosine 1.000" in problems[1] and len(problems) == 2
+def test_classes_that_are_not_used_are_named():
+    with pytest.warns(UserWarning, match=r"1 classes that are not used: \['snowy_owl'\]"):
+        assert read_class_descriptions(TEXTS, ["cow"]) == {"cow": ["a cow"]}

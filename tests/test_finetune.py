@@ -354,14 +354,13 @@ def test_bad_settings_are_refused(tmp_path, capsys, text, message):
 def test_bad_input_is_refused_before_training(command, image_folder, tmp_path):
     incomplete = tmp_path / "descriptions.json"
     incomplete.write_text(json.dumps({"red": "a red thing", "blue": ["a blue thing"]}))
-    (tmp_path / "no_test" / "train").mkdir(parents=True)
-    _draw(tmp_path / "no_test" / "train" / "..", {"red": 1, "blue": 1}, np.random.default_rng(0))
+    _draw(tmp_path / "no_test" / "train", {"red": 1, "blue": 1}, np.random.default_rng(0))
     cases = [
         (["--image-column", "picture"], r"no column 'picture', only \['image', 'label'\].*`--image-column`"),
         (["--label-column", "species"], r"no column 'species'"),
         (["--test-split", "evaluation"], r"no split 'evaluation', only"),
         (["--test-split", "train"], r"Three different splits"),
-        (["--descriptions", str(incomplete)], r"no entry for 2 classes: \['green', 'grey'\]"),
+        (["--descriptions", str(incomplete)], r"no entry for 2 of the classes: \['green', 'grey'\]"),
         (["--descriptions", str(tmp_path / "absent.json")], "cannot be read"),
         (["--dataset", "./nowhere"], "'./nowhere' is not a folder"),
         (["--dataset", str(tmp_path / "no_test")], "no split 'test'"),
@@ -372,50 +371,6 @@ def test_bad_input_is_refused_before_training(command, image_folder, tmp_path):
             finetune.main([*command, *flags])
         AcceleratorState._reset_state(reset_partial_state=True)
     assert not (tmp_path / "out" / "checkpoints").exists()
-
-
-def test_a_data_set_that_the_hub_lacks(monkeypatch):
-    def missing(name):
-        raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub")
-
-    monkeypatch.setattr(image_data, "load_dataset", missing)
-    with pytest.raises(ValueError, match="'nobody/nothing' is neither a folder nor a data set"):
-        image_data.load_images("nobody/nothing", "image", "label", "train", "validation", "test")
-
-
-def _parquet(folder, labels, feature):
-    image = {"path": None, "bytes": (Path(folder) / "pixel.png").read_bytes()}
-    features = datasets.Features({"image": datasets.Image(), "label": feature})
-    for split, values in labels.items():
-        data = datasets.Dataset.from_dict({"image": [image] * len(values), "label": values}, features=features)
-        data.to_parquet(str(folder / f"{split}.parquet"))
-
-
-@pytest.mark.parametrize(
-    ("train", "test", "feature", "names"),
-    [
-        ([1, 0, 1], [0], datasets.ClassLabel(names=["cat", "dog"]), ["cat", "dog"]),
-        (["dog", "cat", "dog"], ["cat"], datasets.Value("string"), ["cat", "dog"]),
-        ([1, 0, 1], [0], datasets.Value("int64"), ["0", "1"]),
-    ],
-)
-def test_parquet_with_every_kind_of_label(tmp_path, train, test, feature, names):
-    Image.new("RGB", (16, 16), (200, 0, 0)).save(tmp_path / "pixel.png")
-    _parquet(tmp_path, {"train": train, "test": test}, feature)
-    splits, class_names = image_data.load_images(
-        str(tmp_path), "image", "label", train="train", validation="validation", test="test"
-    )
-    assert class_names == names
-    assert set(splits) == {"train", "test"}
-    assert splits["train"].labels.tolist() == [1, 0, 1] and splits["test"].labels.tolist() == [0]
-    assert splits["test"].images[0]["image"].getpixel((0, 0)) == (200, 0, 0)
-
-
-def test_unlabelled_images_are_refused(tmp_path):
-    Image.new("RGB", (16, 16)).save(tmp_path / "pixel.png")
-    _parquet(tmp_path, {"train": [0, 1], "test": [-1, -1]}, datasets.ClassLabel(names=["cat", "dog"]))
-    with pytest.raises(ValueError, match="Split 'test' .* has 2 images without a label"):
-        image_data.load_images(str(tmp_path), "image", "label", "train", "validation", "test")
 
 
 @pytest.mark.parametrize(("ratio", "images"), [(10, 19573), (50, 12608), (100, 10847)])
@@ -475,7 +430,7 @@ def test_five_crops_are_the_centre_and_the_corners_of_the_enlarged_image(clip_fo
 def test_logits_of_several_crops_are_averaged(clip_folder, image_folder, command):
     args = finetune.parse_args([*command, "--test-crops", "5"])
     processor = AutoImageProcessor.from_pretrained(clip_folder)
-    splits, _ = image_data.load_images(str(image_folder), "image", "label", "train", "validation", "test")
+    splits = image_data.load_images(str(image_folder)).splits
     accelerator = finetune.Accelerator()
     loaders = finetune.make_loaders(args, accelerator, splits, processor)
     transform = image_data.PixelTransform(processor, "none", 1.0)
@@ -488,7 +443,7 @@ def test_logits_of_several_crops_are_averaged(clip_folder, image_folder, command
 
     _, predictions = finetune.evaluate(accelerator, Head(), loaders["test"], transform, np.array([1, 1, 1, 1]))
     view = image_data.FiveCropView(processor)
-    images = [view(row["image"], 0) for row in splits["test"].images]
+    images = [view(splits["test"].read(i), 0) for i in range(len(splits["test"]))]
     logits = [Head()(transform.eval()(crops)).logits for crops in images]
     expected = torch.stack([row.mean(dim=0) for row in logits]).argmax(dim=-1)
     assert torch.equal(predictions, expected)
@@ -541,12 +496,12 @@ def test_the_learning_rate_falls_as_a_cosine(command, monkeypatch, decay):
 
 def test_pixels_are_those_of_the_models_own_processor(clip_folder, image_folder):
     processor = AutoImageProcessor.from_pretrained(clip_folder)
-    splits, _ = image_data.load_images(str(image_folder), "image", "label", "train", "validation", "test")
+    splits = image_data.load_images(str(image_folder)).splits
     split = splits["test"]
     pixels = image_data.PixelDataset(split, image_data.ProcessorView(processor))
     transform = image_data.PixelTransform(processor, "crop-flip", crop_scale=0.5)
     batch = torch.stack([pixels[i]["pixel_values"] for i in range(len(split))])
-    expected = processor(images=[row["image"] for row in split.images], return_tensors="pt")["pixel_values"]
+    expected = processor(images=[split.read(i) for i in range(len(split))], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(transform.eval()(batch), expected, atol=1e-5, rtol=0)
 
     transform.train()
@@ -560,13 +515,18 @@ def test_pixels_are_those_of_the_models_own_processor(clip_folder, image_folder)
     assert not torch.equal(first, expected)
 
 
-def test_an_image_that_cannot_be_read_is_named(command, image_folder, tmp_path):
+def test_images_that_cannot_be_read_are_named_or_skipped(command, image_folder, tmp_path):
     broken = tmp_path / "broken"
     _draw(broken / "train", TRAIN_COUNTS, np.random.default_rng(0))
     _draw(broken / "test", dict.fromkeys(COLOURS, 1), np.random.default_rng(1))
-    (broken / "test" / "red" / "0.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="Image 3 cannot be read"):
+    (broken / "train" / "red" / "0.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"red/0.png', split 'train' cannot be read"):
         finetune.main([*command, "--dataset", str(broken)])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    finetune.main([*command, "--dataset", str(broken), "--on-bad-image", "skip", "--epochs", "1"])
+    data = json.loads((tmp_path / "out" / "results.json").read_text())["data"]
+    assert data["splits"]["train"]["images_per_class"] == {**TRAIN_COUNTS, "red": 1}
+    assert "red/0.png" in data["skipped"]["train"]["unreadable"][0]
 
 
 def test_a_cpu_process_uses_all_cores_unless_told_otherwise(command, monkeypatch):

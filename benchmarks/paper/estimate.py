@@ -79,8 +79,8 @@ def build(recipe: Recipe) -> PeftModel:
     with torch.device("meta"):
         clip = CLIPModel(CONFIGS[recipe.model])
     texts = torch.ones(DATA[recipe.data].classes, CONFIGS[recipe.model].projection_dim)
-    guidance = texts if recipe.method == "sage" else None
-    config = SageConfig(guidance=guidance, r=recipe.r, modules_to_save=["class_head"])
+    guidance = {"guidance": texts} if recipe.method == "sage" else {"guidance_rows": 0}
+    config = SageConfig(r=recipe.r, modules_to_save=["class_head"], **guidance)
     return get_peft_model(SageClassifier(clip, texts), config).to("meta").half()
 
 

@@ -68,7 +68,7 @@ def make(settings: Settings, method: str, num_classes: int, r: int | None = None
             classifier, LoraConfig(r=r, lora_alpha=r, target_modules=targets, modules_to_save=["class_head"])
         )
     rows = {"sage": embeddings, "pooled": embeddings[:POOLED_ROWS]}  # which rows does not matter to the time
-    guidance = {"guidance": rows[method]} if method in rows else {}
+    guidance = {"guidance": rows[method]} if method in rows else {"guidance_rows": 0}
     return get_peft_model(classifier, SageConfig(r=r, init_weights=False, modules_to_save=["class_head"], **guidance))
 
 

@@ -39,7 +39,7 @@ class Images(Dataset):
 
     def picture(self, index: int) -> Any:
         """Return the image as PIL has it."""
-        return self.images.images[index][self.images.image_column].convert("RGB")
+        return self.images.read(index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         pixels = self.processor(images=self.picture(index), return_tensors="pt")["pixel_values"][0]
@@ -94,7 +94,8 @@ def parse(description: str, **defaults: Any) -> argparse.Namespace:
 def load(args: argparse.Namespace) -> Demo:
     """Load data and model."""
     torch.manual_seed(0)
-    images, names = load_images(args.dataset, "image", "label", "train", "validation", "test")
+    data = load_images(args.dataset)
+    images, names = data.splits, data.class_names
     if args.max_images is not None:
         generator = np.random.default_rng(0)
         images = {

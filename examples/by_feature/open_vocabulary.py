@@ -36,7 +36,8 @@ test = only(demo.splits["test"], unknown)
 report("new classes, zero-shot", {**evaluate(classifier, test, counts), "few": float("nan")})
 
 classifier.set_class_embeddings(heads["known"])
-model = get_peft_model(classifier, SageConfig(class_descriptions=texts["known"]))  # the head stays as it is
+config = SageConfig(class_descriptions=texts["known"], modules_to_save=[])  # the head stays as it is
+model = get_peft_model(classifier, config)
 train(model, only(demo.splits["train"], known), SageLoss(demo.class_counts[known]), args)
 report("known classes", evaluate(model, only(demo.splits["test"], known), demo.class_counts[known]))
 

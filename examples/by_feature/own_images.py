@@ -22,9 +22,7 @@ from peft_sage import (
     SageClassifier,
     SageConfig,
     SageLoss,
-    create_model_card,
     encode_class_descriptions,
-    plot_long_tail,
     read_class_descriptions,
     templates,
 )
@@ -56,7 +54,7 @@ def collate(items):
 
 
 embeddings = encode_class_descriptions(clip, tokenizer, names, templates.NATURAL)
-config = SageConfig(class_descriptions=names, text_templates=templates.NATURAL, modules_to_save=["class_head"])
+config = SageConfig(class_descriptions=names, text_templates=templates.NATURAL)
 model = get_peft_model(SageClassifier(clip, embeddings), config)
 labels = images["train"]["label"][:]
 loss_function = SageLoss.from_labels(labels, class_label.num_classes)
@@ -82,13 +80,3 @@ scores = {name: results[name].item() for name in ("overall", "macro", "many", "m
 print(scores)
 
 model.save_pretrained(args.output_dir)
-plot_long_tail({"sage": results}, class_counts, names).savefig(f"{args.output_dir}/long_tail.png")
-create_model_card(
-    model,
-    scores,
-    args.output_dir,
-    settings=vars(args),
-    pictures={"long_tail.png": "Test accuracy of each class and group."},
-    per_class=results["per_class"].tolist(),
-    class_counts=class_counts.tolist(),
-).save(f"{args.output_dir}/README.md")

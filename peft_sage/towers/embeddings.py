@@ -16,49 +16,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from .blocks import describe, find_towers
+from .mlps import describe, find_towers
 
 
-# These families' `get_text_features` returns features of a generating language model, or one vector a token for a
+# These families' `get_text_features` returns features of a generating language model, or one vector per token for a
 # detector: no embedding that could be compared with an image's.
 NO_TEXT_EMBEDDING = frozenset({"blip-2", "sam3", "sam3_lite_text", "sam3_video"})
 
 
 def has_text_tower(model: nn.Module) -> bool:
-    """Tell whether a model can embed texts.
-
-    Args:
-        model: Any model; it may be wrapped.
-
-    Returns:
-        Whether [`encode_text`] works on it.
-    """
+    """Whether [`encode_text`] works on a model, which may be wrapped."""
     return _text_encoder(model) is not None
 
 
 def text_config(model: nn.Module) -> Any | None:
-    """The configuration of the model that owns the text tower, also below wrappers that have none of their own.
-
-    Args:
-        model: Any model; it may be wrapped.
-
-    Returns:
-        The configuration, None for models without one.
-    """
-    owner = _owner(model, "get_text_features") or model
-    return getattr(owner, "config", None)
+    """The configuration of the model that owns the text tower, also below wrappers; None for models without one."""
+    return getattr(_owner(model, "get_text_features") or model, "config", None)
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and every module back into its own mode afterwards.
-
-    Args:
-        model: Any model.
-
-    Yields:
-        Nothing.
-    """
+    """Put a model into evaluation mode, and every module back into its own mode afterwards."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -69,15 +47,11 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def encode_text(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Embed tokenised text with the model's own text tower.
+    """Embed tokenised texts: (n, e), projected into the space shared with images, not normalised.
 
     Args:
         model: A model with a text tower; it may be wrapped, or a part of it.
-        inputs: What the tokenizer returned: `input_ids (n, length)` and, where the model wants it, `attention_mask`.
-            Entries that the text tower does not take are dropped.
-
-    Returns:
-        Embeddings `(n, e)` in the space shared with images: projected, not normalised.
+        inputs: What the tokenizer returned. Entries that the text tower does not take are dropped.
 
     Raises:
         ValueError: `model` has no text tower.
@@ -88,23 +62,23 @@ def encode_text(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tens
             f"`model` must have a text tower to encode class descriptions, but {describe(model)} has none: encode "
             "them with another model and pass the embeddings as `guidance`."
         )
-    return _embedding(encode(**_accepted(encode, inputs)), model)
+    names = inspect.signature(encode).parameters
+    return _embedding(encode(**{name: value for name, value in inputs.items() if name in names}), model)
 
 
 def encode_image(model: nn.Module, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    """Embed images with the model's vision tower.
+    """Embed images: (B, e), not normalised.
+
+    They are projected into the space shared with text where there is one. Without one they are what the tower pools,
+    or the mean over tokens where it does not pool.
 
     Args:
         model: A vision-language model or a vision tower; it may be wrapped.
-        pixel_values: Images `(B, C, H, W)` (videos `(B, T, C, H, W)` for X-CLIP, patches `(B, N, p)` for NaFlex).
+        pixel_values: Images (B, C, H, W) (videos (B, T, C, H, W) for X-CLIP, patches (B, N, p) for NaFlex).
         **kwargs: Further inputs of the vision tower, such as `pixel_attention_mask` and `spatial_shapes`.
 
-    Returns:
-        Embeddings `(B, e)`, not normalised. They are projected into the space shared with text where there is one.
-        Without one they are what the tower pools, or the mean over tokens where it does not pool.
-
     Raises:
-        ValueError: `model` gives no single embedding an image.
+        ValueError: `model` does not give one embedding per image.
     """
     if (owner := _blip2(model)) is not None:
         return _blip2_image(owner, pixel_values, **kwargs)
@@ -116,27 +90,7 @@ def encode_image(model: nn.Module, pixel_values: torch.Tensor, **kwargs: Any) ->
     return _embedding(_vision_tower(model)(pixel_values, **kwargs), model)
 
 
-def logit_scale_and_bias(model: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Scale and bias of the model's own image-text logits, `scale * cos(image, text) + bias`.
-
-    Args:
-        model: Any model; it may be wrapped.
-
-    Returns:
-        The scale, already exponentiated, and the bias; None for what the model does not have.
-    """
-    owner = _owner(model, "get_text_features") or _owner(model, "encode_text") or model
-    scale, bias = getattr(owner, "logit_scale", None), getattr(owner, "logit_bias", None)
-    if isinstance(scale, torch.Tensor):
-        limit = getattr(owner, "max_log_logit_scale", None)
-        return (scale if limit is None else scale.clamp(0.0, limit)).exp(), bias
-    if isinstance(temperature := getattr(owner, "temperature", None), torch.Tensor):
-        return 1 / temperature, bias
-    return None, bias
-
-
 def _text_encoder(model: nn.Module) -> Callable[..., Any] | None:
-    """The function that embeds tokenised text, or None."""
     if (owner := _blip2(model)) is not None:
         return partial(_blip2_text, owner)
     owner = _owner(model, "get_text_features")
@@ -185,11 +139,6 @@ def _blip2_image(owner: Any, pixel_values: torch.Tensor, **kwargs: Any) -> torch
     return owner.vision_projection(hidden).mean(dim=1)
 
 
-def _accepted(function: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    names = inspect.signature(function).parameters
-    return {name: value for name, value in inputs.items() if name in names}
-
-
 def _embedding(output: Any, model: nn.Module) -> torch.Tensor:
     """The embedding (B, e) in what a model returns: a tensor or, in transformers, an output object."""
     if not isinstance(output, torch.Tensor):
@@ -201,5 +150,7 @@ def _embedding(output: Any, model: nn.Module) -> torch.Tensor:
         output = output[:, 0]  # FLAVA projects all tokens and compares the first.
     if not isinstance(output, torch.Tensor) or output.ndim != 2:
         shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-        raise ValueError(f"`model` must give one embedding (B, e) a row, but {describe(model)} gives {shape}.")
+        raise ValueError(
+            f"`model` must give one embedding (B, e) per image or text, but {describe(model)} gives {shape}."
+        )
     return output

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The blocks of a vision tower that adapters wrap.
+"""The MLPs of a vision tower, which adapters wrap.
 
 One structural rule covers nearly every family: a vision tower is a stack of blocks; a block mixes tokens and holds an
-MLP sub-block that maps `(..., d)` to `(..., d)`, with the residual added outside. The names that the rule needs are
-the constants below. A family that follows the rule needs no entry anywhere.
+MLP that maps (..., d) to (..., d), with the residual added outside. The names that the rule needs are the constants
+below. A family that follows the rule needs no entry anywhere.
 """
 
 from __future__ import annotations
@@ -20,27 +20,24 @@ from torch import nn
 TOWER_NAMES = frozenset(
     {"vision_model", "vision_tower", "visual", "vision_encoder", "image_encoder", "image_model", "image_tower"}
 )
-# Names of the MLP sub-block of a block.
 MLP_NAMES = frozenset({"mlp", "ffn", "feed_forward"})
 # Words in the names of sub-trees beside the encoder of a model that reads images.
 NOT_ENCODER = frozenset({"decoder", "text", "language", "qformer", "predictor", "aifi"})
 # The LayerScale of the MLP branch, by the name that it has in a block.
 LAYER_SCALE_NAMES = ("lambda_2", "layer_scale2", "ls2", "gamma_2", "ls_2", "layer_scale_2", "gamma")
+# What `torch.compile` and accelerate's `compile_regions` put between a module and its name.
+COMPILED = "_orig_mod"
 
 
-def find_blocks(model: nn.Module) -> list[str]:
-    """Find the MLP sub-blocks of the vision tower, which an adapter wraps by default.
+def find_mlps(model: nn.Module) -> list[str]:
+    """Find the MLPs of the vision tower, in depth order, by their names in `model`.
 
-    Args:
-        model: A vision-language model, a vision tower, an image classifier, or one of these inside a wrapper (PEFT,
-            `SageClassifier`). Modules that already carry adapters are found as well.
-
-    Returns:
-        The names of the blocks relative to `model`, in depth order.
+    `model` is a vision-language model, a vision tower, an image classifier, or one of these inside a wrapper. MLPs
+    that already carry adapters are found as well.
 
     Raises:
-        ValueError: `model` has no vision tower (a text model, say), or its tower has no block of the right shape (a
-            convolutional tower, say). Nothing has been changed.
+        ValueError: `model` has no vision tower (a text model, say), or its tower has no MLP of the right shape (a
+            convolutional tower, say).
     """
     towers = find_towers(model)
     if not towers:
@@ -48,39 +45,26 @@ def find_blocks(model: nn.Module) -> list[str]:
             f"`model` must have a vision tower, but {describe(model)} has none: it does not read images, and no "
             f"sub-module is named one of {sorted(TOWER_NAMES)}. Pass `target_modules` to choose modules by hand."
         )
-    blocks = [_join(tower, name) for tower in towers for name in _blocks(model.get_submodule(tower))]
-    if not blocks:
-        names = [type(model.get_submodule(tower)).__name__ for tower in towers if tower]
+    mlps = [f"{tower}.{name}".lstrip(".") for tower in towers for name in _mlps(model.get_submodule(tower))]
+    if not mlps:
         raise ValueError(
-            f"`model` must have a vision tower of transformer blocks, but {' with '.join([describe(model), *names])} "
-            "has no repeated block with an MLP of linear layers that maps (..., d) to (..., d): it may be "
-            "convolutional. Pass `target_modules` to choose modules by hand."
+            f"`model` must have a vision tower of transformer blocks, but {describe(model)} has no repeated block "
+            "with an MLP of linear layers that maps (..., d) to (..., d): it may be convolutional. Pass "
+            "`target_modules` to choose modules by hand."
         )
-    return blocks
+    return mlps
 
 
 def candidate_modules(model: nn.Module) -> list[str]:
-    """List the modules that have the place and shape of a block, in any part of the model.
-
-    Args:
-        model: Any model.
-
-    Returns:
-        Their names relative to `model`, for messages that suggest `target_modules`.
-    """
-    return list(_blocks(model, skip=frozenset()))
+    """List the modules in any part of `model` that have the place and shape of an MLP, for error messages."""
+    return list(_mlps(model, skip=frozenset()))
 
 
-def block_widths(module: nn.Module) -> tuple[int, int]:
-    """Widths of the tokens that a block reads and returns.
+def mlp_widths(module: nn.Module) -> tuple[int, int]:
+    """Widths of the tokens that an MLP, or the `output` half of an `intermediate` / `output` pair, reads and returns.
 
-    Args:
-        module: An MLP `(..., d) -> (..., d)`, or the `output` half of an `intermediate` / `output` pair. Linear layers
-            may be quantised or carry adapters: only their `in_features` and `out_features` are read.
-
-    Returns:
-        Both widths, in features. They differ for an `output` half that is not given the residual, as it reads the
-        widened tokens.
+    Linear layers may be quantised or carry adapters: only their `in_features` and `out_features` are read. The widths
+    differ for an `output` half that is not given the residual, as it reads the widened tokens.
 
     Raises:
         ValueError: `module` holds no linear layer, or returns wider tokens than it reads.
@@ -88,7 +72,7 @@ def block_widths(module: nn.Module) -> tuple[int, int]:
     linears = list(_linears(module))
     if not linears:
         raise ValueError(f"`module` must hold a linear layer, but {type(module).__name__} has none.")
-    if block_input_index(module) == 1:
+    if mlp_input(module)[0] == 1:
         return linears[-1].out_features, linears[-1].out_features
     width = linears[0].in_features
     # Gated MLPs do not always define their last linear layer last.
@@ -101,30 +85,17 @@ def block_widths(module: nn.Module) -> tuple[int, int]:
     return width, width_out
 
 
-def block_input_index(module: nn.Module) -> int:
-    """Which positional argument of a block carries its `(..., d)` tokens.
+def mlp_input(module: nn.Module) -> tuple[int, str]:
+    """Position and name of the argument that carries an MLP's tokens (..., d).
 
-    Args:
-        module: A block.
-
-    Returns:
-        0 for an MLP; 1 for the half `output(hidden_states, input_tensor)` of an `intermediate` / `output` pair, whose
-        first argument is the widened tensor and whose second is the residual.
+    It is the first, but the second of a half `output(hidden_states, input_tensor)`, whose first is the widened tensor.
     """
-    parameters = list(inspect.signature(_unwrapped(module).forward).parameters)
-    return int(parameters[1:2] == ["input_tensor"])
+    names = list(inspect.signature(_unwrapped(module).forward).parameters)
+    return (1, names[1]) if names[1:2] == ["input_tensor"] else (0, names[0])
 
 
 def layer_scale(model: nn.Module, name: str) -> torch.Tensor | None:
-    """The LayerScale that multiplies a block's output before the residual is added.
-
-    Args:
-        model: The model that holds the block.
-        name: The block's name relative to `model`, as `find_blocks` gives it.
-
-    Returns:
-        The scale `(d,)`, or None where the tower has none.
-    """
+    """The LayerScale (d,) that multiplies an MLP's output before the residual is added, if there is one."""
     parent = model.get_submodule(name.rpartition(".")[0])
     for attribute in LAYER_SCALE_NAMES:
         scale = getattr(parent, attribute, None)
@@ -135,15 +106,18 @@ def layer_scale(model: nn.Module, name: str) -> torch.Tensor | None:
     return None
 
 
-def find_towers(model: nn.Module) -> list[str]:
-    """Find the outermost vision towers of a model.
+def same_module(one: str, other: str) -> bool:
+    """Whether two names stand for the same module of one vision tower, held by different classes.
 
-    Args:
-        model: Any model.
-
-    Returns:
-        Their names; the empty name if the model as a whole is one.
+    `vision_model.encoder.layers.0.mlp` of `CLIPModel` is `encoder.layers.0.mlp` of `CLIPVisionModel`, and a wrapper
+    around either puts something in front.
     """
+    short, long = sorted((_within_tower(one), _within_tower(other)), key=len)
+    return long[len(long) - len(short) :] == short and _in_encoder(long[: len(long) - len(short)])
+
+
+def find_towers(model: nn.Module) -> list[str]:
+    """Names of the outermost vision towers of a model; the empty name if the model as a whole is one."""
     towers: list[str] = []
     for name, _ in model.named_modules():
         if name.rpartition(".")[2] in TOWER_NAMES and not name.startswith(tuple(f"{tower}." for tower in towers)):
@@ -152,14 +126,7 @@ def find_towers(model: nn.Module) -> list[str]:
 
 
 def describe(model: nn.Module) -> str:
-    """Name a model for an error message.
-
-    Args:
-        model: Any model.
-
-    Returns:
-        Its class and, where its configuration has one, its `model_type`.
-    """
+    """Name a model for an error message: its class and, where its configuration has one, its `model_type`."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     return type(model).__name__ + (f" (model_type {model_type!r})" if model_type else "")
 
@@ -181,25 +148,34 @@ def _reads_images(model: nn.Module) -> bool:
     )
 
 
-def _blocks(tower: nn.Module, skip: frozenset[str] = NOT_ENCODER) -> Iterator[str]:
-    """Names of the repeated MLP sub-blocks below `tower`, in depth order."""
-    modules = dict(tower.named_modules())
-    for name, module in modules.items():
+def _mlps(tower: nn.Module, skip: frozenset[str] = NOT_ENCODER) -> Iterator[str]:
+    """Names of the MLPs of the repeated blocks below `tower`, in depth order."""
+    for name, module in tower.named_modules():
         *path, last = name.split(".")
-        if not path or not path[-1].isdigit():
-            continue  # `head.mlp` and `attn_pool.mlp` are not in an element of a stack.
-        if not skip.isdisjoint(word for part in path for word in part.split("_")):
+        block = tower.get_submodule(".".join(path))
+        path = [part for part in path if part != COMPILED]
+        # `head.mlp` and `attn_pool.mlp` are not in an element of a stack.
+        if not path or not path[-1].isdigit() or not _in_encoder(path, skip):
             continue
-        block = modules[".".join(path)]
         is_pair = last == "output" and hasattr(block, "intermediate")
         if (is_pair or last in MLP_NAMES) and _fits(module, is_pair) and _mixes_tokens(block, last):
             yield name
 
 
+def _in_encoder(path: list[str], skip: frozenset[str] = NOT_ENCODER) -> bool:
+    return skip.isdisjoint(word for part in path for word in part.split("_"))
+
+
+def _within_tower(name: str) -> list[str]:
+    path = [part for part in name.split(".") if part != COMPILED]
+    towers = [place for place, part in enumerate(path) if part in TOWER_NAMES]
+    return path[towers[-1] + 1 :] if towers else path
+
+
 def _fits(module: nn.Module, is_pair: bool) -> bool:
     """Whether a module has linear layers and, unless it is half of a pair, returns the width that it reads."""
     try:
-        width_in, width_out = block_widths(module)
+        width_in, width_out = mlp_widths(module)
     except ValueError:
         return False
     return is_pair or width_in == width_out
@@ -212,21 +188,19 @@ def _mixes_tokens(block: nn.Module, mlp: str) -> bool:
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """The module below adapter layers: PEFT keeps what it wraps in `base_layer`."""
-    while isinstance(inner := module._modules.get("base_layer"), nn.Module):
+    """The module below adapter layers, which keep what they wrap in `base_layer`, and below `torch.compile`."""
+    while True:
+        inner = module._modules.get("base_layer") or module._modules.get(COMPILED)
+        if inner is None:
+            return module
         module = inner
-    return module
 
 
 def _linears(module: nn.Module) -> Iterator[Any]:
-    """Linear layers of a block in order of definition, without those that adapters add."""
+    """Linear layers of an MLP in order of definition, without those that adapters add."""
     module = _unwrapped(module)
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         yield module
         return
     for child in module.children():
         yield from _linears(child)
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name

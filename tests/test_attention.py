@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention maps against an explicit softmax; plots against what they were given."""
+"""Attention maps against an explicit softmax; the plot against what it was given."""
 
 import math
 
@@ -9,8 +9,8 @@ from peft import get_peft_model
 from PIL import Image
 from transformers import CLIPVisionModel, Dinov2WithRegistersConfig, Dinov2WithRegistersModel, SwinConfig, SwinModel
 
-from peft_sage import SageClassifier, SageConfig, SageLayer, mismatch_from_counts
-from peft_sage.visualization import attention_maps, plot_attention, plot_long_tail, plot_mismatch
+from peft_sage import SageClassifier, SageConfig, SageLayer, attention_maps, plot_attention
+from peft_sage.attention import attention_weights
 from tests.conftest import randomise, tiny_clip
 
 
@@ -57,7 +57,7 @@ def test_the_layer_attends_with_these_weights():
     x = torch.randn(2, 7, 32)
     z = layer.peft_sage_down["default"](layer.peft_sage_norm["default"](x))
     values = layer.peft_sage_value["default"](layer.guidance("default"))
-    torch.testing.assert_close(layer.attention_weights(x, "default")[0] @ values, layer.attend(z, "default"))
+    torch.testing.assert_close(attention_weights(layer, x, "default")[0] @ values, layer.attend(z, "default"))
 
 
 def test_a_tower_with_registers_and_an_oblong_image():
@@ -97,12 +97,6 @@ def test_refusals(clip, pixel_values):
         plot_attention(Image.new("RGB", (8, 8)), torch.rand(1, 2, 2, 2))
     with pytest.raises(ValueError, match="`class_names` must have 2 entries"):
         plot_attention(Image.new("RGB", (8, 8)), torch.rand(2, 2, 2), ["a"])
-    with pytest.raises(ValueError, match="`results` of 'run' must have 3 classes, got 2"):
-        plot_long_tail({"run": {"per_class": [0, 1]}}, [3, 2, 1])
-    with pytest.raises(ValueError, match="`class_names` must have 2 entries, got 1"):
-        plot_long_tail({"run": {"per_class": [0, 1]}}, [2, 1], ["cow"])
-    with pytest.raises(ValueError, match="same length"):
-        plot_mismatch([1.0], [1.0, 2.0], [1, 2])
 
 
 def test_plot_attention_shows_the_strongest_maps(tmp_path):
@@ -117,27 +111,12 @@ def test_plot_attention_shows_the_strongest_maps(tmp_path):
     plot_attention(torch.rand(6, 10, 3).numpy(), attention, ["cat", "dog $", "owl"]).savefig(tmp_path / "a.png")
 
 
-def test_plot_long_tail_draws_the_results(tmp_path):
-    run = {"many": 0.9, "medium": None, "few": float("nan"), "per_class": [0.5, None, 1.0]}
-    figure = plot_long_tail({"one": run, "two": {**run, "many": 0.7}}, [3, 500, 50])
-    classes, groups, accuracies = figure.axes
-    assert [bar.get_height() for bar in classes.patches] == [500, 50, 3]
-    points = accuracies.lines[0].get_ydata()
-    assert math.isnan(points[0]) and list(points[1:]) == [1.0, 0.5]
-    assert [bar.get_height() for container in groups.containers for bar in container][::3] == [0.9, 0.7]
-    figure.savefig(tmp_path / "tail.png")
-    named = plot_long_tail({"one": run}, [3, 500, 50], ["owl", "cow $", "bat"])
-    assert [label.get_text() for label in named.axes[0].get_xticklabels()] == ["cow $", "bat", "owl"]
-    named.savefig(tmp_path / "named.png")
-
-
-def test_plot_mismatch_draws_a_point_a_class(tmp_path):
-    counts = [100, 10, 1]
-    estimated = mismatch_from_counts(counts)
-    figure = plot_mismatch(estimated, [0.0, 1.0, float("nan")], counts)
-    offsets = figure.axes[0].collections[0].get_offsets()
-    assert offsets.data[:2].tolist() == [
-        pytest.approx([estimated[0].item(), 0.0]),
-        pytest.approx([estimated[1].item(), 1.0]),
-    ]
-    figure.savefig(tmp_path / "mismatch.png")
+def test_pooled_rows_are_named_by_their_classes(pixel_values):
+    directions = torch.eye(2, 16).repeat_interleave(5, dim=0) + 0.01 * torch.randn(10, 16)
+    classifier = SageClassifier(tiny_clip(), directions)
+    classifier.class_names = [f"owl {i}" for i in range(5)] + [f"cow {i}" for i in range(5)]
+    model = get_peft_model(classifier, SageConfig(guidance_rows=2)).eval()
+    names = model.peft_config["default"].row_names
+    assert sorted(names) == ["cow 0, cow 1, cow 2 and 2 more", "owl 0, owl 1, owl 2 and 2 more"]
+    figure = plot_attention(Image.new("RGB", (8, 8)), attention_maps(model, pixel_values)[0], names)
+    assert {axis.get_title().split("\n")[0] for axis in figure.axes} == {"image", *names}

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where in an image an adapter attends to, as numbers and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import towers
+from .layer import SageLayer
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@torch.no_grad()
+def attention_maps(
+    model: nn.Module, pixel_values: torch.Tensor, layer: int = -1, adapter_name: str | None = None
+) -> torch.Tensor:
+    """Return where in an image each row of the guidance is attended to.
+
+    These are the weights `softmax(z (G W_k)^T / sqrt(r / h))` of [`SageLayer`], averaged over its heads, for the
+    tokens that stand for places in the image. They say what the adapter reads, not why the model decides. `row_names`
+    of the adapter's configuration has the classes that each row stands for.
+
+    Args:
+        model: A model with a Sage adapter, wrapped or not. It is run as it is: call `model.eval()` first.
+        pixel_values: Images (B, C, H, W) from the model's image processor.
+        layer: The adapted block, in depth order; negative from the end.
+        adapter_name: The adapter. Default: the active one.
+
+    Returns:
+        Weights (B, M, h, w) on the grid of patches, float32. They sum to 1 over M: 1 / M everywhere means that the
+        adapter looks at nothing in particular.
+
+    Raises:
+        ValueError: The model has no adapter of that name with guidance, `layer` is out of range, or the tokens do not
+            form a grid.
+    """
+    layers = [module for module in model.modules() if isinstance(module, SageLayer)]
+    name = adapter_name or next((name for module in layers for name in module.active_adapters), "default")
+    layers = [module for module in layers if name in module.shared]
+    if not layers:
+        raise ValueError(f"`adapter_name`={name!r} is no Sage adapter with guidance in `model`.")
+    if not -len(layers) <= layer < len(layers):
+        raise ValueError(f"`layer` must lie in [{-len(layers)}, {len(layers)}), got {layer}.")
+    inputs: list[torch.Tensor] = []
+    block = layers[layer]
+    handle = block.register_forward_pre_hook(
+        lambda module, args, kwargs: inputs.append(module.tokens(args, kwargs)), with_kwargs=True
+    )
+    try:
+        towers.encode_image(model, pixel_values)
+    finally:
+        handle.remove()
+    weights = attention_weights(block, inputs[0], name).mean(dim=0).float()
+    return _on_grid(weights, pixel_values, _patch_size(model)).permute(0, 3, 1, 2)
+
+
+def attention_weights(layer: SageLayer, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+    """Return the softmax (h, ..., M) of the layer's equation for its input (..., d), for each head."""
+    z = layer.queries(x, adapter_name)
+    keys = layer.peft_sage_key[adapter_name](layer.shared[adapter_name].rows.to(z.dtype))
+    q, k = layer.split_heads(z, adapter_name), layer.split_heads(keys, adapter_name)
+    weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1)
+    return weights[0].reshape(-1, *x.shape[:-1], len(keys))
+
+
+def plot_attention(
+    image: Any, attention: torch.Tensor, class_names: Sequence[str] | None = None, top: int = 4
+) -> Figure:
+    """Lay attention maps over the image.
+
+    Args:
+        image: The image: a PIL image or an array (H, W) or (H, W, 3), in the crop that the model saw.
+        attention: Maps (M, h, w) of this image, from [`attention_maps`].
+        class_names: Names of the M rows: `row_names` of the adapter's configuration.
+        top: How many maps to show: those that reach the highest weight.
+
+    Returns:
+        The image, and the image under each map. A map's colours go from its least to its greatest weight, which its
+        title names.
+
+    Raises:
+        ValueError: A shape is wrong, or `top` is not positive.
+    """
+    from matplotlib.figure import Figure
+
+    if attention.ndim != 3:
+        raise ValueError(f"`attention` must have the shape (M, h, w) of one image, got {tuple(attention.shape)}.")
+    names = [f"class {index}" for index in range(len(attention))] if class_names is None else class_names
+    if len(names) != len(attention):
+        raise ValueError(f"`class_names` must have {len(attention)} entries, got {len(names)}.")
+    if top < 1:
+        raise ValueError(f"`top` must be positive, got {top}.")
+    shown = attention.flatten(1).amax(dim=1).argsort(descending=True)[:top].tolist()
+    figure = Figure(figsize=(2.4 * (1 + len(shown)), 2.9), layout="constrained")
+    axes = figure.subplots(1, 1 + len(shown), squeeze=False)[0]
+    size = (image.height, image.width) if hasattr(image, "height") else image.shape[:2]
+    for axis, row in zip(axes, [None, *shown], strict=True):
+        axis.imshow(image, cmap="gray")
+        axis.set_axis_off()
+        if row is None:
+            axis.set_title("image", fontsize=9)
+            continue
+        overlay = F.interpolate(attention[row][None, None].float().cpu(), size, mode="bilinear")[0, 0]
+        axis.imshow(overlay, cmap="inferno", alpha=0.6)
+        low, high = attention[row].min().item(), attention[row].max().item()
+        axis.set_title(f"{names[row]}\n{low:.3f} to {high:.3f}", fontsize=9, parse_math=False)
+    return figure
+
+
+def _on_grid(weights: torch.Tensor, pixel_values: torch.Tensor, patch_size: int | None) -> torch.Tensor:
+    """Bring weights (.., M) of the tokens of a batch into the shape (B, h, w, M)."""
+    batch, shape = len(pixel_values), tuple(weights.shape[:-1])
+    if len(shape) == 3 and shape[0] == batch:  # hierarchical towers with channels last
+        return weights
+    if len(shape) == 2 and shape[0] != batch and shape[1] == batch:  # sequence first
+        weights = weights.transpose(0, 1)
+    elif len(shape) != 2 or shape[0] != batch:
+        raise ValueError(f"`layer` must have tokens that form one grid per image, got {shape} for {batch} images.")
+    # Deeper stages of a hierarchical tower have larger patches than its configuration says.
+    height, width = pixel_values.shape[-2:]
+    sizes = [*([patch_size] if patch_size else []), *range(1, max(height, width) + 1)]
+    grids = ((height // size, width // size) for size in sizes)
+    rows, columns = next(grid for grid in grids if grid[0] * grid[1] <= weights.shape[1])
+    # Class token and registers come first.
+    return weights[:, weights.shape[1] - rows * columns :].unflatten(1, (rows, columns))
+
+
+def _patch_size(model: nn.Module) -> int | None:
+    configs = (getattr(module, "config", None) for module in model.modules())
+    sizes = (getattr(getattr(config, "vision_config", config), "patch_size", None) for config in configs)
+    return next((size for size in sizes if isinstance(size, int)), None)

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From texts to rows: tokenise, encode, pool."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer
+
+from . import towers
+from .config import SageConfig
+from .descriptions import Descriptions, expand
+from .validation import check_embeddings, is_int
+
+
+#: Rows of guidance at most, for texts and for a classifier's own embeddings.
+MOST_ROWS = 64
+
+
+@torch.no_grad()
+def encode_class_descriptions(
+    model: nn.Module,
+    tokenizer: Any,
+    descriptions: Descriptions,
+    templates: Sequence[str] | None = None,
+    batch_size: int = 256,
+    progress_bar: bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> torch.Tensor:
+    """Encode class descriptions with the model's own text tower.
+
+    Each text is encoded and normalised; the mean over the texts of a class is normalised again. Texts that are longer
+    than the tower's limit are cut, with one warning that counts them.
+
+    Args:
+        model: A model with a text tower; it may be wrapped.
+        tokenizer: One of transformers, or a function from texts to ids (n, length) as open_clip has.
+        descriptions: A list of class names; a list with one list of texts per class; or a dictionary from class name
+            to one or more texts.
+        templates: For bare class names, texts with one `{}` each. Default: "a photo of a {}.".
+        batch_size: Texts per batch.
+        progress_bar: Whether to show one, on the main process. Default: with more than 20 batches.
+        cache_dir: Folder in which the rows are kept, for the next time with the same weights and texts.
+
+    Returns:
+        A float32 tensor (M, e) on the model's device, with one L2-normalised row per class.
+
+    Raises:
+        ValueError: A description is empty, `batch_size` is not positive, the model has no text tower, or all rows
+            come out identical, which happens when the tokenizer does not fit the model.
+    """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be positive, got {batch_size!r}.")
+    texts_of_class = expand(descriptions, templates)
+    if not towers.has_text_tower(model):
+        raise ValueError(f"`model` ({type(model).__name__}) has no text tower to encode class descriptions with.")
+    device = next(model.parameters()).device
+    kept = None if cache_dir is None else Path(cache_dir, f"{_fingerprint(model, texts_of_class)}.safetensors")
+    if kept is not None and kept.is_file():
+        return load_file(kept)["text_embeds"].to(device)
+    unique = list(dict.fromkeys(text for texts in texts_of_class for text in texts))
+    row_of_text = {text: row for row, text in enumerate(unique)}
+    embeddings = F.normalize(_encode_texts(model, tokenizer, unique, batch_size, progress_bar), dim=-1)
+    index = torch.tensor([row_of_text[text] for texts in texts_of_class for text in texts], device=embeddings.device)
+    owner = torch.tensor([i for i, texts in enumerate(texts_of_class) for _ in texts], device=embeddings.device)
+    sums = embeddings.new_zeros(len(texts_of_class), embeddings.shape[1]).index_add_(0, owner, embeddings[index])
+    rows = F.normalize(sums, dim=-1)
+    differ = len({tuple(texts) for texts in texts_of_class}) > 1
+    if differ and torch.allclose(rows, rows[:1].expand_as(rows), atol=1e-6):
+        raise ValueError(
+            "All class descriptions have the same embedding. Either the tokenizer does not fit the text tower (the "
+            "token that the tower pools, `eos_token_id` of its config, does not occur in the tokenizer's output), or "
+            "the texts differ only beyond the tower's limit."
+        )
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part = kept.with_suffix(f".{os.getpid()}")
+        save_file({"text_embeds": rows.cpu()}, part)
+        part.replace(kept)  # so that a kill leaves no half of it
+    return rows
+
+
+def load_tokenizer(model: nn.Module, name: str | None = None) -> Any:
+    """The tokenizer `name`, or that of the folder or repository a model came from.
+
+    Raises:
+        ValueError: There is none.
+    """
+    name = name or getattr(model, "name_or_path", None)
+    try:
+        if not name:
+            raise ValueError("the model does not say where it came from")
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Class descriptions need a tokenizer, and none could be loaded from {name!r}: {error}. Give it as "
+            "`tokenizer` or `tokenizer_name_or_path`, or encode the texts elsewhere and pass a tensor."
+        ) from error
+
+
+def first_guidance(model: nn.Module, config: SageConfig) -> tuple[torch.Tensor | None, list[str] | None]:
+    """The guidance that a new adapter starts with, NaN where it is still to be loaded, and what its rows stand for."""
+    if config.saved:
+        num_rows, width = config.guidance_shape or (0, 0)
+        return torch.full((num_rows, width), torch.nan) if num_rows else None, config.row_names
+    source: Any = config.class_descriptions if config.guidance is None else config.guidance
+    if config.guidance_rows == 0 or not len(own_embeddings(model) if source is None else source):
+        return None, None
+    return make_guidance(model, config, source, config.class_names)
+
+
+def make_guidance(
+    model: nn.Module, config: SageConfig, source: torch.Tensor | Descriptions | None, names: list[str] | None
+) -> tuple[torch.Tensor, list[str] | None]:
+    """Rows (M, e) from a tensor, class descriptions or (`None`) a classifier's own embeddings; and their names.
+
+    Raises:
+        TypeError: A tensor is not floating-point.
+        ValueError: It is not finite, or the descriptions cannot be encoded.
+    """
+    most = config.guidance_rows or MOST_ROWS
+    if isinstance(source, torch.Tensor):
+        embeddings, most = source, config.guidance_rows or max(1, len(source))
+    else:
+        embeddings = own_embeddings(model) if source is None else encode_for(model, config, source)
+    rows = pool_guidance(embeddings, most)
+    return rows, None if names is None else name_rows(rows, embeddings, names)
+
+
+def own_embeddings(model: nn.Module) -> torch.Tensor:
+    """The `text_embeds` (K, e) of the head of a classifier; none of other models."""
+    embeddings = getattr(getattr(model, "class_head", None), "text_embeds", None)
+    return embeddings if isinstance(embeddings, torch.Tensor) else torch.empty(0, 1)
+
+
+def encode_for(model: nn.Module, config: SageConfig, descriptions: Descriptions) -> torch.Tensor:
+    """Encode class descriptions with the tokenizer and the templates of a configuration.
+
+    Raises:
+        ValueError: The model has no text tower, there is no tokenizer, or the descriptions cannot be encoded.
+    """
+    if not towers.has_text_tower(model):
+        raise ValueError(
+            f"{type(model).__name__} has no text tower to encode `class_descriptions` with. Either wrap the full "
+            "model, such as CLIPModel instead of CLIPVisionModel, or encode them elsewhere "
+            "(`encode_class_descriptions`) and pass the tensor as `guidance`."
+        )
+    tokenizer = load_tokenizer(model, config.tokenizer_name_or_path)
+    return encode_class_descriptions(model, tokenizer, descriptions, config.text_templates)
+
+
+@torch.no_grad()
+def pool_guidance(guidance: torch.Tensor, num_rows: int = 64, iterations: int = 20, seed: int = 0) -> torch.Tensor:
+    """Replace the embeddings (M, e) of many classes by fewer rows that stand for groups of similar classes.
+
+    What an adapter costs grows with the rows that its blocks attend to. Spherical k-means (Dhillon and Modha, 2001)
+    gathers the classes around `num_rows` directions, on the CPU, so that all processes come to the same result.
+
+    Args:
+        guidance: One embedding per class; normalised here.
+        num_rows: R, how many rows remain.
+        iterations: Steps of k-means at most; fewer if nothing changes any more.
+        seed: Decides which rows k-means starts from.
+
+    Returns:
+        A float32 tensor (R, e) with L2-normalised rows, on the device of `guidance`; if M is at most R, all M rows.
+
+    Raises:
+        TypeError: `guidance` is no floating-point tensor.
+        ValueError: It is not finite, `num_rows` or `iterations` is not positive, or `seed` is no integer.
+    """
+    check_embeddings(guidance, "guidance")
+    for name, value in (("num_rows", num_rows), ("iterations", iterations)):
+        if not is_int(value) or value < 1:
+            raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+    if not is_int(seed):
+        raise ValueError(f"`seed` must be an integer, got {seed!r}.")
+    rows = F.normalize(guidance.detach().float(), dim=-1)
+    if len(rows) <= num_rows:
+        return rows
+    rows = rows.cpu()
+    means = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:num_rows]]
+    groups: torch.Tensor | None = None
+    for _ in range(iterations):
+        before, groups = groups, nearest(rows, means)
+        if before is not None and torch.equal(before, groups):
+            break
+        sums = torch.zeros_like(means).index_add_(0, groups, rows)
+        # A group without rows, or whose rows cancel out, keeps its direction.
+        means = torch.where(sums.norm(dim=1, keepdim=True) > 1e-6, F.normalize(sums, dim=-1), means)
+    return means.to(guidance.device)
+
+
+def nearest(embeddings: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Index (M,) of the row (R, e) that each embedding (M, e) is nearest to."""
+    return torch.cat([(part @ rows.T).argmax(dim=1) for part in embeddings.split(2**14)])
+
+
+def name_rows(rows: torch.Tensor, embeddings: torch.Tensor, class_names: Sequence[str]) -> list[str]:
+    """Name rows of guidance (R, e) by the classes with embeddings (M, e) that they stand for: at most three each."""
+    if len(rows) == len(class_names):
+        return list(class_names)
+    members: list[list[str]] = [[] for _ in rows]
+    groups = nearest(F.normalize(embeddings.detach().float().to(rows.device), dim=-1), rows)
+    for name, row in zip(class_names, groups.tolist(), strict=True):
+        members[row].append(name)
+    return [", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") for names in members]
+
+
+def _fingerprint(model: nn.Module, texts_of_class: list[list[str]]) -> str:
+    """A name for rows that these weights make of these texts."""
+    sums = [parameter.detach().double().sum().item() for parameter in model.parameters()]
+    return hashlib.sha256(json.dumps([texts_of_class, sums]).encode()).hexdigest()[:32]
+
+
+def max_length(model: nn.Module, tokenizer: Any) -> int:
+    """Return the number of tokens at which the text tower cuts a text, start and end included."""
+    config = towers.text_config(model)
+    positions = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
+    return min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
+
+
+def _encode_texts(
+    model: nn.Module, tokenizer: Any, texts: list[str], batch_size: int, progress_bar: bool | None
+) -> torch.Tensor:
+    """Return raw float32 text embeddings (n, e), in the order of `texts`."""
+    order, inputs_of = _tokenise(model, tokenizer, texts)
+    # Texts of similar length together, so that little is padded; the longest first, as they need the most memory.
+    batches = [order[start : start + batch_size] for start in range(0, len(texts), batch_size)][::-1]
+    device = next(model.parameters()).device
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    is_main = not distributed or torch.distributed.get_rank() == 0
+    show = (len(batches) > 20 if progress_bar is None else progress_bar) and is_main
+    encoded = []
+    with towers.eval_mode(model):
+        for batch in tqdm(batches, desc="Encoding class descriptions", disable=not show):
+            inputs = {name: tensor.to(device) for name, tensor in inputs_of(batch).items()}
+            encoded.append(towers.encode_text(model, inputs).float())
+    rows = torch.cat(encoded)
+    return rows[torch.tensor([i for batch in batches for i in batch], device=rows.device).argsort()]
+
+
+def _tokenise(
+    model: nn.Module, tokenizer: Any, texts: list[str]
+) -> tuple[list[int], Callable[[list[int]], dict[str, torch.Tensor]]]:
+    """Return the order of the texts by length, and a function from some of them to the tower's inputs."""
+    if not hasattr(tokenizer, "pad"):
+        return list(range(len(texts))), lambda chosen: {"input_ids": tokenizer([texts[i] for i in chosen])}
+    limit = max_length(model, tokenizer)
+    ids = tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
+    if cut := sum(len(text) > limit for text in ids):
+        warnings.warn(
+            f"{cut} of {len(texts)} class descriptions are longer than the text tower's limit of {limit} tokens and "
+            "were truncated; write shorter ones, several per class if need be.",
+            stacklevel=4,
+        )
+        ids = tokenizer(texts, padding=False, truncation=True, max_length=limit)["input_ids"]
+    padding: dict[str, Any] = {"padding": "longest"}
+    if str(getattr(towers.text_config(model), "model_type", "")).startswith("siglip"):
+        # It was trained on texts padded to the full length, without an attention mask, and reads the last position.
+        padding = {"padding": "max_length", "max_length": limit, "return_attention_mask": False}
+    order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
+    return order, lambda chosen: dict(
+        tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, return_tensors="pt", **padding)
+    )

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One picture from whatever holds it, alike in training and in prediction. Needs pillow."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_IMAGE_NAME = re.compile(
+    r"[^.].*\.(a?png|avif|bmp|dib|gif|heic|heif|j2k|jfif|jp2|jpe|jpe?g|jxl|p[bgnp]m|tga|tiff?|webp)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def read_image(source: Any, name: str | None = None, min_side: int | None = None) -> Image:
+    """Read one image as it is to be seen: upright, 8 bits, RGB, transparent parts on white, the first frame.
+
+    16-bit values are divided by 257. Floats in [0, 1] are multiplied by 255; a picture with larger ones is taken to
+    lie in [0, 255], or else in [0, 65535].
+
+    Args:
+        source: A path, the bytes of a file, a dictionary with either (`{"bytes": ..., "path": ...}`, as `datasets` has
+            it), a PIL image, or an array (H, W) or (H, W, 1, 3 or 4).
+        name: What errors call it, as "row 3 of split 'test'". Default: its path.
+        min_side: A JPEG may be decoded smaller than it is, which is faster, with at least this many pixels a side.
+
+    Raises:
+        ValueError: If it cannot be read. The message holds the name.
+    """
+    import PIL.Image
+
+    if isinstance(source, dict):
+        source = source.get("path") if source.get("bytes") is None else source["bytes"]
+    if isinstance(source, (str, os.PathLike)):
+        name = name or repr(os.fspath(source))
+    elif isinstance(source, (bytes, bytearray, memoryview)):
+        source = io.BytesIO(source)
+    label = "Image" if name is None else f"Image {name}"
+    try:
+        if isinstance(source, PIL.Image.Image):
+            return _upright_rgb(source)
+        if isinstance(source, np.ndarray):
+            return _upright_rgb(_from_array(source))
+        if not isinstance(source, (str, os.PathLike, io.BytesIO)):
+            raise TypeError(f"a path, bytes, a PIL image or a numpy array is needed, got {type(source).__name__}")
+        with PIL.Image.open(source) as image:
+            if min_side is not None:
+                image.draft(None, (min_side, min_side))
+            return _upright_rgb(image)
+    except PIL.UnidentifiedImageError as error:
+        raise ValueError(
+            f"{label} cannot be read: empty, or no format that pillow knows (HEIC: pillow-heif)."
+        ) from error
+    # Damaged files make pillow raise almost anything; a picture that is too large has an error of its own.
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ValueError(f"{label} cannot be read: {reason}") from error
+
+
+def decoding_side(image_processor: Any) -> int | None:
+    """Return the `min_side` of [`read_image`] that leaves twice the resolution a processor resizes to."""
+    sides = [side for side in dict(getattr(image_processor, "size", None) or {}).values() if side]
+    return 2 * max(sides) if sides and getattr(image_processor, "do_resize", False) else None
+
+
+def find_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """List files, and the images of folders: of each folder its own, sorted, without hidden ones.
+
+    Raises:
+        ValueError: If a path does not exist or a folder holds no image. The path is named.
+    """
+    found: list[Path] = []
+    for given in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+        path = Path(given) if os.path.exists(given) else Path(os.path.expanduser(given))
+        if not path.exists():
+            raise ValueError(f"{str(given)!r} does not exist.")
+        images = [path]
+        if path.is_dir():
+            images = sorted(file for file in path.iterdir() if is_image_name(file.name) and not file.is_dir())
+        if not images:
+            raise ValueError(f"Folder {str(given)!r} holds no images; the folders in it are not searched.")
+        found += images
+    return found
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file of a folder counts as an image: it has an image's ending and is not hidden."""
+    return _IMAGE_NAME.fullmatch(name) is not None
+
+
+def _upright_rgb(image: Image) -> Image:
+    import PIL.ExifTags
+    import PIL.Image
+    import PIL.ImageOps
+
+    image.load()
+    # A damaged EXIF block says nothing about the pixels.
+    with suppress(Exception):
+        if image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1:
+            image = PIL.ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        image = _from_array(np.asarray(image), is_16_bit=image.mode.startswith("I"))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _from_array(array: np.ndarray[Any, Any], is_16_bit: bool = False) -> Image:
+    """Scale an array to 8 bits."""
+    import PIL.Image
+
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.size == 0 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
+        raise ValueError(f"an array must have the shape (H, W) or (H, W, 1, 3 or 4), got {array.shape}")
+    if array.dtype == np.uint8:
+        return PIL.Image.fromarray(array)
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"an array must hold numbers, got {array.dtype}")
+    low, high = float(array.min()), float(array.max())
+    if not (low >= 0 and high <= 65535):
+        raise ValueError(f"its values must lie in [0, 65535], got {low:g} to {high:g}")
+    if array.dtype.kind == "b" or (array.dtype.kind == "f" and high <= 1):
+        factor = 255.0
+    else:
+        factor = 1 / 257 if is_16_bit or array.dtype.name == "uint16" or high > 255 else 1.0
+    return PIL.Image.fromarray((array * factor).round().astype(np.uint8))

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning rates: a head that starts from texts learns faster than the adapters below it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .validation import check_number
+
+
+def parameter_groups(model: nn.Module, lr: float, head_lr: float | None = None) -> list[dict[str, Any]]:
+    """Groups of the trainable parameters for an optimizer: `torch.optim.AdamW(parameter_groups(model, 0.002))`.
+
+    With Trainer: `Trainer(..., optimizers=(torch.optim.AdamW(parameter_groups(model, 0.002)), None))`.
+
+    Args:
+        model: A model with a `class_head`, wrapped or not.
+        lr: Learning rate of everything but the head.
+        head_lr: Learning rate of the `class_head`; 2.5 times `lr` when None.
+
+    Raises:
+        ValueError: A learning rate is not a number, at least 0, or nothing is trainable.
+    """
+    check_number("lr", lr, 0)
+    head_lr = 2.5 * lr if head_lr is None else head_lr
+    check_number("head_lr", head_lr, 0)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trained:
+        raise ValueError("`model` must have trainable parameters, got none.")
+    head = [parameter for name, parameter in trained.items() if "class_head" in name.split(".")]
+    rest = [parameter for name, parameter in trained.items() if "class_head" not in name.split(".")]
+    return [{"params": params, "lr": rate} for params, rate in ((rest, lr), (head, head_lr)) if params]

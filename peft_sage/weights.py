@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An adapter's weights under the names of the model that they are loaded into: complete and finite, or refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from .registration import PREFIX
+from .towers import same_module
+
+
+PEFT_ROOT = "base_model.model."
+
+
+def align_names(state_dict: dict[str, torch.Tensor], mlps: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Rename the adapted MLPs of a weights file to those of the model, which may hold the same tower in another class.
+
+    Raises:
+        ValueError: They do not correspond one to one.
+    """
+    in_model = sorted((name.removeprefix(PEFT_ROOT) for name in mlps), key=_natural)
+    in_file = sorted({_mlp(key) for key in state_dict if f".{PREFIX}" in key}, key=_natural)
+    if len(in_file) != len(in_model) or not all(map(same_module, in_file, in_model)):
+        raise ValueError(
+            f"The adapter's weights do not fit the model: the file has {len(in_file)} adapted blocks, "
+            f"{_some(in_file)}, the model has {len(in_model)}, {_some(in_model)}. Was it trained on another model, or "
+            "with other `target_modules`?"
+        )
+    renamed = dict(zip(in_file, in_model, strict=True))
+    return {
+        PEFT_ROOT + renamed[_mlp(key)] + key[key.index(f".{PREFIX}") :] if f".{PREFIX}" in key else key: value
+        for key, value in state_dict.items()
+    }
+
+
+def size_blank_modules(model: nn.Module, adapter_name: str, found: dict[str, torch.Tensor]) -> None:
+    """Give tensors without entries, as a blank head has, the sizes that a weights file has for them."""
+    for key, value in found.items():
+        path, _, name = key.rpartition(".")
+        if f".modules_to_save.{adapter_name}" not in path:
+            continue
+        module = model.get_submodule(path)
+        blank = getattr(module, name, None)
+        if isinstance(blank, torch.Tensor) and not blank.numel():
+            sized = blank.new_zeros(value.shape)
+            trained = isinstance(blank, nn.Parameter)
+            setattr(module, name, nn.Parameter(sized, blank.requires_grad) if trained else sized)
+            if isinstance(module, nn.Linear) and name == "weight":
+                module.out_features, module.in_features = value.shape
+
+
+def check_complete(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Check that a weights file holds exactly the tensors that an adapter needs.
+
+    Raises:
+        ValueError: A tensor is missing, is not expected, has another shape, or holds NaN or infinity.
+    """
+    missing = sorted(expected.keys() - found.keys())
+    unknown = sorted(key for key in found.keys() - expected.keys() if f".{PREFIX}" in key)
+    if missing or unknown:
+        raise ValueError(
+            f"The adapter's weights do not fit its configuration: missing from the file {_some(missing)}, not "
+            f"expected in it {_some(unknown)}."
+        )
+    for key, value in expected.items():
+        if value.shape != found[key].shape:
+            raise ValueError(
+                f"The adapter's weights do not fit its configuration or the model: {key!r} has the shape "
+                f"{tuple(found[key].shape)} in the file, expected {tuple(value.shape)}."
+            )
+        if found[key].is_floating_point() != value.is_floating_point():
+            raise ValueError(f"The adapter's weights are damaged: {key!r} has the type {found[key].dtype}.")
+        if not found[key].is_meta and not found[key].isfinite().all():
+            raise ValueError(f"The adapter's weights are damaged: {key!r} holds NaN or infinity.")
+
+
+def _mlp(key: str) -> str:
+    return key[: key.index(f".{PREFIX}")].removeprefix(PEFT_ROOT)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"{names[:4]}{more}"
