@@ -13,10 +13,9 @@ from typing import Any
 
 import jinja2
 import numpy as np
-import PIL.Image
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from image_data import PixelDataset, PixelTransform
+from image_data import LabelledImages, PixelDataset, PixelTransform
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
@@ -71,7 +70,7 @@ def write_report(
     test: PixelDataset,
     transform: PixelTransform,
     repo_id: str,
-    train: PixelDataset | None = None,
+    train: LabelledImages | None = None,
     label_probability: torch.Tensor | None = None,
 ) -> None:
     """Write `report.html`, the pictures and the model card.
@@ -109,7 +108,7 @@ def make_page(
     results: dict[str, Any],
     test: PixelDataset,
     transform: PixelTransform,
-    train: PixelDataset | None = None,
+    train: LabelledImages | None = None,
     label_probability: torch.Tensor | None = None,
 ) -> str:
     """Return the report as one HTML file that asks for nothing else. The arguments are those of [`write_report`]."""
@@ -127,7 +126,7 @@ def make_page(
     def mistake(row: int) -> dict[str, str]:
         truth, guess = names[labels[row]], names[predicted[row]]
         caption = f"{truth}, taken for {guess} ({100 * confidence[row]:.0f} %)"
-        return small_picture(test, indices[row], f"Test image: {caption}", caption)
+        return small_picture(test.split, indices[row], f"Test image: {caption}", caption)
 
     def class_row(k: int) -> dict[str, Any]:
         return {
@@ -161,19 +160,22 @@ def make_page(
         probability = label_probability.double().nan_to_num(2).numpy()
         for index in np.argsort(probability, kind="stable")[:PICTURES]:
             if probability[index] <= 1:
-                caption = f"{names[train.split.labels[index]]}: {100 * probability[index]:.1g} %"
+                caption = f"{names[train.labels[index]]}: {100 * probability[index]:.1g} %"
                 picture = small_picture(train, index, f"Training image labelled {caption}", caption)
-                suspects.append(picture | {"file": train.split.name(int(index))})
+                suspects.append(picture | {"file": train.name(int(index))})
+    tried = results.get("text_prior_scores") or {}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=f"{method} on {len(names)} classes",
-        model=results["settings"].get("model", ""),
-        dataset=results["settings"].get("dataset", ""),
+        model=short(results["settings"]["model"]),
+        dataset=short(results["settings"]["dataset"]),
         method=method,
         num_train=int(counts.sum()),
         num_test=len(test),
         num_seen=len(indices),
         scores=scores,
+        text_prior=results.get("text_prior"),
+        tried=", ".join(f"{strength}: {100 * score:.1f} %" for strength, score in tried.items()),
         figures=[
             (png(tail), "Test accuracy of each class, most frequent class first, over the numbers of images."),
             (png(groups), "Test accuracy of the groups: " + "; ".join(group_text(n, s) for n, s in runs.items())),
@@ -264,9 +266,9 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-np.clip(x, -30, 30)))
 
 
-def small_picture(images: PixelDataset, index: int, alt: str, caption: str) -> dict[str, str]:
+def small_picture(images: LabelledImages, index: int, alt: str, caption: str) -> dict[str, str]:
     """Return an image of a data set as a small JPEG within the page."""
-    image = images.split.read(int(index), min_side=SIDE)
+    image = images.read(int(index), min_side=SIDE)
     image.thumbnail((SIDE, SIDE))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=80)
@@ -331,9 +333,7 @@ def draw_groups(axis: Axes, runs: Mapping[str, Mapping[str, Any]]) -> None:
     width = 0.8 / len(runs)
     for number, (run, scores) in enumerate(runs.items()):
         places = [place + (number - (len(runs) - 1) / 2) * width for place in range(len(GROUPS))]
-        bars = axis.bar(
-            places, numbers([scores[group] for group in GROUPS]), width, color=f"C{number}", label=run
-        )
+        bars = axis.bar(places, numbers([scores[group] for group in GROUPS]), width, color=f"C{number}", label=run)
         axis.bar_label(bars, fmt="%.3g", fontsize=9)
     axis.set_xticks(range(len(GROUPS)), GROUPS)
     axis.set(xlabel="classes by number of training images", ylabel="test accuracy, %")
@@ -373,6 +373,11 @@ def plot_rarest(
     return figure, f"What the last adapter attends to in a test image of the class `{names[rarest]}`."
 
 
+def short(value: Any) -> Any:
+    """Return the name of a folder or file without where it lies on this machine; anything else as it is."""
+    return Path(value).name if isinstance(value, str) and value and Path(value).exists() else value
+
+
 def create_model_card(
     results: Mapping[str, Any], method: str, repo_id: str, pictures: Mapping[str, str] | None = None
 ) -> ModelCard:
@@ -384,7 +389,8 @@ def create_model_card(
         repo_id: Where the model will be found.
         pictures: From file names beside the card to captions.
     """
-    base = str(results["settings"].get("model") or "CLIP")
+    settings = {key: short(value) for key, value in results["settings"].items() if value is not None}
+    base = results["settings"]["model"]
     names, counts = list(read_class_descriptions(results["class_names"])), results["class_counts"]
     runs = {"zero-shot": results["zero_shot"], method: results["trained"]}
     per_class = results["trained"]["per_class"]
@@ -403,7 +409,7 @@ def create_model_card(
         scores=table(["test accuracy, %", *SCORES], [[run, *(runs[run][s] for s in SCORES)] for run in runs]),
         pictures="".join(f"\n![{text}]({file})\n\n{text}\n" for file, text in (pictures or {}).items()),
         worst=table(["class", "training images", "accuracy, %"], worst),
-        settings="\n".join(f"{key}: {value}" for key, value in results["settings"].items() if value is not None),
+        settings="\n".join(f"{key}: {value}" for key, value in settings.items()),
         classes=", ".join(f"`{name}`" for name in shown) + f" and {len(names) - 100} more" * (len(names) > 100),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
