@@ -107,6 +107,8 @@ def load_images(
         ValueError: If there is no such data set, split or column, if labels or images cannot be read, or if training
             and test have nothing in common. It names the file, row or column.
     """
+    if on_bad_image not in ("error", "skip"):
+        raise ValueError(f"`on_bad_image` must be 'error' or 'skip', got {on_bad_image!r}.")
     wanted = {"train": train, "test": test, "validation": validation}
     if train in (validation, test):
         raise ValueError(
@@ -131,7 +133,7 @@ def load_images(
         reader.notes.append(note)
     _refuse_shared_files(tables)
     data = _with_common_classes(tables, label_column, skipped)
-    return replace(data, notes=reader.notes)
+    return replace(data, notes=reader.notes + data.notes)
 
 
 def _without(table: Table, problems: dict[int, str], on_bad_image: str) -> Table:
@@ -201,7 +203,13 @@ def _with_common_classes(
             places = [images.name(int(index)) for index in np.flatnonzero(~known)]
             skipped.setdefault(key, {})["of classes without training images"] = places
             splits[key] = images.select(np.flatnonzero(known))
-    return ImageData(splits, names, {split: reasons for split, reasons in skipped.items() if reasons})
+    data = ImageData(splits, names, {split: reasons for split, reasons in skipped.items() if reasons})
+    untested = [name for name, count in zip(names, data.class_counts("test"), strict=True) if not count]
+    if untested:
+        data.notes.append(
+            f"Without test images, so that they count in no mean: {len(untested)} classes: {untested[:10]}."
+        )
+    return data
 
 
 def find_unreadable(tables: dict[str, Table], progress: bool = True) -> dict[str, dict[int, str]]:

@@ -55,7 +55,7 @@ def read_labels(
         column = column.cast(column.type.value_type)
     refuse(column.is_null(), "no label")
     kind = column.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+    if is_text(kind):
         codes, values = _distinct(column.cast(pa.large_string()))
         names = [unicodedata.normalize("NFC", value) for value in values]
         refuse(np.array([not value.strip() for value in values], dtype=bool)[codes], "an empty label")
@@ -65,7 +65,7 @@ def read_labels(
         return codes, Classes([str(value) for value in values], "truth values")
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
         raise ValueError(f"Column {name!r} must hold class names or whole numbers, got {kind}.")
-    codes, values = _distinct(column)
+    codes, values = _distinct(column.cast(pa.float64()) if pa.types.is_floating(kind) else column)
     whole = np.array([value == value and value not in (np.inf, -np.inf) and value == int(value) for value in values])
     refuse(~whole.astype(bool)[codes], "a label that is no whole number")
     refuse(
@@ -77,6 +77,11 @@ def read_labels(
     refuse(unknown[codes], f"a label beyond its {len(stated)} classes")
     names = [unicodedata.normalize("NFC", other) for other in stated]
     return np.array([int(value) for value in values], dtype=np.int64)[codes], Classes(names, stated=True)
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column holds strings, of which Arrow has three types."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def stated_names(schema: pa.Schema, column: str) -> list[str] | None:

@@ -19,7 +19,7 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
-from labels import Classes, read_labels, stated_names, unite
+from labels import Classes, is_text, read_labels, stated_names, unite
 
 from peft_sage.descriptions import read_csv, read_text
 from peft_sage.images import is_image_name, read_image
@@ -153,13 +153,13 @@ class Reader:
         """Return the splits under the keys of `wanted`, as far as there are any, or all images under ""."""
         path = Path(self.name if os.path.lexists(self.name) else os.path.expanduser(self.name)).absolute()
         try:
-            if path.is_dir():
+            if self.name and path.is_dir():
                 return self._folder(path)
             if path.is_file():
-                return {"": self._parquet([path])} if path.suffix.lower() == ".parquet" else self._list_of_all(path)
+                return self._table_of_all(path)
         except OSError as error:
             raise ValueError(f"`--dataset` {self.name!r} cannot be read: {error}") from error
-        if self.name.startswith((".", "/", "~")):
+        if not self.name or self.name.startswith((".", "/", "~")):
             raise ValueError(f"`--dataset` {self.name!r} is not a folder.")
         return self._hub()
 
@@ -182,7 +182,7 @@ class Reader:
                 images = rows.select_columns([self.image_column]).cast_column(self.image_column, Image(decode=False))
             except Exception as error:
                 kind = rows.features[self.image_column]
-                raise ValueError(f"Column {self.image_column!r} holds no images, but {kind}.") from error
+                raise ValueError(f"Column {self.image_column!r}, {kind}, cannot be read as images: {error}") from error
             tables[key] = Table(LabelledImages(images, self.image_column, labels, self.wanted[key], place), classes)
         return tables
 
@@ -200,12 +200,15 @@ class Reader:
         tables = self._tables_of_splits([path for path in lists if path.name not in METADATA], root)
         if tables and not (in_folders and not all(self._fits(path) for paths in tables.values() for path in paths)):
             return {key: self._list(paths[0], self.wanted[key]) for key, paths in tables.items()}
-        lists = [path for path in lists if self._fits(path)]
+        lists = [path for path in lists + parquet if self._fits(path)]
         if len(lists) == 1:
-            return self._list_of_all(lists[0])
+            return self._table_of_all(lists[0])
         if in_folders:
-            self._note([*(f for f in folders if f not in matched.values()), *filter(is_image_name, files)])
+            unread = [name for name in files if is_image_name(name) or name.lower().endswith((".csv", ".tsv"))]
+            self._note([*(name for name in folders if name not in matched.values()), *unread])
             return {key: self._class_folders(root / name, self.wanted[key]) for key, name in matched.items()}
+        if any(_entries(root / name)[0] for name in matched.values()):
+            self._match(folders)
         columns = f"the columns {self.image_column!r} and {self.label_column!r}"
         if matched and set(folders) <= set(matched.values()):
             raise ValueError(f"Folder {str(root)!r} has no class folders in {folders}, nor a table with {columns}.")
@@ -244,13 +247,19 @@ class Reader:
         skipped = {"beside the class folders": loose, "not an image by its name": others, "without images": empty}
         return Table(_from_files(paths, labels, split), meaning, np.array(paths, dtype=object), skipped)
 
-    def _list_of_all(self, path: Path) -> dict[str, Table]:
-        """Read a table of image files of all splits: by its column `split` or, else, the first folder of each file."""
-        table, rows = self._list(path, ""), [row for _, row in _rows(path)]
-        splits = [Path(os.path.relpath(file, path.parent)).parts[0] for file in table.paths]
-        if "split" in rows[0]:
-            splits = [str(row.get("split")) for row in rows]
-        elif "train" not in match_splits(sorted(set(splits)), self.wanted):
+    def _table_of_all(self, path: Path) -> dict[str, Table]:
+        """Read one table of all splits, which its column `split` tells or, else, the first folder of each file."""
+        if path.suffix.lower() == ".parquet":
+            table, file = self._parquet([path]), pq.ParquetFile(path)
+            has_splits = "split" in file.schema_arrow.names
+            splits = [str(split) for split in file.read(["split"])["split"].to_pylist()] if has_splits else []
+        else:
+            table, rows = self._list(path, ""), [row for _, row in _rows(path)]
+            has_splits = "split" in rows[0]
+            splits = [str(row.get("split")) for row in rows] if has_splits else []
+        if not has_splits and table.paths is not None:
+            splits = [Path(os.path.relpath(file, path.parent)).parts[0] for file in table.paths]
+        if not has_splits and "train" not in match_splits(sorted(set(splits)), self.wanted):
             return {"": table}
         matched = self._match(sorted(set(splits)))
         self._note(sorted(set(splits) - set(matched.values())))
@@ -266,7 +275,7 @@ class Reader:
         rows = [row for _, row in numbered]
         place = Place([str(path)], lines=[line for line, _ in numbered])
         file_column = self._file_column(rows[0])
-        self._check_columns([*rows[0], *([self.image_column] * bool(file_column))], repr(str(path)))
+        self._check_columns(rows[0].keys() | ({self.image_column} if file_column else set()), repr(str(path)))
         for index, row in enumerate(rows):
             if not isinstance(row.get(file_column), str) or not row[file_column]:
                 raise ValueError(f"Column {file_column!r} has no file name in {place(index)}.")
@@ -292,7 +301,7 @@ class Reader:
                 self._check_columns(file.schema_arrow.names, repr(str(path)))
                 column = file.read([self.label_column])[self.label_column]
                 kind = file.schema_arrow.field(self.image_column).type
-                if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+                if is_text(kind):
                     names += file.read([self.image_column])[self.image_column].to_pylist()
             except (OSError, pa.ArrowException) as error:
                 raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
@@ -304,17 +313,21 @@ class Reader:
         if names:
             files = [os.path.normpath(paths[0].parent / (name or ".")) for name in names]
             return Table(_from_files(files, indices, "", place), classes, np.array(files, dtype=object))
+        filled = [str(path) for path, (codes, _) in zip(paths, labels.values(), strict=True) if len(codes)]
+        if not filled:
+            raise ValueError(f"{str(paths[0])!r} has no rows.")
         try:
             images = load_dataset(
                 "parquet",
-                data_files=[glob.escape(str(path)) for path in paths],  # names are patterns to it
+                data_files=[glob.escape(path) for path in filled],  # names are patterns to it
                 split="train",
                 columns=[self.image_column],
                 features=Features({self.image_column: Image(decode=False)}),
             )
         except Exception as error:
             raise ValueError(
-                f"Column {self.image_column!r} of {str(paths[0])!r} holds no images, but {kind}."
+                f"Column {self.image_column!r} of {str(paths[0])!r}, {kind}, cannot be read as images: "
+                f"{error.__cause__ or error}"
             ) from error
         return Table(LabelledImages(images, self.image_column, indices, place=place), classes)
 
@@ -347,24 +360,28 @@ class Reader:
 
     def _note(self, names: list[str]) -> None:
         if names:
-            self.notes.append(f"Not read, for they are not called after splits: {', '.join(map(repr, names[:10]))}.")
+            self.notes.append(f"Not read, as neither splits nor tables of them: {', '.join(map(repr, names[:10]))}.")
 
     def _check_columns(self, columns: Iterable[str], where: str) -> None:
         for flag, column in (("--image-column", self.image_column), ("--label-column", self.label_column)):
             if column not in columns:
-                raise ValueError(f"{where} has no column {column!r}, only {list(columns)}; choose one with `{flag}`.")
+                raise ValueError(f"{where} has no column {column!r}, only {[*columns]}; choose one with `{flag}`.")
+            if list(columns).count(column) > 1:
+                raise ValueError(f"{where} has more than one column {column!r}.")
 
     def _file_column(self, columns: Iterable[str]) -> str:
         """Return the column with the names of image files, or nothing."""
         return next((column for column in [self.image_column, *FILE_COLUMNS] if column in columns), "")
 
     def _fits(self, path: Path) -> bool:
-        """Whether a table says which image file is of which class."""
+        """Whether a table says which image is of which class."""
+        parquet = path.suffix.lower() == ".parquet"
         try:
-            columns = next((row for _, row in _rows(path)), {})
-        except ValueError:
+            columns = pq.read_schema(path).names if parquet else next((row for _, row in _rows(path)), {})
+        except (ValueError, OSError):
             return False
-        return self.label_column in columns and bool(self._file_column(columns))
+        has_images = self.image_column in columns or (not parquet and self._file_column(columns))
+        return self.label_column in columns and bool(has_images)
 
 
 def _called(table: Table, split: str) -> Table:
@@ -380,7 +397,7 @@ def _entries(folder: Path) -> tuple[list[str], list[str]]:
             if not entry.name.startswith(".") and entry.name != "__MACOSX"
         )
     for _, name, _ in shown:
-        if not name.isprintable() and name != name.encode(errors="replace").decode():
+        if name != name.encode(errors="replace").decode():
             raise ValueError(f"{str(folder / name)!r} has a name that is not UTF-8; rename it.")
     return [name for _, name, is_folder in shown if is_folder], [name for _, name, is_folder in shown if not is_folder]
 
@@ -409,7 +426,7 @@ def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         try:
-            rows += [(number, json.loads(line))] if line.strip() else []
-        except ValueError as error:
-            raise ValueError(f"Line {number} of {str(path)!r} is no JSON: {error}") from error
+            rows += [(number, dict(json.loads(line)))] if line.strip() else []
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Line {number} of {str(path)!r} is no JSON object: {error}") from error
     return rows

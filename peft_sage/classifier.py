@@ -47,7 +47,7 @@ class CosineHead(nn.Linear):
     text_embeds: torch.Tensor
 
     def __init__(self, text_embeds: torch.Tensor, class_names: list[str] | None = None, scale: float = 25.0) -> None:
-        super().__init__(text_embeds.shape[1], text_embeds.shape[0], bias=False, device="meta")
+        super().__init__(1, 1, bias=False, device="meta")
         self.scale = scale
         self.set_rows(text_embeds, class_names)
 
@@ -410,9 +410,10 @@ class SageClassifier(nn.Module):
         if not is_int(batch_size) or batch_size < 1:
             raise ValueError(f"`batch_size` must be a positive integer, got {batch_size!r}.")
         if isinstance(images, (str, os.PathLike)):
-            images = find_images(images)
-        elif isinstance(images, (list, tuple)):
-            images = [find_images(i)[0] if isinstance(i, (str, os.PathLike)) else i for i in images]
+            images = [images]
+        if isinstance(images, (list, tuple)):
+            paths = [find_images(i) if isinstance(i, (str, os.PathLike)) else [i] for i in images]
+            images = [image for part in paths for image in part]
         loads = isinstance(images, DataLoader) or not hasattr(images, "__getitem__")
         loader = images if loads else DataLoader(images, batch_size=batch_size, collate_fn=self._collate)
         total = len(loader) if hasattr(loader, "__len__") else None

@@ -34,7 +34,7 @@ def read_class_descriptions(
         class_names: The classes in the order of their indices. Default: those of the source, in its order.
 
     Returns:
-        What `class_descriptions` of [`SageConfig`] takes: class names (underscores become spaces), or a dictionary
+        What `class_descriptions` of [`SageConfig`] takes: class names, or a dictionary
         from class name to texts. Classes that are not in `class_names` are left out with a warning.
 
     Raises:
@@ -62,7 +62,7 @@ def read_class_descriptions(
         texts = _in_order(dict(zip(map(_composed, names), texts, strict=True)), class_names, where)
         names = list(class_names)
     if texts and isinstance(texts[0], str):
-        return [name.replace("_", " ") for name in names]
+        return list(names)
     return dict(zip(names, texts, strict=True))
 
 

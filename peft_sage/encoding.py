@@ -115,7 +115,8 @@ def first_guidance(model: nn.Module, config: SageConfig) -> tuple[torch.Tensor |
         num_rows, width = config.guidance_shape or (0, 0)
         return torch.full((num_rows, width), torch.nan) if num_rows else None, config.row_names
     source: Any = config.class_descriptions if config.guidance is None else config.guidance
-    if config.guidance_rows == 0 or not len(own_embeddings(model) if source is None else source):
+    first = own_embeddings(model) if source is None else source
+    if config.guidance_rows == 0 or first is None or not len(first):
         return None, None
     return make_guidance(model, config, source, config.class_names)
 
@@ -130,18 +131,20 @@ def make_guidance(
         ValueError: It is not finite, or the descriptions cannot be encoded.
     """
     most = config.guidance_rows or MOST_ROWS
-    if isinstance(source, torch.Tensor):
-        embeddings, most = source, config.guidance_rows or max(1, len(source))
-    else:
-        embeddings = own_embeddings(model) if source is None else encode_for(model, config, source)
+    embeddings = own_embeddings(model) if source is None else source
+    if embeddings is None:
+        raise ValueError(f"`guidance` must be given: {type(model).__name__} has no text embeddings of its own.")
+    if source is not None and isinstance(embeddings, torch.Tensor):
+        most = config.guidance_rows or max(1, len(embeddings))
+    elif not isinstance(embeddings, torch.Tensor):
+        embeddings = encode_for(model, config, embeddings)
     rows = pool_guidance(embeddings, most)
     return rows, None if names is None else name_rows(rows, embeddings, names)
 
 
-def own_embeddings(model: nn.Module) -> torch.Tensor:
-    """The `text_embeds` (K, e) of the head of a classifier; none of other models."""
-    embeddings = getattr(getattr(model, "class_head", None), "text_embeds", None)
-    return embeddings if isinstance(embeddings, torch.Tensor) else torch.empty(0, 1)
+def own_embeddings(model: nn.Module) -> torch.Tensor | None:
+    """The `text_embeds` (K, e) of the head of a classifier, `None` of other models."""
+    return getattr(getattr(model, "class_head", None), "text_embeds", None)
 
 
 def encode_for(model: nn.Module, config: SageConfig, descriptions: Descriptions) -> torch.Tensor:

@@ -51,15 +51,18 @@ class SageModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject an adapter, as PEFT's own method does. What may fail is done first, before the model is changed."""
-        # A copy, so that what is filled in does not stay on the user's object.
-        config: Any = copy.copy(self.peft_config[adapter_name])
-        if config.modules_to_save is None and not config.saved and hasattr(model, "class_head"):
+        # A copy, so that what is filled in does not stay on the user's object; PEFT's loading wants the object itself.
+        config: Any = self.peft_config[adapter_name]
+        config = config if config.inference_mode else copy.copy(config)
+        own = own_embeddings(model)
+        if own is not None and config.modules_to_save is None and not config.saved:
             config.modules_to_save = ["class_head"]
         _check_names(adapter_name, config)
         targets = find_targets(model, config, kwargs.get("state_dict"))
         if not (config.num_classes or config.saved):
             config.class_names = getattr(model, "class_names", None)
-        config.r = config.r or default_r(config.num_classes or len(own_embeddings(model)), max(1, len(targets)))
+        num_classes = config.num_classes or (0 if own is None else len(own))
+        config.r = config.r or default_r(num_classes, max(1, len(targets)))
         if config.r % config.num_heads:
             raise ValueError(f"`num_heads` must divide `r`={config.r} (from the classes), got {config.num_heads}.")
         _check_base_model(model, config)

@@ -36,7 +36,7 @@ def softmax_by_hand(layer, x):
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("layer", [0, -1])
 def test_attention_maps_are_the_softmax(heads, layer, pixel_values):
-    model = adapted(SageClassifier(tiny_clip(), 5), num_heads=heads)
+    model = adapted(SageClassifier(tiny_clip(), torch.randn(5, 16)), num_heads=heads)
     block = [module for module in model.modules() if isinstance(module, SageLayer)][layer]
     seen = []
     handle = block.register_forward_pre_hook(lambda module, args: seen.append(args[0]))

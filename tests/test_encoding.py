@@ -101,7 +101,7 @@ def test_unicode_and_emoji(clip):
 @pytest.mark.parametrize("make", [tiny_clip, tiny_siglip])
 def test_classifier_encodes_through_its_clip(make):
     clip = make()
-    classifier = SageClassifier(clip, 2)
+    classifier = SageClassifier(clip, torch.randn(2, 16))
     torch.testing.assert_close(
         encode_class_descriptions(classifier, byte_tokenizer(), [["cat"], ["dog"]]),
         encode_class_descriptions(clip, byte_tokenizer(), [["cat"], ["dog"]]),

@@ -430,9 +430,9 @@ def test_five_crops_are_the_centre_and_the_corners_of_the_enlarged_image(clip_fo
 def test_logits_of_several_crops_are_averaged(clip_folder, image_folder, command):
     args = finetune.parse_args([*command, "--test-crops", "5"])
     processor = AutoImageProcessor.from_pretrained(clip_folder)
-    splits = image_data.load_images(str(image_folder)).splits
-    accelerator = finetune.Accelerator()
-    loaders = finetune.make_loaders(args, accelerator, splits, processor)
+    data = image_data.load_images(str(image_folder))
+    splits, accelerator = data.splits, finetune.Accelerator()
+    loaders = finetune.make_loaders(args, accelerator, data, processor)
     transform = image_data.PixelTransform(processor, "none", 1.0)
 
     class Head(torch.nn.Module):

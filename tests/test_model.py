@@ -3,11 +3,12 @@ import json
 
 import pytest
 import torch
+from accelerate.utils import compile_regions
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPTextModel, CLIPVisionModel
 
-from peft_sage import SageClassifier, SageConfig, SageLayer, encode_class_descriptions, pool_guidance
+from peft_sage import CosineHead, SageClassifier, SageConfig, SageLayer, encode_class_descriptions, pool_guidance
 from peft_sage.model import default_r
 from tests.conftest import randomise, tiny_clip, tiny_siglip
 
@@ -165,24 +166,80 @@ def test_set_guidance_changes_the_classes(clip_dir, pixel_values, tmp_path):
     torch.testing.assert_close(features(model, pixel_values), before)
 
 
-def test_guidance_rows_pool_descriptions_and_keep_the_classes(clip_dir, pixel_values, tmp_path):
+def test_guidance_rows_limit_every_source(clip_dir, pixel_values, tmp_path):
+    names = [f"thing {i}" for i in range(70)]
     clip = type(tiny_clip()).from_pretrained(clip_dir).eval()
-    model = get_peft_model(clip, SageConfig(class_descriptions=["cat", "dog", "cow"], guidance_rows=2))
+    model = get_peft_model(clip, SageConfig(class_descriptions=names))
     randomise(model)
     config = model.peft_config["default"]
-    rows = encode_class_descriptions(clip, AutoTokenizer.from_pretrained(clip_dir), ["cat", "dog", "cow"])
-    assert torch.equal(guidance_of(model), pool_guidance(rows, 2))
-    assert config.num_classes == 3 and config.guidance_shape == [2, 16]
+    rows = encode_class_descriptions(clip, AutoTokenizer.from_pretrained(clip_dir), names)
+    assert torch.equal(guidance_of(model), pool_guidance(rows, 64))
+    assert config.num_classes == 70 and config.guidance_shape == [64, 16] and len(config.row_names) == 64
     model.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(type(clip).from_pretrained(clip_dir).eval(), tmp_path / "adapter")
     assert torch.equal(features(again, pixel_values), features(model, pixel_values))
-    assert again.peft_config["default"].num_classes == 3
-    for descriptions, num_rows in ((["cat", "dog", "cow", "bee"], 2), (["bee"], 1)):
-        again.set_guidance(descriptions)
-        assert again.peft_config["default"].num_classes == len(descriptions)
-        assert again.peft_config["default"].guidance_shape == [num_rows, 16]
-    again.set_guidance(rows)  # a tensor is taken as it is
-    torch.testing.assert_close(guidance_of(again), rows)
+    assert again.peft_config["default"].num_classes == 70
+    assert again.peft_config["default"].row_names == config.row_names
+
+    model.set_guidance(rows)  # a tensor is taken as it is
+    torch.testing.assert_close(guidance_of(model), rows)
+    model.set_guidance(["bee", *names])
+    assert config.num_classes == 71 and config.guidance_shape == [64, 16]
+    assert guidance_of(get_peft_model(tiny_clip(), SageConfig(guidance=rows))).shape == (70, 16)
+    limited = get_peft_model(tiny_clip(), SageConfig(guidance=rows, guidance_rows=2))
+    assert torch.equal(guidance_of(limited), pool_guidance(rows, 2))
+    limited.set_guidance(rows[:9])
+    assert guidance_of(limited).shape == (2, 16)
+    assert guidance_of(get_peft_model(tiny_clip(), SageConfig(guidance=rows, guidance_rows=0))) is None
+
+
+def test_a_classifier_gives_its_embeddings_its_names_and_its_head(clip, pixel_values, tmp_path):
+    embeddings = torch.randn(70, 16)
+    classifier = SageClassifier(clip, embeddings)
+    classifier.class_names = [f"thing {i}" for i in range(70)]
+    config = SageConfig()
+    model = get_peft_model(classifier, config)
+    torch.testing.assert_close(guidance_of(model), pool_guidance(embeddings, 64))
+    filled = model.peft_config["default"]
+    assert filled.class_names == classifier.class_names and filled.modules_to_save == ["class_head"]
+    assert (config.class_names, config.modules_to_save, config.r, config.guidance_shape) == (None,) * 4
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(SageClassifier(tiny_clip(), torch.randn(70, 16)), tmp_path)
+    assert torch.equal(again(pixel_values).logits, model.eval()(pixel_values).logits)
+
+    model.set_class_embeddings(torch.eye(3, 16))
+    classifier.class_names = ["a", "b", "c"]
+    model.set_guidance()
+    assert torch.equal(guidance_of(model), torch.eye(3, 16))
+    plain = get_peft_model(SageClassifier(tiny_clip(), embeddings), SageConfig(guidance_rows=0, modules_to_save=[]))
+    assert guidance_of(plain) is None and not plain.base_model.model.class_head.weight.requires_grad
+    with pytest.raises(ValueError, match="no text embeddings of its own"):
+        get_peft_model(tiny_clip(), SageConfig(guidance=embeddings)).set_guidance()
+
+
+def test_the_head_alone(pixel_values, tmp_path):
+    config = SageConfig(target_modules=[])
+    model = get_peft_model(SageClassifier(tiny_clip(), torch.randn(7, 16)), config)
+    assert not adapted(model)
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == [
+        "base_model.model.class_head.modules_to_save.default.weight"
+    ]
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(SageClassifier(tiny_clip(), torch.randn(7, 16)), tmp_path)
+    assert torch.equal(again(pixel_values).logits, model.eval()(pixel_values).logits)
+    with pytest.raises(ValueError, match="was matched"):
+        get_peft_model(tiny_clip(), config)
+
+
+def test_a_blank_head_takes_the_size_of_the_saved_one(pixel_values, tmp_path):
+    model = get_peft_model(SageClassifier(tiny_clip(), torch.randn(7, 16)), SageConfig())
+    model.save_pretrained(tmp_path)
+    classifier = SageClassifier(tiny_clip(), torch.randn(3, 16))
+    classifier.class_head = CosineHead(torch.empty(0, 16))
+    again = PeftModel.from_pretrained(classifier, tmp_path)
+    assert torch.equal(again(pixel_values).logits, model.eval()(pixel_values).logits)
+    head = classifier.class_head.modules_to_save["default"]
+    assert (head.in_features, head.out_features) == (16, 7) and head.text_embeds.shape == (7, 16)
 
 
 @pytest.mark.parametrize(
@@ -218,10 +275,67 @@ def test_a_saved_config_alone_cannot_run(clip, pixel_values, tmp_path):
 
 def test_one_config_serves_two_models(pixel_values):
     config = SageConfig(guidance=torch.randn(5, 24))
-    for _ in range(2):
-        model = get_peft_model(tiny_clip(), config)
+    for model in (tiny_clip(), SageClassifier(tiny_clip(), torch.randn(7, 16))):
+        model = get_peft_model(model, config)
         randomise(model)
-        assert features(model, pixel_values).isfinite().all()
+        assert all(b.isfinite().all() for b in model.buffers()) and guidance_of(model).shape == (5, 24)
+    assert (config.r, config.modules_to_save, config.guidance_shape) == (None, None, None)
+
+
+class CallsByKeyword(torch.nn.Module):
+    def __init__(self, mlp):
+        super().__init__()
+        self.attention, self.mlp = torch.nn.Linear(8, 8), mlp
+
+    def forward(self, x):
+        return x + self.mlp(hidden_states=self.attention(x))
+
+
+class MLP(torch.nn.Sequential):
+    def forward(self, hidden_states):
+        return super().forward(hidden_states)
+
+
+def plain_tower():
+    tower = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4), torch.nn.Flatten(2), torch.nn.Module())
+    mlps = [MLP(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 8)) for _ in range(2)]
+    tower[2] = torch.nn.Sequential(torch.nn.AdaptiveAvgPool1d(8), *map(CallsByKeyword, mlps))
+    return tower
+
+
+def test_an_mlp_that_is_called_by_keyword():
+    tower, images = plain_tower(), torch.randn(2, 3, 8, 8)
+    expected = tower(images)
+    model = get_peft_model(tower, SageConfig(guidance=torch.randn(5, 24)))
+    assert torch.equal(model(images), expected) and len(adapted(model)) == 2
+    randomise(model)
+    assert not torch.allclose(model(images), expected)
+
+
+def compiled_inside(model, part):
+    for layer in model.vision_model.encoder.layers:
+        layer.set_submodule(part, torch.compile(layer.get_submodule(part), backend="eager"))
+    return model
+
+
+@pytest.mark.parametrize(
+    "compiled",
+    [
+        lambda model: torch.compile(model, backend="eager"),
+        lambda model: compile_regions(model, backend="eager"),
+        lambda model: compiled_inside(model, "mlp"),
+    ],
+    ids=["whole", "regions", "mlps"],
+)
+def test_models_that_were_compiled_beforehand(compiled, pixel_values, tmp_path):
+    model = get_peft_model(compiled(tiny_clip()), SageConfig(guidance=torch.randn(5, 24)))
+    assert len(adapted(model)) == 3
+    randomise(model)
+    expected = features(model, pixel_values)
+    assert not torch.allclose(expected, features(tiny_clip(), pixel_values))
+    model.save_pretrained(tmp_path)
+    for other in (tiny_clip(), compiled(tiny_clip())):
+        torch.testing.assert_close(features(PeftModel.from_pretrained(other, tmp_path), pixel_values), expected)
 
 
 def test_classifier_comes_back_whole_and_on_a_vision_model(pixel_values, tmp_path):
@@ -234,7 +348,7 @@ def test_classifier_comes_back_whole_and_on_a_vision_model(pixel_values, tmp_pat
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert "base_model.model.class_head.modules_to_save.default.weight" in trainable
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(SageClassifier(tiny_clip(), 7), tmp_path)
+    again = PeftModel.from_pretrained(SageClassifier(tiny_clip(), torch.randn(7, 16)), tmp_path)
     assert torch.equal(again(pixel_values).logits, model(pixel_values).logits)
 
 

@@ -66,7 +66,7 @@ def is_classifier(model):
 
 def load_class(cls, folder):
     if cls is SageClassifier:
-        return SageClassifier(CLIPModel.from_pretrained(folder), 7).eval()
+        return SageClassifier(CLIPModel.from_pretrained(folder), torch.randn(7, 16)).eval()
     # A saved `CLIPModel` says the projection's width only at the top.
     width = {"projection_dim": 16} if cls is CLIPVisionModelWithProjection else {}
     return cls.from_pretrained(folder, **width).eval()

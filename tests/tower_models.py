@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: C408 - the configurations read like the keyword arguments that they are
-"""Tiny random models of every family that `peft_sage.towers` names: one row a family."""
+"""The tested families of vision towers: where their MLPs are, and tiny random models of them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,79 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING
 
+
+#: The adapted MLPs of each family, with `{}` for each number: from a pattern to its families, by `model_type` or the
+#: name of a library of plain modules.
+PATTERNS = {
+    "vision_model.encoder.layers.{}.mlp": [
+        "clip",
+        "metaclip_2",
+        "siglip",
+        "siglip2",
+        "chinese_clip",
+        "altclip",
+        "clipseg",
+        "xclip",
+        "owlvit",
+        "owlv2",
+        "blip",
+        "blip-2",
+        "instructblip",
+        "idefics",
+        "idefics2",
+        "idefics3",
+        "smolvlm",
+        "janus",
+        "deepseek_vl",
+    ],
+    "encoder.layers.{}.mlp": ["clip_vision_model", "siglip_vision_model", "mlcd_vision_model", "seggpt"],
+    "vision_model.encoder.stages.{}.layers.{}.mlp": ["groupvit"],
+    "vision_model.encoder.layers.{}.ffn": ["aimv2"],
+    "encoder.layers.{}.ffn": ["aimv2_vision_model"],
+    "vision_model.encoder.layer.{}.mlp": ["tipsv2"],
+    "vision_model.layers.{}.mlp": ["vision-text-dual-encoder"],
+    "image_model.encoder.layer.{}.output": ["flava"],
+    "layers.{}.mlp": ["vit", "deit", "beit", "vit_msn", "ijepa", "vit_mae", "vivit", "pixio"],
+    "encoder.layer.{}.mlp": ["dinov2", "dinov2_with_registers", "vjepa2", "radio", "internvl_vision", "vitdet"],
+    "model.layer.{}.mlp": ["dinov3_vit", "sapiens2"],
+    "encoder.layer.{}.output": ["data2vec-vision", "timesformer", "yolos", "dpt", "videomae"],
+    "encoder.layers.{}.blocks.{}.output": ["swinv2", "donut-swin"],
+    "transformer.layers.{}.feed_forward": ["pixtral"],
+    "encoder.stages.{}.layers.{}.mlp": ["hiera", "focalnet"],
+    "encoder.layers.{}.blocks.{}.mlp": ["swin"],
+    "encoder.block.{}.{}.mlp": ["pvt"],
+    "stages.{}.blocks.{}.mlp": ["segformer", "timm (ConvNeXt)"],
+    "encoder.stages.{}.layers.{}.output": ["cvt"],
+    "encoder.layer.{}.transformer.layer.{}.output": ["mobilevit"],
+    "vision_encoder.layers.{}.mlp": ["sam_vision_model"],
+    "vision_tower.encoder.layers.{}.mlp": [
+        "llava",
+        "llava_next",
+        "llava_onevision",
+        "vipllava",
+        "paligemma",
+        "gemma3",
+        "cohere2_vision",
+        "lfm2_vl",
+    ],
+    "image_tower.encoder.layers.{}.mlp": ["video_llava"],
+    "image_encoder.vision_model.encoder.layers.{}.mlp": ["git"],
+    "vision_model.model.encoder.layers.{}.mlp": ["kosmos-2"],
+    "vision_tower.transformer.layers.{}.feed_forward": ["mistral3"],
+    "vision_tower.encoder.layer.{}.mlp": ["internvl"],
+    "visual.blocks.{}.mlp": ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"],
+    "vision_model.{}.layers.{}.mlp": ["mllama"],
+    "vision_model.model.layers.{}.mlp": ["llama4"],
+    "vision_tower.transformer.encoder.layers.{}.ffn": ["ovis2"],
+    "vision_tower.layers.{}.mlp": ["got_ocr2"],
+    "timm_model.blocks.{}.mlp": ["timm_wrapper"],
+    "vision_tower.timm_model.blocks.{}.mlp": ["perception_lm"],
+    "blocks.{}.mlp": ["timm (ViT, EVA, BEiT, DINO, PE)"],
+    "layers.{}.blocks.{}.mlp": ["timm (Swin)"],
+    "visual.transformer.resblocks.{}.mlp": ["open_clip", "OpenAI's clip"],
+    "visual.trunk.blocks.{}.mlp": ["open_clip with a timm tower"],
+}
+FAMILIES = {family: pattern for pattern, families in PATTERNS.items() for family in families}
 
 VISION = dict(
     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8

@@ -56,7 +56,7 @@ class Regime:
 
 REGIMES = {
     "A": Regime(seed=SEED, steps=1600, lr=1.5e-3, shares=(2 / 3, 1 / 3)),
-    "B": Regime(seed=SEED + 1, steps=900, lr=8e-4, shares=(4 / 9, 2 / 9, 1 / 3)),
+    "B": Regime(seed=SEED + 1, steps=700, lr=8e-4, shares=(4 / 9, 2 / 9, 1 / 3)),
 }
 BATCH = 512
 TOKENS, KEPT, DROPPING = SIDE * SIDE, 5, 0.85  # Tokens of a map, those kept, and the share of the steps with dropping.
@@ -333,9 +333,9 @@ def main() -> None:
     for name in REGIMES:
         if not (arguments.work / "towers" / name / "beside.npz").exists():
             pretrain(arguments.data, arguments.work, name, encoder)
-    for name in TASKS:
-        if not (arguments.work / "tasks" / name / "class_names.json").exists():
-            write_task(arguments.data, arguments.work, name, encoder)
+        for task in (task for task, tower in TASKS.items() if tower == name):
+            if not (arguments.work / "tasks" / task / "class_names.json").exists():
+                write_task(arguments.data, arguments.work, task, encoder)
 
 
 if __name__ == "__main__":

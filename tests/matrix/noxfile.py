@@ -13,7 +13,7 @@ nox.options.default_venv_backend = "uv|virtualenv"
 
 CORE = [
     *("tests/test_registration.py", "tests/test_config.py", "tests/test_layer.py", "tests/test_model.py"),
-    *("tests/test_guidance.py", "tests/test_classifier.py", "tests/test_workflows.py", "tests/test_training.py"),
+    *("tests/test_encoding.py", "tests/test_classifier.py", "tests/test_workflows.py", "tests/test_training.py"),
 ]
 #: Python, torch, transformers, peft
 COMBINATIONS = [
