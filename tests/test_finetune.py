@@ -187,7 +187,7 @@ def test_many_classes_are_pooled_for_the_guidance_and_not_for_the_head(command, 
     clip = finetune.load_clip(config.base_model_name_or_path)
     model = PeftModel.from_pretrained(SageClassifier(clip, config.num_classes), tmp_path / "out")
     assert model(torch.zeros(1, 3, 16, 16)).logits.shape == (1, 4)
-    assert "SageClassifier(base_model, 4)" in (tmp_path / "out" / "README.md").read_text()
+    assert "SageClassifier.from_pretrained(" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_resumed_after_a_kill_ends_with_the_same_weights(command, tmp_path, monkeypatch):
