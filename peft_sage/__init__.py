@@ -3,7 +3,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from . import requirements, templates  # noqa: F401 - the versions are checked first
+from . import templates
 from .attention import attention_maps, plot_attention
 from .classifier import CosineHead, SageClassifier, SageClassifierOutput
 from .config import SageConfig

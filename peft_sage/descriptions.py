@@ -112,7 +112,7 @@ def check_templates(templates: str | Sequence[str]) -> list[str]:
 
 
 def expand(descriptions: Descriptions, templates: Sequence[str] | None = None) -> list[list[str]]:
-    """Return the list of texts of each class; bare names are put into the templates ([`DEFAULT_TEMPLATES`]).
+    """Return the list of texts of each class; bare names are put into the templates, without underscores.
 
     Class names that occur twice give a warning, because their rows, and those of a head made from them, are identical.
     """
@@ -127,7 +127,9 @@ def expand(descriptions: Descriptions, templates: Sequence[str] | None = None) -
         )
     # `str.format` would trip over braces in a name.
     return [
-        [template.replace("{}", entry) for template in templates] if isinstance(entry, str) else entry
+        [template.replace("{}", entry.replace("_", " ")) for template in templates]
+        if isinstance(entry, str)
+        else entry
         for entry in texts
     ]
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from .loss import SageLoss
-from .validation import check_class_counts, check_embeddings, check_labels, check_number, is_int
+from .validation import check_class_counts, check_embeddings, check_integer, check_labels, check_number
 
 
 #: The heads that are tried: optimizer steps, images per step, learning rate, and the scale of their cosines.
@@ -52,9 +53,9 @@ def choose_text_prior(
 ) -> TextPrior:
     """Choose the strength of the text prior by stratified cross-validation on the training images.
 
-    For each strength and fold a cosine head that starts from the texts is trained on the features of the other folds,
-    with the objective of [`SageLoss`]. Chosen is the weakest strength whose balanced accuracy on the held-out images
-    lies within one standard error (of the paired difference over classes) of the best.
+    For each strength and fold a cosine head that starts from the texts is trained on the other folds with the loss of
+    [`SageLoss`]. Chosen is the weakest strength whose balanced accuracy on the held-out images is within one standard
+    error (of the paired difference over classes) of the best.
 
     Args:
         features: (n, e) image embeddings of the frozen tower, on any device.
@@ -62,7 +63,7 @@ def choose_text_prior(
         text_embeds: (K, e) text embeddings of the classes.
         class_counts: (K,) numbers of training images, if `features` are only some of them.
         strengths: What to try.
-        folds: Number of folds, at least 2. Classes with a single image (or group) are never held out.
+        folds: At least 2. Classes with a single image (or group) are never held out.
         seed: Of the folds and the order of the images. The global random state is left alone.
         groups: (n,) integers; images of one animal, patient or product stay in one fold.
 
@@ -70,35 +71,24 @@ def choose_text_prior(
         TypeError, ValueError: An argument has a wrong type or shape, or no class has two images (or groups).
     """
     strengths = _check(features, labels, text_embeds, strengths, folds, groups)
-    labels = labels.cpu()
-    counts = torch.bincount(labels, minlength=len(text_embeds)) if class_counts is None else class_counts
-    counts = check_class_counts(counts)
+    labels, groups = labels.cpu(), None if groups is None else groups.cpu()
+    counts = check_class_counts(
+        torch.bincount(labels, minlength=len(text_embeds)) if class_counts is None else class_counts
+    )
     if len(counts) != len(text_embeds):
         raise ValueError(f"`class_counts` must have {len(text_embeds)} classes, got {len(counts)}.")
     generator = torch.Generator().manual_seed(seed)
     images = _part(labels, generator)
     classes, own = labels[images].unique(return_inverse=True)
-    fold = _folds(own, None if groups is None else groups.cpu()[images], folds, generator)
-    held_out = fold >= 0
-    if not held_out.any():
+    fold = _folds(own, None if groups is None else groups[images], folds, generator)
+    if not (fold >= 0).any():
         what = "two images" if groups is None else "images of two groups"
         raise ValueError(f"`labels` must have a class with {what} to hold out; give the text prior as a number.")
-    seen = F.normalize(features[images.to(features.device)].float(), dim=-1)
-    texts = F.normalize(text_embeds[classes.to(text_embeds.device)].float(), dim=-1).to(seen)
-    probability, correct = torch.full((2, len(strengths), len(images)), torch.nan)
-    for k in range(folds):
-        kept, out = (fold != k).nonzero()[:, 0], (fold == k).nonzero()[:, 0]
-        if not len(out):
-            continue
-        share = torch.bincount(own[kept], minlength=len(classes)) / torch.bincount(own)
-        loss = SageLoss((counts[classes] * share).round()).to(seen.device)
-        heads = _train_heads(seen[kept.to(seen.device)], own[kept], texts, loss, strengths, generator)
-        for row, head in enumerate(heads):
-            logits = (SCALE * seen[out.to(seen.device)] @ head.T).cpu()
-            probability[row, out] = logits.softmax(dim=1).gather(1, own[out, None])[:, 0]
-            correct[row, out] = (logits.argmax(dim=1) == own[out]).float()
+    features = F.normalize(features[images.to(features.device)].float(), dim=-1)
+    texts = F.normalize(text_embeds[classes.to(text_embeds.device)].float(), dim=-1).to(features)
+    probability, correct = _cross_validate(features, own, texts, counts[classes], fold, strengths, generator)
     # (strengths, classes that have held-out images)
-    accuracy = torch.stack([correct[:, held_out & (own == k)].mean(dim=1) for k in own[held_out].unique()], dim=1)
+    accuracy = torch.stack([correct[:, (fold >= 0) & (own == k)].mean(dim=1) for k in own[fold >= 0].unique()], dim=1)
     chosen = _weakest_of_the_best(accuracy)
     label_probability = torch.full(labels.shape, torch.nan)
     label_probability[images] = probability[chosen]
@@ -106,13 +96,31 @@ def choose_text_prior(
     return TextPrior(strengths[chosen], scores, label_probability)
 
 
-def _check(
+def _cross_validate(
     features: torch.Tensor,
     labels: torch.Tensor,
-    text_embeds: torch.Tensor,
-    strengths: Sequence[float],
-    folds: int,
-    groups: torch.Tensor | None,
+    texts: torch.Tensor,
+    counts: torch.Tensor,
+    fold: torch.Tensor,
+    strengths: list[float],
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Probability of its own label and whether that is the likeliest, of each held-out image: (2, strengths, n)."""
+    results = torch.full((2, len(strengths), len(labels)), torch.nan)
+    for k in fold[fold >= 0].unique().tolist():
+        kept, out = (fold != k).nonzero()[:, 0], (fold == k).nonzero()[:, 0]
+        share = torch.bincount(labels[kept], minlength=len(texts)) / torch.bincount(labels)
+        loss = SageLoss((counts * share).round()).to(features.device)
+        heads = _train_heads(features[kept.to(features.device)], labels[kept], texts, loss, strengths, generator)
+        for row, head in enumerate(heads):
+            logits = (SCALE * features[out.to(features.device)] @ head.T).cpu()
+            results[0, row, out] = logits.softmax(dim=1).gather(1, labels[out, None])[:, 0]
+            results[1, row, out] = (logits.argmax(dim=1) == labels[out]).float()
+    return results
+
+
+def _check(
+    features: torch.Tensor, labels: Any, text_embeds: torch.Tensor, strengths: Sequence[float], folds: int, groups: Any
 ) -> list[float]:
     check_embeddings(features, "features")
     check_embeddings(text_embeds, "text_embeds")
@@ -124,11 +132,8 @@ def _check(
         if not isinstance(indices, torch.Tensor) or indices.shape != features.shape[:1]:
             got = tuple(indices.shape) if isinstance(indices, torch.Tensor) else type(indices).__name__
             raise ValueError(f"`{name}` must be a tensor of shape ({len(features)},), got {got}.")
-        if indices.is_floating_point() or indices.dtype == torch.bool:
-            raise TypeError(f"`{name}` must be integers, got {indices.dtype}.")
-    check_labels(labels.cpu(), len(text_embeds))
-    if not is_int(folds) or folds < 2:
-        raise ValueError(f"`folds` must be an integer, at least 2, got {folds!r}.")
+        check_labels(indices.cpu(), len(text_embeds) if name == "labels" else None, name=name)
+    check_integer("folds", folds, 2)
     if len(strengths) == 0:
         raise ValueError("`strengths` is empty; give at least one number.")
     for strength in strengths:

@@ -22,6 +22,12 @@ def check_number(name: str, value: Any, low: float = -float("inf"), high: float 
         raise ValueError(f"`{name}` must be a finite number{bounds}, got {value!r}.")
 
 
+def check_integer(name: str, value: Any, low: int) -> None:
+    """Raise ValueError unless `value` is an integer, at least `low`."""
+    if not is_int(value) or value < low:
+        raise ValueError(f"`{name}` must be an integer, at least {low}, got {value!r}.")
+
+
 def check_embeddings(embeddings: torch.Tensor, name: str) -> None:
     """Raise unless `embeddings` are floating-point rows (M, e): TypeError for their type, ValueError for their shape,
     NaN, infinity, or rows of zeros."""
@@ -71,16 +77,16 @@ def check_class_counts(class_counts: Sequence[int] | torch.Tensor) -> torch.Tens
 
 
 def check_labels(
-    labels: torch.Tensor, num_classes: int, ignore_index: int | None = None, name: str = "labels"
+    labels: torch.Tensor, num_classes: int | None, ignore_index: int | None = None, name: str = "labels"
 ) -> None:
     """Raise unless class indices are integers (TypeError) in [0, num_classes) or `ignore_index` (ValueError).
 
     The range is checked on the CPU only: elsewhere the host would wait for the device at every step, and the kernels
-    that use the labels there assert it themselves.
+    that use the labels there assert it themselves. Without `num_classes` it is not checked.
     """
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"`{name}` must be integer class indices, got {labels.dtype}.")
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+    if num_classes is None or labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
     wrong = (labels < 0) | (labels >= num_classes)
     if ignore_index is not None:

@@ -70,7 +70,8 @@ def test_untrained_it_is_zero_shot(make, pixel_values):
     model, tokenizer = make(), byte_tokenizer()
     embeds = encode_class_descriptions(model, tokenizer, NAMES, templates=["{}"])
     padding = "max_length" if model.config.model_type == "siglip" else "longest"
-    inputs = tokenizer(NAMES, return_tensors="pt", padding=padding, max_length=40)
+    spoken = [name.replace("_", " ") for name in NAMES]
+    inputs = tokenizer(spoken, return_tensors="pt", padding=padding, max_length=40)
     with torch.no_grad():
         own = model(input_ids=inputs["input_ids"], pixel_values=pixel_values).logits_per_image
         ours = SageClassifier(model, embeds, scale=10.0).eval()(pixel_values).logits

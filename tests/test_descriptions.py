@@ -42,8 +42,8 @@ def test_texts_come_in_the_order_of_the_classes(shape, json_file, csv_file):
 def test_names_without_texts(tmp_path):
     (tmp_path / "names.json").write_text('["snowy_owl", "cow"]')
     for source in (["snowy_owl", "cow"], ClassLabel(names=["snowy_owl", "cow"]), tmp_path / "names.json"):
-        assert read_class_descriptions(source) == ["snowy owl", "cow"]
-        assert read_class_descriptions(source, class_names=["cow", "snowy_owl"]) == ["cow", "snowy owl"]
+        assert read_class_descriptions(source) == ["snowy_owl", "cow"]
+        assert read_class_descriptions(source, class_names=["cow", "snowy_owl"]) == ["cow", "snowy_owl"]
 
 
 def test_refusals(tmp_path, json_file):

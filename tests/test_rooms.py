@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "peft_sage"
 FLOORS = [
-    {"registration", "requirements", "validation", "descriptions", "templates", "images", "towers", "optimization"},
+    {"registration", "validation", "descriptions", "templates", "images", "towers", "optimization"},
     {"config", "loss", "text_prior", "metrics"},
     {"layer", "weights", "encoding"},
     {"model", "classifier"},

@@ -108,5 +108,7 @@ def long_tailed(labels: Tensor, ratio: float, seed: int, largest: int) -> Tensor
     for rank, label in enumerate(classes):
         size = max(int(largest * ratio ** (-rank / (len(classes) - 1))), 1)
         images = np.flatnonzero(labels.numpy() == label)
+        if size > len(images):
+            raise ValueError(f"class {label} has {len(images)} images, {size} were asked for")
         chosen.append(generator.permutation(images)[:size])
     return torch.from_numpy(np.sort(np.concatenate(chosen)))
