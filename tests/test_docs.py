@@ -81,7 +81,7 @@ def test_snippets_run(page, folder, capsys):
     if page == "docs/trainer.md":
         assert [entry for entry in names["trainer"].state.log_history if "eval_few" in entry]
     if page == "docs/long_tails.md":
-        assert "tensor([3," in capsys.readouterr().out
+        assert names["prior"].label_probability.nan_to_num(1).argmin() == 3
     if page == "docs/faq.md":
         assert (folder / "attention.png").stat().st_size > 1000 and names["maps"].shape[1] == 3
 
