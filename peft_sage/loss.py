@@ -57,6 +57,8 @@ class SageLoss(nn.Module):
 
     adjustment: torch.Tensor
     gamma: torch.Tensor
+    scatter: torch.Tensor
+    degrees: torch.Tensor
 
     def __init__(
         self,
@@ -142,7 +144,10 @@ class SageLoss(nn.Module):
                 # It belongs to the noise in the denominator, not to the classes that smoothing makes targets of.
                 extra = self.label_smoothing * compensation.mean(dim=1) if self.label_smoothing else extra
             extra = self._text_terms(entries, extra)
-        settings = {"ignore_index": -100 if soft else self.ignore_index, "label_smoothing": self.label_smoothing}
+        settings: dict[str, Any] = {
+            "ignore_index": -100 if soft else self.ignore_index,
+            "label_smoothing": self.label_smoothing,
+        }
         losses = F.cross_entropy(adjusted, labels, reduction="none", **settings) + extra.where(counted, 0)
         if num_items is not None:
             return losses.sum() * (logits.shape[1] if soft else 1) / torch.as_tensor(num_items).to(losses)
@@ -208,7 +213,7 @@ class SageLoss(nn.Module):
         return False
 
     def _check_entries(self, entries: dict[str, Any], logits: torch.Tensor) -> dict[str, Any]:
-        needs = {"text_prior": ("class_embeds", "text_embeds")}
+        needs: dict[str, tuple[str, ...]] = {"text_prior": ("class_embeds", "text_embeds")}
         needs["text_guidance"] = ("image_embeds", "text_embeds", "base_image_embeds", "logit_scale")
         for term, names in needs.items():
             missing = ", ".join(f"`{name}`" for name in names if name not in entries)
