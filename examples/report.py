@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from peft_sage import attention_maps, plot_attention, read_class_descriptions
+from peft_sage import attention_maps, plot_attention
 
 
 GROUPS = ("many", "medium", "few")
@@ -88,7 +88,7 @@ def write_report(
     """
     model.eval()
     transform.eval()
-    names = list(read_class_descriptions(results["class_names"]))
+    names = results["class_names"]
     counts = np.array(results["class_counts"])
     runs = {"zero-shot": results["zero_shot"], method: results["trained"]}
     pictures = {"long_tail.png": "Test accuracy, %: each class (points), running mean (lines), and the groups."}
@@ -112,7 +112,7 @@ def make_page(
     label_probability: torch.Tensor | None = None,
 ) -> str:
     """Return the report as one HTML file that asks for nothing else. The arguments are those of [`write_report`]."""
-    names = list(read_class_descriptions(results["class_names"]))
+    names = results["class_names"]
     counts = np.array(results["class_counts"])
     trained, zero_shot = results["trained"], results["zero_shot"]
     indices = np.arange(len(test))
@@ -391,7 +391,7 @@ def create_model_card(
     """
     settings = {key: short(value) for key, value in results["settings"].items() if value is not None}
     base = results["settings"]["model"]
-    names, counts = list(read_class_descriptions(results["class_names"])), results["class_counts"]
+    names, counts = results["class_names"], results["class_counts"]
     runs = {"zero-shot": results["zero_shot"], method: results["trained"]}
     per_class = results["trained"]["per_class"]
     tested = sorted((accuracy, k) for k, accuracy in enumerate(per_class) if accuracy is not None)
