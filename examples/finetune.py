@@ -79,7 +79,15 @@ DEMO = Path(__file__).parent / "emoji_lt"
 #: LoRA goes into the attention of the vision tower; the text tower stays as it is for every method.
 LORA_TARGETS, TEXT_TOWER = ["q_proj", "v_proj", "query", "value"], r".*text_model.*"
 #: Flags that say how a run is carried out, not what comes out of it: they may differ when a run goes on.
-HOW = {"config", "output_dir", "resume_from_checkpoint", "checkpointing_steps", "num_workers", "cpu_threads"}
+HOW = {
+    "config",
+    "output_dir",
+    "batch_size",
+    "resume_from_checkpoint",
+    "checkpointing_steps",
+    "num_workers",
+    "cpu_threads",
+}
 HOW |= {"cache_gib", "with_tracking", "push_to_hub", "hub_model_id"}
 SCORES = ("overall", "macro", "many", "medium", "few", "worst")
 #: Where `--epochs` is not given: passes over the images, but no fewer steps than this.
@@ -264,7 +272,7 @@ def train(
     checkpoint_trainable_only(accelerator)
 
     folder = Path(args.output_dir, "checkpoints")
-    settings = result_settings(args) | {"processes": accelerator.num_processes}
+    settings = result_settings(args) | {"global_batch_size": args.batch_size * accelerator.num_processes}
     if args.resume_from_checkpoint:
         checkpoint = find_checkpoint(args.resume_from_checkpoint, folder, settings)
         if checkpoint is not None:
