@@ -416,7 +416,7 @@ def training_function(args: argparse.Namespace) -> dict[str, Any]:
         scores = {f"test_{name}": results["trained"][name] for name in SCORES}
         accelerator.log({name: score for name, score in scores.items() if score is not None})
         accelerator.end_training()
-    save(args, accelerator, model, results, loaders["test"], transform)
+    save(args, accelerator, model, results, loaders, transform, chosen)
     verify_saved_model(args, accelerator, loaders["test"], transform, class_counts, results["trained"], predictions)
     return results
 
@@ -426,10 +426,11 @@ def save(
     accelerator: Accelerator,
     model: nn.Module,
     results: dict[str, Any],
-    test: DataLoader,
+    loaders: dict[str, DataLoader],
     transform: PixelTransform,
+    chosen: TextPrior | None,
 ) -> None:
-    """Write what was trained, the results and the report, and push them to the Hub if that was asked for."""
+    """Write what was trained, the results and the report, and push all but the report if that was asked for."""
     trained = accelerator.unwrap_model(model)
     folder = Path(args.output_dir)
     if accelerator.is_main_process:
@@ -442,11 +443,13 @@ def save(
             for file in Path(unfinished).iterdir():
                 file.replace(folder / file.name)
         repo_id = args.hub_model_id or args.output_dir
-        images = whole_images(test.dataset, trained.image_processor)
-        write_report(folder, trained, args.method, results, images, transform, repo_id)
+        test = whole_images(loaders["test"].dataset, trained.image_processor)
+        training, probability = loaders["train"].dataset.split, None if chosen is None else chosen.label_probability
+        write_report(folder, trained, args.method, results, test, transform, repo_id, training, probability)
         if args.push_to_hub:
             create_repo(repo_id, exist_ok=True)
-            ignored = ["checkpoints/*", "logs/*", "text_embeds/*", "unfinished_*"]
+            # The report shows many of the images.
+            ignored = ["checkpoints/*", "logs/*", "text_embeds/*", "unfinished_*", "report.html"]
             upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=ignored)
     accelerator.wait_for_everyone()
 
