@@ -168,7 +168,7 @@ def photos(tmp_path_factory):
 def test_own_images_then_predict(run, photos, capsys):
     options = ["--dataset", photos, "--model", CLIP, "--epochs", 4, "--batch-size", 8, "--lr", 0.01]
     trained = run("own_images", *options, quick=False)
-    assert trained["names"] == ["blue", "dark red", "green"]
+    assert trained["names"] == ["blue", "dark_red", "green"]
     assert trained["scores"]["macro"] > 0.6
     capsys.readouterr()
 

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from peft_sage import SageConfig, SageLoss
+from peft_sage import LongTailCallback, SageConfig, SageLoss
 
 
 class StopAfter(TrainerCallback):
@@ -29,6 +29,7 @@ args = parse(__doc__, stop_after=0, save_steps=10)
 demo = load(args)
 config = SageConfig(class_descriptions=demo.descriptions, modules_to_save=["class_head"])
 model = get_peft_model(demo.classifier(), config)
+loss = SageLoss(demo.class_counts)
 trainer = Trainer(
     model,
     TrainingArguments(
@@ -41,8 +42,8 @@ trainer = Trainer(
         report_to=[],
     ),
     train_dataset=demo.splits["train"],
-    compute_loss_func=SageLoss(demo.class_counts),
-    callbacks=[StopAfter(args.stop_after)] if args.stop_after else [],
+    compute_loss_func=loss,
+    callbacks=[LongTailCallback(loss, demo.class_counts), *([StopAfter(args.stop_after)] if args.stop_after else [])],
 )
 trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir))
 trainer.save_model()

@@ -35,12 +35,11 @@ classifier = SageClassifier(demo.clip, heads["new"])
 test = only(demo.splits["test"], unknown)
 report("new classes, zero-shot", {**evaluate(classifier, test, counts), "few": float("nan")})
 
-classifier.set_class_embeddings(heads["known"])
+classifier.set_classes(texts["known"])
 config = SageConfig(class_descriptions=texts["known"], modules_to_save=[])  # the head stays as it is
 model = get_peft_model(classifier, config)
 train(model, only(demo.splits["train"], known), SageLoss(demo.class_counts[known]), args)
 report("known classes", evaluate(model, only(demo.splits["test"], known), demo.class_counts[known]))
 
-model.set_guidance(texts["new"])
-classifier.set_class_embeddings(heads["new"])
+classifier.set_classes(texts["new"])  # the guidance follows
 report("new classes, adapter of the known ones", {**evaluate(model, test, counts), "few": float("nan")})

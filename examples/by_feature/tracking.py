@@ -30,6 +30,6 @@ for epoch in range(epochs):
 
     pixel_values = demo.splits["validation"][0]["pixel_values"][None]
     maps = attention_maps(model, pixel_values)[0]
-    figure = plot_attention(demo.splits["validation"].picture(0), maps, demo.class_names)
+    figure = plot_attention(demo.splits["validation"].picture(0), maps, model.peft_config["default"].row_names)
     accelerator.get_tracker("tensorboard", unwrap=True).add_figure("attention", figure, epoch)
 accelerator.end_training()
