@@ -61,7 +61,8 @@ class LongTailCallback(TrainerCallback, ExportableState):
                 f"`label_smoothing_factor` must be 0, got {args.label_smoothing_factor}: Trainer ignores it beside "
                 "`compute_loss_func`. Use `SageLoss(label_smoothing=...)`."
             )
-        kept = state.stateful_callbacks.get(type(self).__name__)
+        saved: Any = state.stateful_callbacks or {}
+        kept = saved.get(type(self).__name__)
         if state.global_step and kept:
             buffers = torch.load(io.BytesIO(base64.b64decode(kept["attributes"]["loss"])), weights_only=True)
             self.loss.load_state_dict(buffers)

@@ -191,13 +191,13 @@ class SageClassifier(nn.Module):
             TypeError, ValueError: The classes cannot be read or encoded, or there is no tokenizer.
         """
         texts = read_class_descriptions(classes)
+        model: Any = clip
         if not isinstance(clip, nn.Module):
-            clip = AutoModel.from_pretrained(clip, dtype=torch.float32)
-        name = getattr(clip, "name_or_path", "")
-        tokenizer = load_tokenizer(clip) if tokenizer is None else tokenizer
-        embeds = encode_class_descriptions(clip, tokenizer, texts, templates, cache_dir=cache_dir)
-        image_processor = image_processor or _load(AutoImageProcessor, name, {})
-        classifier = cls(clip, embeds, list(texts), image_processor=image_processor, scale=scale)
+            model = AutoModel.from_pretrained(clip, dtype=torch.float32)
+        tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
+        embeds = encode_class_descriptions(model, tokenizer, texts, templates, cache_dir=cache_dir)
+        image_processor = image_processor or _load(AutoImageProcessor, getattr(model, "name_or_path", ""), {})
+        classifier = cls(model, embeds, list(texts), image_processor=image_processor, scale=scale)
         classifier.tokenizer = tokenizer
         return classifier
 
@@ -220,16 +220,19 @@ class SageClassifier(nn.Module):
                 belongs to, or it does not fit.
         """
         source, device = os.fspath(pretrained_model_name_or_path), kwargs.pop("device", None)
-        hub = {name: kwargs.pop(name) for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
+        hub: dict[str, Any] = {
+            name: kwargs.pop(name) for name in ("token", "cache_dir", "local_files_only") if name in kwargs
+        }
         own = hub | {"revision": kwargs.pop("revision", None)}  # that of the base model stands in the configuration
         config = _adapter_config(source, own)
-        base, base_revision = (
-            (source, own["revision"]) if config is None else (config.base_model_name_or_path, config.revision)
-        )
+        base: Any = source if config is None else config.base_model_name_or_path
         if clip is None and not base:
             raise ValueError(f"The adapter in {source!r} does not name its base model: give it as `clip`.")
         if clip is None:
-            clip = AutoModel.from_pretrained(base, revision=base_revision, **{"dtype": torch.float32, **hub, **kwargs})
+            model_kwargs: dict[str, Any] = {"dtype": torch.float32, **hub, **kwargs}
+            clip = AutoModel.from_pretrained(
+                base, revision=own["revision"] if config is None else config.revision, **model_kwargs
+            )
         classifier = cls(clip, None)
         for place in filter(None, (source, base)):
             classifier.image_processor = classifier.image_processor or _load(AutoImageProcessor, place, hub)
@@ -392,7 +395,7 @@ class SageClassifier(nn.Module):
 
     @contextmanager
     def _adapters_off(self) -> Iterator[None]:
-        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        layers: list[Any] = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
         on = [layer for layer in layers if not layer.disable_adapters]
         trainable = [parameter for layer in on for parameter in layer.parameters() if parameter.requires_grad]
         for layer in on:

@@ -57,25 +57,26 @@ def encode_class_descriptions(
         A float32 tensor (M, e) on the model's device, with one L2-normalised row per class.
 
     Raises:
-        ValueError: A description is empty, `batch_size` is not positive, the model has no text tower, or all rows
-            come out identical, which happens when the tokenizer does not fit the model.
+        ValueError: A description is empty, the model has no text tower, or all rows come out identical, which happens
+            when the tokenizer does not fit the model.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be positive, got {batch_size!r}.")
     texts_of_class = expand(descriptions, templates)
     if not towers.has_text_tower(model):
-        raise ValueError(f"`model` ({type(model).__name__}) has no text tower to encode class descriptions with.")
+        raise ValueError(
+            f"{type(model).__name__} has no text tower to encode class descriptions with. Either wrap the full model, "
+            "such as CLIPModel instead of CLIPVisionModel, or pass embeddings from elsewhere as `guidance`."
+        )
     device = next(model.parameters()).device
     kept = None if cache_dir is None else Path(cache_dir, f"{_fingerprint(model, texts_of_class)}.safetensors")
     if kept is not None and kept.is_file():
         return load_file(kept)["text_embeds"].to(device)
     unique = list(dict.fromkeys(text for texts in texts_of_class for text in texts))
-    row_of_text = {text: row for row, text in enumerate(unique)}
+    place = {text: index for index, text in enumerate(unique)}
     embeddings = F.normalize(_encode_texts(model, tokenizer, unique, batch_size, progress_bar), dim=-1)
-    index = torch.tensor([row_of_text[text] for texts in texts_of_class for text in texts], device=embeddings.device)
-    owner = torch.tensor([i for i, texts in enumerate(texts_of_class) for _ in texts], device=embeddings.device)
-    sums = embeddings.new_zeros(len(texts_of_class), embeddings.shape[1]).index_add_(0, owner, embeddings[index])
-    rows = F.normalize(sums, dim=-1)
+    rows = torch.stack([embeddings[[place[text] for text in texts]].mean(dim=0) for texts in texts_of_class])
+    rows = F.normalize(rows, dim=-1)
     differ = len({tuple(texts) for texts in texts_of_class}) > 1
     if differ and torch.allclose(rows, rows[:1].expand_as(rows), atol=1e-6):
         raise ValueError(
@@ -83,11 +84,10 @@ def encode_class_descriptions(
             "token that the tower pools, `eos_token_id` of its config, does not occur in the tokenizer's output), or "
             "the texts differ only beyond the tower's limit."
         )
-    if kept is not None:
+    if kept is not None:  # written beside and renamed, so that a kill leaves no half of it
         kept.parent.mkdir(parents=True, exist_ok=True)
-        part = kept.with_suffix(f".{os.getpid()}")
-        save_file({"text_embeds": rows.cpu()}, part)
-        part.replace(kept)  # so that a kill leaves no half of it
+        save_file({"text_embeds": rows.cpu()}, part := kept.with_suffix(f".{os.getpid()}"))
+        part.replace(kept)
     return rows
 
 
@@ -137,7 +137,9 @@ def make_guidance(
     if source is not None and isinstance(embeddings, torch.Tensor):
         most = config.guidance_rows or max(1, len(embeddings))
     elif not isinstance(embeddings, torch.Tensor):
-        embeddings = encode_for(model, config, embeddings)
+        # Without a text tower, that is what the error is about.
+        tokenizer = load_tokenizer(model, config.tokenizer_name_or_path) if towers.has_text_tower(model) else None
+        embeddings = encode_class_descriptions(model, tokenizer, embeddings, config.text_templates)
     rows = pool_guidance(embeddings, most)
     return rows, None if names is None else name_rows(rows, embeddings, names)
 
@@ -145,22 +147,6 @@ def make_guidance(
 def own_embeddings(model: nn.Module) -> torch.Tensor | None:
     """The `text_embeds` (K, e) of the head of a classifier, `None` of other models."""
     return getattr(getattr(model, "class_head", None), "text_embeds", None)
-
-
-def encode_for(model: nn.Module, config: SageConfig, descriptions: Descriptions) -> torch.Tensor:
-    """Encode class descriptions with the tokenizer and the templates of a configuration.
-
-    Raises:
-        ValueError: The model has no text tower, there is no tokenizer, or the descriptions cannot be encoded.
-    """
-    if not towers.has_text_tower(model):
-        raise ValueError(
-            f"{type(model).__name__} has no text tower to encode `class_descriptions` with. Either wrap the full "
-            "model, such as CLIPModel instead of CLIPVisionModel, or encode them elsewhere "
-            "(`encode_class_descriptions`) and pass the tensor as `guidance`."
-        )
-    tokenizer = load_tokenizer(model, config.tokenizer_name_or_path)
-    return encode_class_descriptions(model, tokenizer, descriptions, config.text_templates)
 
 
 @torch.no_grad()
@@ -227,13 +213,6 @@ def _fingerprint(model: nn.Module, texts_of_class: list[list[str]]) -> str:
     return hashlib.sha256(json.dumps([texts_of_class, sums]).encode()).hexdigest()[:32]
 
 
-def max_length(model: nn.Module, tokenizer: Any) -> int:
-    """Return the number of tokens at which the text tower cuts a text, start and end included."""
-    config = towers.text_config(model)
-    positions = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
-    return min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
-
-
 def _encode_texts(
     model: nn.Module, tokenizer: Any, texts: list[str], batch_size: int, progress_bar: bool | None
 ) -> torch.Tensor:
@@ -260,7 +239,9 @@ def _tokenise(
     """Return the order of the texts by length, and a function from some of them to the tower's inputs."""
     if not hasattr(tokenizer, "pad"):
         return list(range(len(texts))), lambda chosen: {"input_ids": tokenizer([texts[i] for i in chosen])}
-    limit = max_length(model, tokenizer)
+    config = towers.text_config(model)
+    positions = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
+    limit = min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
     ids = tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
     if cut := sum(len(text) > limit for text in ids):
         warnings.warn(
@@ -270,7 +251,7 @@ def _tokenise(
         )
         ids = tokenizer(texts, padding=False, truncation=True, max_length=limit)["input_ids"]
     padding: dict[str, Any] = {"padding": "longest"}
-    if str(getattr(towers.text_config(model), "model_type", "")).startswith("siglip"):
+    if str(getattr(config, "model_type", "")).startswith("siglip"):
         # It was trained on texts padded to the full length, without an attention mask, and reads the last position.
         padding = {"padding": "max_length", "max_length": limit, "return_attention_mask": False}
     order = sorted(range(len(texts)), key=lambda i: len(ids[i]))

@@ -75,11 +75,11 @@ class SageLoss(nn.Module):
         super().__init__()
         check_number("tau", tau)
         check_number("label_smoothing", label_smoothing, 0, 1)
-        for name, value in {
-            "compensation": compensation,
-            "text_prior": text_prior,
-            "text_guidance": text_guidance,
-        }.items():
+        for name, value in (
+            ("compensation", compensation),
+            ("text_prior", text_prior),
+            ("text_guidance", text_guidance),
+        ):
             check_number(name, value, 0)
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f'`reduction` must be "mean", "sum" or "none", got {reduction!r}.')
@@ -129,12 +129,7 @@ class SageLoss(nn.Module):
             return self._reduced(logits, entries, labels.to(logits.device), soft, num_items_in_batch)
 
     def _reduced(
-        self,
-        logits: torch.Tensor,
-        entries: dict[str, Any],
-        labels: torch.Tensor,
-        soft: bool,
-        num_items_in_batch: torch.Tensor | int | None,
+        self, logits: torch.Tensor, entries: dict[str, Any], labels: torch.Tensor, soft: bool, num_items: Any
     ) -> torch.Tensor:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         labels = labels.to(logits.dtype if soft else torch.long)
@@ -147,15 +142,15 @@ class SageLoss(nn.Module):
                 compensation = self._compensation(logits, entries, labels.where(counted, 0), counted)
                 adjusted = adjusted + compensation
                 # It belongs to the noise in the denominator, not to the classes that smoothing makes targets of.
-                extra = extra + self.label_smoothing * compensation.mean(dim=1) if self.label_smoothing else extra
-            extra = extra + self._text_terms(entries)
-        ignored = -100 if soft else self.ignore_index
-        losses = F.cross_entropy(
-            adjusted, labels, ignore_index=ignored, reduction="none", label_smoothing=self.label_smoothing
-        )
-        losses = losses + extra.where(counted, 0)
-        if num_items_in_batch is not None:
-            return losses.sum() * (logits.shape[1] if soft else 1) / torch.as_tensor(num_items_in_batch).to(losses)
+                extra = self.label_smoothing * compensation.mean(dim=1) if self.label_smoothing else extra
+            extra = self._text_terms(entries, extra)
+        settings: dict[str, Any] = {
+            "ignore_index": -100 if soft else self.ignore_index,
+            "label_smoothing": self.label_smoothing,
+        }
+        losses = F.cross_entropy(adjusted, labels, reduction="none", **settings) + extra.where(counted, 0)
+        if num_items is not None:
+            return losses.sum() * (logits.shape[1] if soft else 1) / torch.as_tensor(num_items).to(losses)
         if self.reduction == "none":
             return losses
         return losses.sum() / (counted.sum() if self.reduction == "mean" else 1)
@@ -187,15 +182,14 @@ class SageLoss(nn.Module):
         self.scatter = torch.where(finite, MEMORY * self.scatter + scatter, self.scatter)
         self.degrees = torch.where(finite, MEMORY * self.degrees + degrees.float(), self.degrees)
 
-    def _text_terms(self, entries: dict[str, Any]) -> torch.Tensor | float:
-        total: torch.Tensor | float = 0.0
+    def _text_terms(self, entries: dict[str, Any], total: torch.Tensor) -> torch.Tensor:
         if self.text_prior:
             cosine = F.cosine_similarity(entries["class_embeds"], entries["text_embeds"].detach(), dim=-1)
             total = total + self.text_prior * (1 - cosine).mean()
         if self.text_guidance:
             scale = torch.as_tensor(entries["logit_scale"]).detach()  # a learned scale would shrink to please the term
             texts = scale * F.normalize(entries["text_embeds"].detach(), dim=-1)
-            views = [F.normalize(entries[name], dim=-1) for name in ("image_embeds", "base_image_embeds")]
+            views = (F.normalize(entries[name], dim=-1) for name in ("image_embeds", "base_image_embeds"))
             seen, target = (F.log_softmax(view @ texts.T, dim=-1) for view in views)
             divergence = F.kl_div(seen, target.detach(), reduction="none", log_target=True).sum(dim=-1)
             total = total + self.text_guidance * divergence
@@ -219,19 +213,17 @@ class SageLoss(nn.Module):
         return False
 
     def _check_entries(self, entries: dict[str, Any], logits: torch.Tensor) -> dict[str, Any]:
-        needs = {
-            "text_prior": ("class_embeds", "text_embeds"),
-            "text_guidance": ("image_embeds", "text_embeds", "base_image_embeds", "logit_scale"),
-        }
+        needs: dict[str, tuple[str, ...]] = {"text_prior": ("class_embeds", "text_embeds")}
+        needs["text_guidance"] = ("image_embeds", "text_embeds", "base_image_embeds", "logit_scale")
         for term, names in needs.items():
-            missing = [name for name in names if name not in entries]
+            missing = ", ".join(f"`{name}`" for name in names if name not in entries)
             if getattr(self, term) and missing:
                 raise ValueError(
-                    f"`{term}` needs {', '.join(f'`{name}`' for name in missing)} beside the logits: give the "
-                    "loss the output of a `SageClassifier` in training mode (its batches with `base_image_embeds`)."
+                    f"`{term}` needs {missing} beside the logits: give the loss the output of a `SageClassifier` in "
+                    "training mode (its batches with `base_image_embeds`)."
                 )
-        rows = {"image_embeds": len(logits), "base_image_embeds": len(logits)}
-        rows |= {"class_embeds": logits.shape[1], "text_embeds": logits.shape[1]}
+        rows = dict.fromkeys(("image_embeds", "base_image_embeds"), len(logits))
+        rows |= dict.fromkeys(("class_embeds", "text_embeds"), logits.shape[1])
         for name in rows.keys() & entries.keys():
             embeds = entries[name]
             if not isinstance(embeds, torch.Tensor) or embeds.ndim != 2 or len(embeds) != rows[name]:

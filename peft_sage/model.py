@@ -156,7 +156,6 @@ class SageModel(BaseTuner):
         try:
             state_dict = weights.align_names(state_dict, layers)
             state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-            weights.size_blank_modules(model, adapter_name, state_dict)
             saved = f".modules_to_save.{adapter_name}."
             expected = {
                 key: value

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable
 
 import torch
-from torch import nn
 
 from .registration import PREFIX
 from .towers import same_module
@@ -37,27 +36,12 @@ def align_names(state_dict: dict[str, torch.Tensor], mlps: Iterable[str]) -> dic
     }
 
 
-def size_blank_modules(model: nn.Module, adapter_name: str, found: dict[str, torch.Tensor]) -> None:
-    """Give tensors without entries, as a blank head has, the sizes that a weights file has for them."""
-    for key, value in found.items():
-        path, _, name = key.rpartition(".")
-        if f".modules_to_save.{adapter_name}" not in path:
-            continue
-        module = model.get_submodule(path)
-        blank = getattr(module, name, None)
-        if isinstance(blank, torch.Tensor) and not blank.numel():
-            sized = blank.new_zeros(value.shape)
-            trained = isinstance(blank, nn.Parameter)
-            setattr(module, name, nn.Parameter(sized, blank.requires_grad) if trained else sized)
-            if isinstance(module, nn.Linear) and name == "weight":
-                module.out_features, module.in_features = value.shape
-
-
 def check_complete(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     """Check that a weights file holds exactly the tensors that an adapter needs.
 
     Raises:
-        ValueError: A tensor is missing, is not expected, has another shape, or holds NaN or infinity.
+        ValueError: A tensor is missing, is not expected, has another shape (but any where the model's has no entries,
+            as in a blank head), or holds NaN or infinity.
     """
     missing = sorted(expected.keys() - found.keys())
     unknown = sorted(key for key in found.keys() - expected.keys() if f".{PREFIX}" in key)
@@ -67,7 +51,7 @@ def check_complete(found: dict[str, torch.Tensor], expected: dict[str, torch.Ten
             f"expected in it {_some(unknown)}."
         )
     for key, value in expected.items():
-        if value.shape != found[key].shape:
+        if value.numel() and value.shape != found[key].shape:
             raise ValueError(
                 f"The adapter's weights do not fit its configuration or the model: {key!r} has the shape "
                 f"{tuple(found[key].shape)} in the file, expected {tuple(value.shape)}."

@@ -113,8 +113,8 @@ def test_plot_attention_shows_the_strongest_maps(tmp_path):
 
 def test_pooled_rows_are_named_by_their_classes(pixel_values):
     directions = torch.eye(2, 16).repeat_interleave(5, dim=0) + 0.01 * torch.randn(10, 16)
-    classifier = SageClassifier(tiny_clip(), directions)
-    classifier.class_names = [f"owl {i}" for i in range(5)] + [f"cow {i}" for i in range(5)]
+    names = [f"owl {i}" for i in range(5)] + [f"cow {i}" for i in range(5)]
+    classifier = SageClassifier(tiny_clip(), directions, names)
     model = get_peft_model(classifier, SageConfig(guidance_rows=2)).eval()
     names = model.peft_config["default"].row_names
     assert sorted(names) == ["cow 0, cow 1, cow 2 and 2 more", "owl 0, owl 1, owl 2 and 2 more"]
