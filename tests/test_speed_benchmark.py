@@ -30,7 +30,7 @@ def _threads():
 
 
 def test_rows_end_up_in_the_table_and_others_stay(tmp_path):
-    first, second = ["loss_memory"], ["loss"]
+    first, second = ["loss_memory"], ["loss_step"]
     for groups in (first, second):
         run.main([*SMALL, "--output", str(tmp_path), "--rows", *groups])
     results = json.loads((tmp_path / "results.json").read_text())
@@ -53,7 +53,7 @@ def test_every_row_compares_runs_of_its_group():
     for group in (file["groups"] | file["gpu_groups"]).values():
         assert group["measure"] in measures.MEASURES
         for row in group["rows"]:
-            assert {row[key] for key in ("of", "over", "less") if key in row} <= set(group["runs"])
+            assert {row[key] for key in ("of", "over", "less", "beside") if key in row} <= set(group["runs"])
 
 
 def test_runs_take_turns():
