@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -93,17 +94,27 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, settings:
         settings: What a run must share to go on from here.
     """
     target = folder / f"step_{step}"
-    unfinished = folder / f"unfinished_{step}"
-    if accelerator.is_main_process:
+    unfinished, replaced = folder / f"unfinished_{step}", folder / f"replaced_{step}"
+    try:
+        if accelerator.is_main_process:
+            for stale in (unfinished, replaced):
+                shutil.rmtree(stale, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            (unfinished / SETTINGS_FILE).write_text(json.dumps(settings, indent=2))
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(unfinished))
+    except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        (unfinished / SETTINGS_FILE).write_text(json.dumps(settings, indent=2))
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished))
+        raise OSError(
+            f"The checkpoint {str(target)!r} could not be written: {error}. Earlier ones are whole; go on from them "
+            "with `--resume-from-checkpoint latest`."
+        ) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            target.rename(replaced)
         unfinished.rename(target)
+        shutil.rmtree(replaced, ignore_errors=True)
     accelerator.wait_for_everyone()
 
 

@@ -18,10 +18,12 @@ saves what it trained, and checks that a fresh model with the saved files predic
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,11 +81,21 @@ DEMO = Path(__file__).parent / "emoji_lt"
 #: LoRA goes into the attention of the vision tower; the text tower stays as it is for every method.
 LORA_TARGETS, TEXT_TOWER = ["q_proj", "v_proj", "query", "value"], r".*text_model.*"
 #: Flags that say how a run is carried out, not what comes out of it: they may differ when a run goes on.
-HOW = {"config", "output_dir", "resume_from_checkpoint", "checkpointing_steps", "num_workers", "cpu_threads"}
+HOW = {
+    "config",
+    "output_dir",
+    "batch_size",
+    "resume_from_checkpoint",
+    "checkpointing_steps",
+    "num_workers",
+    "cpu_threads",
+}
 HOW |= {"cache_gib", "with_tracking", "push_to_hub", "hub_model_id"}
 SCORES = ("overall", "macro", "many", "medium", "few", "worst")
 #: Where `--epochs` is not given: passes over the images, but no fewer steps than this.
 EPOCHS, MIN_STEPS = 10, 300
+#: Where `--batch-size` is not given, if there are so many training images.
+BATCH_SIZE = 128
 #: Where `--text-guidance` is not given: its share of the text prior, chosen on validation images (RESULTS.md).
 GUIDANCE_SHARE = 0.4
 
@@ -264,7 +276,8 @@ def train(
     checkpoint_trainable_only(accelerator)
 
     folder = Path(args.output_dir, "checkpoints")
-    settings = result_settings(args) | {"processes": accelerator.num_processes}
+    settings = result_settings(args) | {"global_batch_size": args.batch_size * accelerator.num_processes}
+    settings["data"] = fingerprint(loaders)
     if args.resume_from_checkpoint:
         checkpoint = find_checkpoint(args.resume_from_checkpoint, folder, settings)
         if checkpoint is not None:
@@ -364,6 +377,7 @@ def training_function(args: argparse.Namespace) -> dict[str, Any]:
         kept = long_tailed_subset(labels, len(data.class_names), args.imbalance_ratio, args.seed)
         data.splits["train"] = data.splits["train"].select(kept)
     accelerator.print(data.summary())
+    args.batch_size = batch_size(args, accelerator, len(data.splits["train"]))
     class_counts = data.class_counts()
     texts = read_class_descriptions(args.descriptions or data.class_names, data.class_names)
     with accelerator.main_process_first():
@@ -402,7 +416,7 @@ def training_function(args: argparse.Namespace) -> dict[str, Any]:
         scores = {f"test_{name}": results["trained"][name] for name in SCORES}
         accelerator.log({name: score for name, score in scores.items() if score is not None})
         accelerator.end_training()
-    save(args, accelerator, model, results, loaders["test"], transform)
+    save(args, accelerator, model, results, loaders, transform, chosen)
     verify_saved_model(args, accelerator, loaders["test"], transform, class_counts, results["trained"], predictions)
     return results
 
@@ -412,24 +426,51 @@ def save(
     accelerator: Accelerator,
     model: nn.Module,
     results: dict[str, Any],
-    test: DataLoader,
+    loaders: dict[str, DataLoader],
     transform: PixelTransform,
+    chosen: TextPrior | None,
 ) -> None:
-    """Write what was trained, the results and the report, and push them to the Hub if that was asked for."""
+    """Write what was trained, the results and the report, and push all but the report if that was asked for."""
     trained = accelerator.unwrap_model(model)
     folder = Path(args.output_dir)
     if accelerator.is_main_process:
-        trained.save_pretrained(folder)
-        trained.image_processor.save_pretrained(folder)
-        (folder / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False), encoding="utf-8")
+        # Beside, and then renamed: a kill or a full disk leaves whole what a run before had saved here.
+        with tempfile.TemporaryDirectory(dir=folder, prefix="unfinished_") as unfinished:
+            trained.save_pretrained(unfinished)
+            trained.image_processor.save_pretrained(unfinished)
+            text = json.dumps(results, indent=2, ensure_ascii=False)
+            Path(unfinished, "results.json").write_text(text, encoding="utf-8")
+            for file in Path(unfinished).iterdir():
+                file.replace(folder / file.name)
         repo_id = args.hub_model_id or args.output_dir
-        images = whole_images(test.dataset, trained.image_processor)
-        write_report(folder, trained, args.method, results, images, transform, repo_id)
+        test = whole_images(loaders["test"].dataset, trained.image_processor)
+        training, probability = loaders["train"].dataset.split, None if chosen is None else chosen.label_probability
+        write_report(folder, trained, args.method, results, test, transform, repo_id, training, probability)
         if args.push_to_hub:
             create_repo(repo_id, exist_ok=True)
-            ignored = ["checkpoints/*", "logs/*", "text_embeds/*"]
+            # The report shows many of the images.
+            ignored = ["checkpoints/*", "logs/*", "text_embeds/*", "unfinished_*", "report.html"]
             upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=ignored)
     accelerator.wait_for_everyone()
+
+
+def batch_size(args: argparse.Namespace, accelerator: Accelerator, images: int) -> int:
+    """Return the images per process and step; the default shrinks with the data.
+
+    Raises:
+        ValueError: If a size was given that the training images do not fill.
+    """
+    most = max(1, images // accelerator.num_processes)
+    if args.batch_size is None:
+        if most < BATCH_SIZE:
+            accelerator.print(f"Batches of {most} images, because there are only {images}")
+        return min(BATCH_SIZE, most)
+    if args.batch_size > most:
+        raise ValueError(
+            f"`--batch-size` must be at most {most}, got {args.batch_size}: there are {images} training images for "
+            f"{accelerator.num_processes} processes."
+        )
+    return args.batch_size
 
 
 def check_once(accelerator: Accelerator, tables: dict[str, Any]) -> dict[str, dict[int, str]]:
@@ -475,6 +516,12 @@ def verify_saved_model(
 def available_cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def fingerprint(loaders: dict[str, DataLoader]) -> str:
+    """Return what changes with the labels of the images, their number and their order."""
+    labels = {name: loader.dataset.split.labels.tolist() for name, loader in loaders.items()}
+    return hashlib.sha256(json.dumps(labels).encode()).hexdigest()[:16]
 
 
 def result_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -542,7 +589,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, help=f"default: {EPOCHS}, or more, so that there are {MIN_STEPS} steps")
     add("--lr", type=float, default=0.002, help="of the adapters")
     add("--head-lr", type=float, help="of the head; default: 2.5 times that of the adapters")
-    add("--batch-size", type=int, default=128, help="images per process and step")
+    add("--batch-size", type=int, help=f"images per process and step; default: {BATCH_SIZE}, or fewer for few images")
     add("--gradient-accumulation-steps", type=int, default=1)
     add("--optimizer", choices=["adamw", "sgd"], default="adamw")
     add("--momentum", type=float, default=0.9, help="of SGD")
@@ -578,11 +625,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     config = parser.parse_args(argv).config
     args = parser.parse_args(_flags_from_yaml(parser, config) + argv) if config else parser.parse_args(argv)
     least = {"epochs": 1, "batch_size": 1, "gradient_accumulation_steps": 1, "r": 1, "guidance_rows": 0}
-    least |= {"last_blocks": 0, "text_prior": 0, "text_guidance": 0, "compensation": 0, "lr": 0, "cache_gib": 0}
+    least |= {"last_blocks": 0, "text_prior": 0, "text_guidance": 0, "compensation": 0, "cache_gib": 0}
     for name, low in least.items():
         value = getattr(args, name)
-        if isinstance(value, (int, float)) and not value >= low:
-            parser.error(f"`--{name.replace('_', '-')}` must be at least {low}, got {value}.")
+        if isinstance(value, (int, float)) and not low <= value < math.inf:
+            parser.error(f"`--{name.replace('_', '-')}` must be a number, at least {low}, got {value}.")
+    for name in ("lr", "head_lr"):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
+            parser.error(f"`--{name.replace('_', '-')}` must be a number greater than 0, got {getattr(args, name)}.")
     if args.push_to_hub and not args.hub_model_id:
         parser.error("`--push-to-hub` needs `--hub-model-id`.")
     if args.descriptions is None and Path(args.dataset, "descriptions.json").is_file():

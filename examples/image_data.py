@@ -266,11 +266,16 @@ def long_tailed_subset(labels: np.ndarray, num_classes: int, imbalance_ratio: fl
         The sorted indices of the images that stay.
 
     Raises:
-        ValueError: If `imbalance_ratio` is below 1.
+        ValueError: If `imbalance_ratio` is below 1, or beyond the images of the largest class.
     """
     if not imbalance_ratio >= 1:
         raise ValueError(f"`imbalance_ratio` must be at least 1 (head over tail), got {imbalance_ratio}.")
     largest = np.bincount(labels, minlength=num_classes).max()
+    if imbalance_ratio > largest:
+        raise ValueError(
+            f"`imbalance_ratio` must be at most {largest}, the images of the largest class, got {imbalance_ratio}: "
+            "the smallest class would have less than one image."
+        )
     # The published subsets of CIFAR-100-LT come from this older generator, class by class.
     generator = np.random.RandomState(seed)
     kept = []

@@ -93,11 +93,6 @@ def test_errors(clip):
         encode_class_descriptions(CLIPVisionModel(clip.config.vision_config), byte_tokenizer(), ["cat"])
 
 
-def test_unicode_and_emoji(clip):
-    rows = encode_class_descriptions(clip, byte_tokenizer(), [["鳥"], ["🐦"], ["oiseau é"]])
-    assert rows.isfinite().all()
-
-
 @pytest.mark.parametrize("make", [tiny_clip, tiny_siglip])
 def test_classifier_encodes_through_its_clip(make):
     clip = make()

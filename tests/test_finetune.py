@@ -4,6 +4,8 @@
 import hashlib
 import json
 import math
+import multiprocessing
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -38,7 +40,7 @@ import finetune  # noqa: E402
 import image_data  # noqa: E402
 from checkpoints import TrainingProgress  # noqa: E402
 
-from peft_sage import SageClassifier, SageConfig  # noqa: E402
+from peft_sage import SageClassifier  # noqa: E402
 
 
 COLOURS = {"blue": (30, 40, 220), "green": (40, 200, 60), "grey": (120, 120, 120), "red": (220, 30, 40)}
@@ -153,7 +155,7 @@ def test_it_learns(command):
 
 def test_losses_are_one_formula():
     def loss(*flags):
-        return finetune.make_loss(finetune.parse_args(list(flags)), np.array([8, 2]))
+        return finetune.make_loss(finetune.parse_args(list(flags)), np.array([8, 2]), 0.5, 0.2)
 
     prior = torch.tensor([0.8, 0.2]).log() - math.log(0.5)
     torch.testing.assert_close(loss("--loss", "ce").adjustment, torch.zeros(2))
@@ -161,16 +163,16 @@ def test_losses_are_one_formula():
     assert loss("--loss", "ce").compensation == loss("--loss", "la").compensation == 0
     sage = loss("--loss", "sage", "--tau", "2", "--compensation", "2")
     torch.testing.assert_close(sage.adjustment, 2 * prior)
-    assert sage.compensation == 2 and sage.mismatch[1] > sage.mismatch[0] > 0
+    assert (sage.compensation, sage.text_prior, sage.text_guidance) == (2, 0.5, 0.2)
 
 
 @pytest.mark.parametrize("method", ["sage", "adaptformer", "lora"])
-@pytest.mark.parametrize(("last", "adapted"), [(0, {0, 1}), (1, {1}), (5, {0, 1})])
+@pytest.mark.parametrize(("last", "adapted"), [(None, {1}), (0, {0, 1}), (1, {1}), (5, {0, 1})])
 def test_last_blocks_of_the_vision_tower_are_adapted(command, method, last, adapted):
-    args = finetune.parse_args([*command, "--method", method, "--last-blocks", str(last)])
-    classifier = SageClassifier(finetune.load_clip(args.model), torch.eye(2, 16))
-    config = finetune.peft_config(args, classifier, ["red", "blue"])
-    model = get_peft_model(classifier, config)
+    flags = [] if last is None else ["--last-blocks", str(last)]
+    args = finetune.parse_args([*command, "--method", method, *flags])
+    classifier = SageClassifier(CLIPModel.from_pretrained(args.model), torch.eye(2, 16))
+    model = get_peft_model(classifier, finetune.peft_config(args, classifier))
     trained = [name for name, p in model.named_parameters() if p.requires_grad and ".layers." in name]
     assert {int(name.partition(".layers.")[2].partition(".")[0]) for name in trained} == adapted
     assert not any("text_model" in name for name in trained)
@@ -182,12 +184,37 @@ def test_many_classes_are_pooled_for_the_guidance_and_not_for_the_head(command, 
     (guidance,) = (tensor for name, tensor in weights.items() if "peft_sage_guidance" in name)
     (head,) = (tensor for name, tensor in weights.items() if name.endswith(".class_head.weight"))
     assert (len(guidance), len(head)) == (3, 4)
-    config = SageConfig.from_pretrained(tmp_path / "out")
-    assert config.class_names == list(COLOURS) and config.num_classes == len(head)
-    clip = finetune.load_clip(config.base_model_name_or_path)
-    model = PeftModel.from_pretrained(SageClassifier(clip, config.num_classes), tmp_path / "out")
-    assert model(torch.zeros(1, 3, 16, 16)).logits.shape == (1, 4)
-    assert "SageClassifier(base_model, 4)" in (tmp_path / "out" / "README.md").read_text()
+    loaded = SageClassifier.from_pretrained(tmp_path / "out")
+    assert loaded.class_names == list(COLOURS)
+    assert loaded(torch.zeros(1, 3, 16, 16)).logits.shape == (1, 4)
+
+
+def test_the_text_terms_are_chosen_by_the_data_or_given(command, tmp_path, capsys):
+    chosen = finetune.main(command)
+    assert chosen["text_guidance"] == 0.4 * chosen["text_prior"]
+    assert str(chosen["text_prior"]) in {str(float(key)) for key in chosen["text_prior_scores"]} | {
+        "0",
+        "1",
+        "3",
+        "10",
+    }
+    printed = capsys.readouterr().out
+    assert printed.index("Zero-shot") < printed.index("Chosen: text prior") < printed.index("Training ")
+    given = finetune.main([*command, "--text-prior", "2", "--text-guidance", "0.5"])
+    assert (given["text_prior"], given["text_guidance"], given["text_prior_scores"]) == (2, 0.5, None)
+    assert given["class_descriptions"] == [[name] for name in COLOURS]
+    for flags in (["--loss", "la"], ["--text-prior", "0", "--text-guidance", "0"]):
+        off = finetune.main([*command, *flags])
+        assert (off["text_prior"], off["text_guidance"]) == (0, 0)
+
+
+def test_few_images_get_more_epochs(command, monkeypatch):
+    monkeypatch.setattr(finetune, "MIN_STEPS", 60)
+    flags = [flag for flag in command if flag not in ("--epochs", "2")]
+    results = finetune.main([*flags, "--method", "head"])
+    assert len(results["validation"]) == 12  # 5 steps per epoch
+    monkeypatch.setattr(finetune, "MIN_STEPS", 5)
+    assert len(finetune.main([*flags, "--method", "head"])["validation"]) == finetune.EPOCHS
 
 
 def test_resumed_after_a_kill_ends_with_the_same_weights(command, tmp_path, monkeypatch):
@@ -257,6 +284,72 @@ def test_checkpoints_hold_only_what_is_trained_and_know_their_run(command, tmp_p
         finetune.main([*command, "--resume-from-checkpoint", str(tmp_path)])
 
 
+def test_other_data_or_settings_are_refused_and_other_processes_are_not(command, image_folder, tmp_path):
+    finetune.main([*command, "--method", "head"])
+    settings = json.loads((tmp_path / "out/checkpoints/step_5/settings.json").read_text())
+    assert settings["global_batch_size"] == 4 and "batch_size" not in settings
+    other = tmp_path / "other"
+    shutil.copytree(image_folder, other)
+    (other / "train/red/0.png").unlink()
+    again = [*command, "--method", "head", "--resume-from-checkpoint", "latest"]
+    with pytest.raises(ValueError, match="other settings: dataset: .* data: "):
+        finetune.main([*again, "--dataset", str(other)])
+    with pytest.raises(ValueError, match="other settings: global_batch_size: 4 -> 8"):
+        finetune.main([*again, "--batch-size", "8"])
+
+
+def test_batches_fit_the_data(command, capsys):
+    flags = [flag for flag in command if flag not in ("--batch-size", "4")]
+    finetune.main([*flags, "--method", "head", "--epochs", "1"])
+    assert "Batches of 23 images, because there are only 23" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="`--batch-size` must be at most 23, got 24"):
+        finetune.main([*command, "--batch-size", "24"])
+    with pytest.raises(ValueError, match="`imbalance_ratio` must be at most 11"):
+        finetune.main([*command, "--imbalance-ratio", "12"])
+
+
+def test_a_full_disk_leaves_earlier_checkpoints_alone(command, tmp_path, monkeypatch):
+    save = finetune.Accelerator.save_state
+
+    def full(self, folder):
+        if "unfinished_10" in folder:
+            Path(folder, "half.bin").write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        return save(self, folder)
+
+    monkeypatch.setattr(finetune.Accelerator, "save_state", full)
+    with pytest.raises(OSError, match=r"step_10.*No space left on device.*Earlier ones are whole"):
+        finetune.main([*command, "--method", "head"])
+    assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["step_5"]
+    monkeypatch.undo()
+    results = finetune.main([*command, "--method", "head", "--resume-from-checkpoint", "latest"])
+    assert len(results["validation"]) == 2
+
+
+@pytest.mark.slow
+def test_killed_50_times_it_ends_where_an_undisturbed_run_does(command, tmp_path):
+    """At any moment, saving included: what was saved is whole, and the same command goes on from it."""
+    command = [*command, "--epochs", "6", "--checkpointing-steps", "1", "--method", "head", "--num-workers", "0"]
+    whole = finetune.main([*command, "--output-dir", str(tmp_path / "whole")])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["finetune"])
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        process = context.Process(target=finetune.main, args=([*command, "--resume-from-checkpoint", "latest"],))
+        process.start()
+        process.join(timeout=generator.uniform(0.2, 8))
+        process.kill()
+        process.join()
+        for checkpoint in (tmp_path / "out").glob("checkpoints/step_*"):
+            load_file(checkpoint / "trainable.safetensors")
+            json.loads((checkpoint / "settings.json").read_text())
+        if (tmp_path / "out/results.json").exists():
+            json.loads((tmp_path / "out/results.json").read_text())
+    last = finetune.main([*command, "--resume-from-checkpoint", "latest"])
+    assert last["trained"] == whole["trained"] and last["validation"] == whole["validation"]
+
+
 def test_latest_without_a_checkpoint_starts_anew(command, tmp_path, capsys):
     results = finetune.main([*command, "--resume-from-checkpoint", "latest"])
     assert "starting anew" in capsys.readouterr().out
@@ -286,7 +379,7 @@ def test_two_processes_agree_with_one(command, tmp_path):
     launched = [*launch, str(EXAMPLES / "finetune.py"), *command, "--batch-size", "4"]
     done = subprocess.run(launched, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("Zero-shot:") == done.stdout.count("epoch 1: validation") == 1
+    assert done.stdout.count("Zero-shot:") == done.stdout.count("epoch 1 of 3: validation") == 1
     two = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (one["num_processes"], two["num_processes"]) == (1, 2)
     assert two["zero_shot"] == one["zero_shot"]
@@ -325,12 +418,6 @@ def test_the_command_line_wins_over_yaml(tmp_path):
     assert finetune.parse_args(["--config", str(config)]).with_tracking is True
 
 
-def test_the_shipped_yaml_says_what_the_defaults_are():
-    shipped = finetune.parse_args(["--config", str(EXAMPLES / "finetune.yaml")])
-    defaults = finetune.parse_args([])
-    assert vars(shipped) | {"config": None} == vars(defaults)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -339,8 +426,11 @@ def test_the_shipped_yaml_says_what_the_defaults_are():
         ("method: magic", "invalid choice: 'magic'"),
         ("with_tracking: maybe", "must be true or false, got 'maybe'"),
         ("- lr", "must map flags to values"),
-        ("epochs: 0", "`--epochs` must be at least 1, got 0"),
-        ("guidance_rows: 0", "`--guidance-rows` must be at least 1, got 0"),
+        ("epochs: 0", "`--epochs` must be a number, at least 1, got 0"),
+        ("lr: 0", "`--lr` must be a number greater than 0, got 0.0"),
+        ("text_prior: -1", "`--text-prior` must be a number, at least 0, got -1"),
+        ("text_prior: much", "invalid strength value: 'much'"),
+        ("guidance_rows: -1", "`--guidance-rows` must be a number, at least 0, got -1"),
         ("push_to_hub: true", "needs `--hub-model-id`"),
     ],
 )

@@ -146,14 +146,6 @@ def test_no_text_tower_says_both_ways_out(clip):
         get_peft_model(CLIPVisionModel(clip.config.vision_config), SageConfig(class_descriptions=["cat"]))
 
 
-def test_merge_is_refused(clip):
-    model = get_peft_model(clip, SageConfig(guidance=torch.randn(5, 24)))
-    for merge in (model.merge_and_unload, model.merge_adapter):
-        with pytest.raises(NotImplementedError, match="cannot be merged"):
-            merge()
-    assert len(adapted(model)) == 3
-
-
 def test_set_guidance_changes_the_classes(clip_dir, pixel_values, tmp_path):
     clip = type(tiny_clip()).from_pretrained(clip_dir).eval()
     model = get_peft_model(clip, SageConfig(class_descriptions=["cat", "dog", "cow"]))
@@ -335,20 +327,6 @@ def test_models_that_were_compiled_beforehand(compiled, pixel_values, tmp_path):
     model.save_pretrained(tmp_path)
     for other in (tiny_clip(), compiled(tiny_clip())):
         torch.testing.assert_close(features(PeftModel.from_pretrained(other, tmp_path), pixel_values), expected)
-
-
-def test_classifier_comes_back_whole_and_on_a_vision_model(pixel_values, tmp_path):
-    embeddings = torch.randn(7, 16)
-    config = SageConfig(guidance=embeddings, modules_to_save=["class_head"])
-    model = get_peft_model(SageClassifier(tiny_clip(), embeddings), config)
-    randomise(model)
-    with torch.no_grad():
-        model.base_model.model.class_head.modules_to_save["default"].weight.normal_()
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert "base_model.model.class_head.modules_to_save.default.weight" in trainable
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(SageClassifier(tiny_clip(), torch.randn(7, 16)), tmp_path)
-    assert torch.equal(again(pixel_values).logits, model(pixel_values).logits)
 
 
 @pytest.mark.parametrize(

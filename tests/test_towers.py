@@ -141,9 +141,9 @@ def test_every_listed_family_has_a_row_and_is_documented() -> None:
     # The others need timm or open_clip: see tests/matrix.
     others = set(FAMILIES) - tested
     assert all("timm" in name or "clip" in name or name == "perception_lm" for name in others)
-    documented = (Path(__file__).parents[1] / "docs" / "towers.md").read_text()
-    for family, pattern in FAMILIES.items():
-        assert f"| `{family}` | `{pattern.replace('{}', '*')}` |" in documented
+    documented = (Path(__file__).parents[1] / "docs" / "own_model.md").read_text()
+    for family in FAMILIES:
+        assert f"`{family}`" in documented
 
 
 @pytest.mark.parametrize("tiny", UNLISTED, ids=lambda tiny: tiny.id)

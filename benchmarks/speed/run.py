@@ -1,119 +1,215 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure what the adapter, the loss and their tools cost, as ratios taken side by side in one run.
+"""Measure what the package costs beside its rivals, side by side in one run, and write the table.
 
-    python benchmarks/speed/run.py
-    python benchmarks/speed/run.py --rows training inference --blocks 2      # a quick look
-    python benchmarks/speed/run.py --device cuda --batch-size 64
-
-Results go to a JSON file, row by row; rows that are not asked for keep what the file has. Then the page with the table
-and the figures is written from it (`results_page.py` does that alone).
+python benchmarks/speed/run.py                             # all rows of the CPU
+python benchmarks/speed/run.py --rows training inference   # some of them; the table keeps the others
+python benchmarks/speed/run.py --report                    # only write RESULTS.md from results.json, and print it
+bash benchmarks/speed/on_gpu.sh [PHOTOGRAPHS]              # the rows of a GPU
 """
 
 # ruff: noqa: E402
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import gc
+import itertools
 import json
 import os
 import platform
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 
 # Has to come before torch. Waiting threads that spin would take the other processes' time.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import numpy as np
 import torch
-from attention_rows import attention
-from loading_rows import loading
-from loss_rows import loss, mismatch
-from memory_rows import memory
-from results_page import write_page
-from settings import Measurement, Settings
-from text_rows import text
-from towers_rows import inference, ranks, tokens, training
+import yaml
+from measures import MEASURES, Run
 
 
 HERE = Path(__file__).resolve().parent
+PAGE = """# Speed
+
+`python benchmarks/speed/run.py --report` writes this page from `results.json`; [README.md](README.md) says how it is
+measured. The median, and between which quartiles; a ratio is taken within each repetition.
+"""
+NO_GPU = (
+    "\n## GPU\n\nNot measured: there was no GPU. `bash benchmarks/speed/on_gpu.sh` fills this table in 8 minutes.\n"
+)
 
 
-def data(settings: Settings) -> Measurement:
-    """Import on demand: the example's requirements are needed for this row only."""
-    from data_rows import data
-
-    return data(settings)
-
-
-ROWS: dict[str, Callable[[Settings], Measurement]] = {
-    "training": training,
-    "inference": inference,
-    "memory": memory,
-    "attention": attention,
-    "loading": loading,
-    "text": text,
-    "loss": loss,
-    "mismatch": mismatch,
-    "data": data,
-    "tokens": tokens,
-    "ranks": ranks,
-}
+def combinations(group: dict[str, Any], args: argparse.Namespace, file: dict[str, Any]) -> Iterator[tuple[dict, dict]]:
+    """Give the settings of the runs of a group by name, for every combination of `each`, which comes first."""
+    each = group.get("each", {})
+    shared = {key: value for key, value in group.items() if key not in ("each", "runs", "rows", "measure")}
+    for values in itertools.product(*each.values()):
+        combination = dict(zip(each, values, strict=True))
+        runs = {}
+        for name, own in group["runs"].items():
+            run = file["defaults"] | shared | combination | own
+            if args.small:
+                run |= file["small"] | {"classes": run["classes"] // 100 + 3}
+            sizes = file["towers"][run["tower"]]
+            runs[name] = SimpleNamespace(**run, sizes=sizes, device=args.device, photographs=args.photographs)
+        yield combination, runs
 
 
-def environment(settings: Settings) -> dict[str, Any]:
+def interleaved(runs: Mapping[str, Run], device: str, repetitions: int) -> dict[str, np.ndarray]:
+    """Let runs take turns, so that whatever else the machine does falls on all of them alike.
+
+    Returns:
+        (repetitions,) seconds, or what the run returned. Every other repetition goes through the runs backwards. One
+        round comes before, and does not count, unless there is a single repetition.
+    """
+
+    def once(run: Run) -> float:
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        value = run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start if value is None else value
+
+    values: dict[str, list[float]] = {name: [] for name in runs}
+    for repetition in range(0 if repetitions == 1 else -1, repetitions):
+        for name in list(runs)[:: -1 if repetition % 2 else 1]:
+            value = once(runs[name])
+            if repetition >= 0:
+                values[name].append(value)
+    return {name: np.array(taken) for name, taken in values.items()}
+
+
+def table_row(
+    row: dict[str, Any], values: dict[str, np.ndarray], combination: dict[str, Any], run: SimpleNamespace
+) -> dict[str, Any]:
+    """Return a row of the table: title, quartiles, unit and goal."""
+    result = values[row["of"]] * row.get("times", 1)
+    if "over" in row:
+        result = values[row["of"]] / values[row["over"]]
+    if "less" in row:
+        result = (values[row["of"]] - values[row["less"]]) * row.get("times", 1)
+    if row.get("unit") == "of each":
+        result = result / (4 * run.classes * (run.batch + run.sizes["embedding"]))
+    if "rate" in row:
+        result = getattr(run, row["rate"]) * row.get("per", 1) / values[row["of"]]
+    names = {"classes": "C = {:,}", "batch": "B = {:,}", "tower": "{}", "dtype": "{}"}
+    settings = [names[key].format(value) for key, value in combination.items()]
+    goal = row.get("goal")
+    goal = goal[combination["classes"]] if isinstance(goal, dict) else goal
+    low, median, high = (float(f"{value:.4g}") for value in np.quantile(result, [0.25, 0.5, 0.75]))
+    title = ", ".join([row["what"], *settings])
+    return {"what": title, "median": median, "low": low, "high": high, "unit": row.get("unit", "x"), "goal": goal}
+
+
+def measure(group: dict[str, Any], args: argparse.Namespace, file: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of a group."""
+    rows = []
+    for combination, settings in combinations(group, args, file):
+        runs = {name: MEASURES[group["measure"]](run) for name, run in settings.items()}
+        first = next(iter(settings.values()))
+        values = interleaved(runs, args.device, args.repetitions or first.repetitions)
+        for row in group["rows"]:
+            rows.append(table_row(row, values, combination, first))
+            print("  {what}: {median:g} ({low:g} to {high:g}) {unit}".format(**rows[-1]), flush=True)
+        del runs
+        torch._dynamo.reset()
+    return rows
+
+
+def environment(args: argparse.Namespace) -> str:
     """Say where the numbers come from."""
-    device = torch.cuda.get_device_name() if settings.device == "cuda" else _processor()
-    return {"device": device, "cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version()}
+    if args.device == "cuda":
+        where = torch.cuda.get_device_name()
+    else:
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.exists() else []
+        name = next(
+            (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+        )
+        where = f"{name}, {os.cpu_count()} cores, {args.threads} thread{'s' * (args.threads > 1)}"
+    small = ", `--small`: the numbers mean nothing" * args.small
+    return f"{where}; torch {torch.__version__}, Python {platform.python_version()}{small}"
 
 
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+def write(results: dict[str, Any], folder: Path) -> None:
+    """Write `results.json`, one row a line, and the page with the tables."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for name, group in results.items():
+        rows = ",\n".join(f"  {json.dumps(row)}" for row in group["rows"])
+        head = ", ".join(f"{json.dumps(key)}: {json.dumps(group[key])}" for key in ("device", "environment"))
+        parts.append(f' {json.dumps(name)}: {{{head}, "rows": [\n{rows}\n ]}}')
+    (folder / "results.json").write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    (folder / "RESULTS.md").write_text(page(results))
 
 
-def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Settings]:
-    """Parse the command line. Every attribute of the settings is a flag."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--json", type=Path, help="default: results.json beside the page")
-    parser.add_argument("--output", type=Path, default=HERE / "RESULTS.md", help="the page; figures go beside it")
-    for field in dataclasses.fields(Settings):
-        flag, default = f"--{field.name.replace('_', '-')}", field.default
-        if isinstance(default, tuple):
-            parser.add_argument(flag, type=int, nargs="+", default=default)
-        else:
-            parser.add_argument(flag, type=type(default), default=default)
-    args = parser.parse_args(argv)
-    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
-    settings = Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
-    args.json = args.json or args.output.with_name("results.json")
-    return args, settings
+def page(results: dict[str, Any]) -> str:
+    """Return the page in Markdown: a table for every machine."""
+    text = PAGE
+    places = dict.fromkeys((group["device"], group["environment"]) for group in results.values())
+    for device, place in places:
+        text += f"\n## {'GPU' if device == 'cuda' else 'CPU'}: {place}\n"
+        text += "\n| what | median | quartiles | goal | met |\n|---|---|---|---|---|\n"
+        for group in results.values():
+            if (group["device"], group["environment"]) == (device, place):
+                text += "".join(_line(row) for row in group["rows"])
+    return text if any(device == "cuda" for device, _ in places) else text + NO_GPU
+
+
+def _line(row: dict[str, Any]) -> str:
+    unit = "" if row["unit"] in ("x", "") else f" {row['unit']}"
+    median, low, high = (_digits(row[name]) for name in ("median", "low", "high"))
+    met = ""
+    if row["goal"] is not None:
+        met = "yes" if row["median"] <= row["goal"] else "**no**"
+    goal = "" if row["goal"] is None else f"{row['goal']:g}{unit}"
+    return f"| {row['what']} | {median}{unit} | {low} to {high} | {goal} | {met} |\n"
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", help="groups of rows.yaml; default: `groups`")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch")
+    parser.add_argument("--repetitions", type=int, help="of every group; default: as in rows.yaml")
+    parser.add_argument("--small", action="store_true", help="sizes for a test")
+    parser.add_argument("--photographs", help="a folder for the rows with `finetune.py`")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder of results.json and RESULTS.md")
+    parser.add_argument("--report", action="store_true", help="write and print the page, without measuring")
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, and write after every row."""
-    args, settings = parse_args(argv)
-    torch.set_num_threads(settings.threads)
+    """Measure, and write after every group."""
+    args, file = parse_args(argv), yaml.safe_load((HERE / "rows.yaml").read_text())
+    kept = args.output / "results.json"
+    results = json.loads(kept.read_text()) if kept.exists() else {}
+    if args.report:
+        write(results, args.output)
+        print(page(results))
+        return
+    torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", category=UserWarning)
-    results = json.loads(args.json.read_text()) if args.json.exists() else {}
-    for name in args.rows:
-        print(f"{name} ...", flush=True)
-        rows, points = ROWS[name](settings)
-        results[name] = {
-            "environment": environment(settings),
-            "settings": dataclasses.asdict(settings),
-            "rows": [dataclasses.asdict(row) for row in rows],
-            "points": [dataclasses.asdict(point) for point in points],
-        }
-        for row in rows:
-            print(f"  {row.what}: {row.median:.3f} ({row.low:.3f} to {row.high:.3f}) {row.note}", flush=True)
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
-    write_page(args.json, args.output)
-    print(f"Wrote {args.output}")
+    groups = file["groups"] | file["gpu_groups"]
+    for name in args.rows or file["groups"]:
+        print(name, flush=True)
+        rows = measure(groups[name], args, file)
+        key = name if args.device == "cpu" or name in file["gpu_groups"] else f"{name} (GPU)"
+        results[key] = {"device": args.device, "environment": environment(args), "rows": rows}
+        write(results, args.output)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from peft_sage import SageConfig, SageLoss
 
 
 args = parse(__doc__)
-demo = load(args)
-sage_config = SageConfig(class_descriptions=demo.descriptions, modules_to_save=["class_head"])
-sage = get_peft_model(demo.classifier(), sage_config, adapter_name="semantic")
+classifier, splits, data = load(args)
+counts = torch.as_tensor(data.class_counts())
+sage = get_peft_model(classifier, SageConfig(), adapter_name="semantic")
 
 # The second PeftModel goes around the model inside the first; the text tower stays as it is.
 lora_config = LoraConfig(r=8, target_modules=r".*vision_model.*\.(q_proj|v_proj)")
@@ -27,17 +27,17 @@ for name, parameter in both.named_parameters():
     if "lora_" in name:
         parameter.requires_grad_(True)
 
-train(both, demo.splits["train"], SageLoss(demo.class_counts), args)
-report("LoRA and Sage", evaluate(both, demo.splits["test"], demo.class_counts))
+train(both, splits["train"], SageLoss(counts), args)
+report("LoRA and Sage", evaluate(both, splits["test"], counts))
 
 folder = Path(args.output_dir)
 sage.save_pretrained(folder, selected_adapters=["semantic"])
 both.save_pretrained(folder, selected_adapters=["attention"])
 
-sage_again = PeftModel.from_pretrained(load(args).classifier(), folder / "semantic", adapter_name="semantic")
+sage_again = PeftModel.from_pretrained(load(args)[0], folder / "semantic", adapter_name="semantic")
 base = sage_again.get_base_model()
 both_again = PeftModel.from_pretrained(base, folder / "attention", adapter_name="attention").eval()
 sage_again.set_adapter("semantic")  # the second one has switched the head of the first off
-image = demo.splits["test"][0]["pixel_values"][None]
+image = splits["test"][0]["pixel_values"][None]
 with torch.no_grad():
     print("loaded equals saved:", torch.allclose(both_again(image).logits, both(image).logits, atol=1e-5))

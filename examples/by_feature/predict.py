@@ -1,37 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predict with a saved adapter, on a model that has no text tower: neither texts nor tokenizer are needed.
-
-python examples/by_feature/predict.py finetuned photos/new
-"""
+"""Name what is in images, with a trained model from a folder or the Hub: python predict.py finetuned photos/new"""
 
 import argparse
-from pathlib import Path
-
-import torch
-from peft import PeftConfig, PeftModel
-from PIL import Image
-from transformers import AutoImageProcessor, CLIPVisionModelWithProjection, logging
 
 from peft_sage import SageClassifier
+from peft_sage.images import find_images
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("adapter", help="folder or Hub id")
-parser.add_argument("images", nargs="+", help="files, or folders with nothing else in them")
-parser.add_argument("--top", type=int, default=3, help="classes to show")
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("model", help="folder or Hub id")
+parser.add_argument("images", nargs="+", help="files, or folders of them")
 args = parser.parse_args()
 
-logging.set_verbosity_error()  # the file's text tower is not loaded, and that is all right
-config = PeftConfig.from_pretrained(args.adapter)
-tower = CLIPVisionModelWithProjection.from_pretrained(config.base_model_name_or_path, dtype=torch.float32)
-model = PeftModel.from_pretrained(SageClassifier(tower, config.num_classes), args.adapter).eval()
-processor = AutoImageProcessor.from_pretrained(config.base_model_name_or_path)
-
-paths = [sorted(path.iterdir()) if path.is_dir() else [path] for path in map(Path, args.images)]
-for path in sum(paths, []):
-    inputs = processor(images=Image.open(path).convert("RGB"), return_tensors="pt")
-    with torch.inference_mode():
-        probabilities = model(**inputs).logits[0].softmax(dim=-1)
-    best = probabilities.topk(min(args.top, config.num_classes))
-    answers = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    print(f"{path}: " + ", ".join(f"{config.class_names[k]} {100 * p:.1f} %" for k, p in answers))
+paths = find_images(args.images)
+for path, [best] in zip(paths, SageClassifier.from_pretrained(args.model).predict(paths), strict=True):
+    print(f"{path}: {best['label']} {100 * best['score']:.1f} %")

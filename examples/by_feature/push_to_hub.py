@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Push a saved adapter to the Hub with its card, and load it from there. Log in first: `hf auth login`.
+"""Share what `finetune.py` left in a folder, with its model card. Log in first: `hf auth login`.
 
 python examples/by_feature/push_to_hub.py finetuned user/name --private
 """
@@ -15,24 +15,25 @@ from peft_sage import SageClassifier
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("adapter", help="folder with a saved adapter")
+parser.add_argument("folder", help="what was saved by training")
 parser.add_argument("repo_id", help="user/name")
 parser.add_argument("--private", action="store_true")
 args = parser.parse_args()
 
-base_model = PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
+base_model = PeftConfig.from_pretrained(args.folder).base_model_name_or_path
 if base_model and Path(base_model).is_dir():
     print(f"The base model {base_model!r} is a folder of yours, which nobody else has: see docs/hub.md.")
 
 api = HfApi()
 api.create_repo(args.repo_id, private=args.private, exist_ok=True)
-others = ["README.md", "checkpoint*", "checkpoints/*", "logs/*"]
-url = api.upload_folder(repo_id=args.repo_id, folder_path=args.adapter, ignore_patterns=others)
-# The card in a folder says how to load the folder; the card on the Hub says how to load it from there.
-card = ModelCard.load(Path(args.adapter, "README.md"))
-card.text = re.sub(r'(SageClassifier\.from_pretrained)\(".+"\)', rf'\1("{args.repo_id}")', card.text)
+# The report shows many of the images that it was made from; upload it yourself if they may be seen.
+others = ["README.md", "report.html", "checkpoint*", "checkpoints/*", "logs/*", "text_embeds/*"]
+url = api.upload_folder(repo_id=args.repo_id, folder_path=args.folder, ignore_patterns=others)
+# The card in the folder says how to load the folder; the card on the Hub says how to load it from there.
+card = ModelCard.load(Path(args.folder, "README.md"))
+card.text = re.sub(r'(from_pretrained\()".+"\)', rf'\1"{args.repo_id}")', card.text)
 card.push_to_hub(args.repo_id)
 print(f"Pushed: {url}")
 
-names = SageClassifier.from_pretrained(args.repo_id).class_names
+names = SageClassifier.from_pretrained(args.repo_id).class_names or []
 print(f"Loaded {args.repo_id} with {len(names)} classes: {', '.join(names[:5])}, ...")

@@ -14,36 +14,35 @@ from peft import get_peft_model
 from torch.utils.data import DataLoader
 from transformers import CLIPVisionModelWithProjection
 
-from peft_sage import LongTailAccuracy, SageClassifier, SageConfig, SageLoss, encode_class_descriptions
+from peft_sage import LongTailAccuracy, SageClassifier, SageConfig, SageLoss, parameter_groups
 
 
 args = parse(__doc__)
 accelerator = Accelerator()
-demo = load(args)
-guidance = encode_class_descriptions(demo.clip, demo.tokenizer, demo.descriptions)
+whole, splits, data = load(args)
+counts = torch.as_tensor(data.class_counts())
 
 # The texts are encoded, so the vision tower is enough: less to copy, and FSDP2 takes no scalars such as `logit_scale`.
 vision = CLIPVisionModelWithProjection.from_pretrained(args.model, dtype=torch.float32)
-config = SageConfig(guidance=guidance, class_names=demo.class_names, modules_to_save=["class_head"])
-model = get_peft_model(SageClassifier(vision, guidance), config)
+model = get_peft_model(SageClassifier(vision, whole.text_embeds, whole.class_names), SageConfig())
 
 model, optimizer, train, test = accelerator.prepare(
     model,
-    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr),
-    DataLoader(demo.splits["train"], args.batch_size, shuffle=True),
-    DataLoader(demo.splits["test"], 256),
+    torch.optim.AdamW(parameter_groups(model, args.lr)),
+    DataLoader(splits["train"], args.batch_size, shuffle=True),
+    DataLoader(splits["test"], 256),
 )
-loss_function = SageLoss(demo.class_counts)
+loss_function = SageLoss(counts)  # it adds what it measures up over the processes
 for _ in range(args.epochs):
     model.train()
     for batch in tqdm(train, desc="training"):
-        loss = loss_function(model(pixel_values=batch["pixel_values"]).logits, batch["labels"])
+        loss = loss_function(model(pixel_values=batch["pixel_values"]), batch["labels"])
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
 
 model.eval()
-accuracy = LongTailAccuracy(demo.class_counts, sync_on_compute=False).to(accelerator.device)
+accuracy = LongTailAccuracy(counts, sync_on_compute=False).to(accelerator.device)
 for batch in test:
     with torch.no_grad():
         logits = model(pixel_values=batch["pixel_values"]).logits

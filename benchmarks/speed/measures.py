@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `rows.yaml` can ask for: each takes the settings of a run and returns what is timed, or what gives a value."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from peft_sage import SageClassifier, SageConfig, SageLoss, encode_class_descriptions
+
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKENIZER = ROOT / "examples" / "emoji_lt" / "tiny-clip"
+TEMPLATES = ["a photo of a {}.", "a bad photo of the {}.", "a close-up of a {}.", "a {} in the wild."]
+TEMPLATES += ["a drawing of a {}.", "a photo of the small {}.", "a photo of many {}.", "a {} at night."]
+#: A run: timed if it returns nothing; otherwise it returns what is measured.
+Run = Callable[[], float | None]
+
+
+def vision_config(tower: dict[str, int]) -> dict[str, Any]:
+    """Return the settings of transformers for a tower of `rows.yaml`."""
+    return {
+        "hidden_size": tower["width"],
+        "intermediate_size": 4 * tower["width"],
+        "num_hidden_layers": tower["blocks"],
+        "num_attention_heads": tower["heads"],
+        "patch_size": tower["patch"],
+        "image_size": tower["image"],
+    }
+
+
+@cache
+def frozen_tower(sizes: tuple[tuple[str, int], ...], device: str) -> nn.Module:
+    """Return an image tower with random weights: speed does not depend on them."""
+    tower = dict(sizes)
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(**vision_config(tower), projection_dim=tower["embedding"])
+    with torch.device(device):
+        return CLIPVisionModelWithProjection(config).requires_grad_(False)
+
+
+def classifier(run: SimpleNamespace) -> nn.Module:
+    """Return a classifier with what its method trains. All share one copy of the frozen weights."""
+    base = frozen_tower(tuple(run.sizes.items()), run.device)
+    shared = {} if run.method == "full" else {id(t): t for t in (*base.parameters(), *base.buffers())}
+    torch.manual_seed(0)
+    model = SageClassifier(copy.deepcopy(base, shared), torch.randn(run.classes, run.sizes["embedding"]))
+    if run.method in ("head", "full"):
+        return model.requires_grad_(True) if run.method == "full" else model
+    if run.method == "lora":
+        targets = ["q_proj", "v_proj"]
+        config = LoraConfig(r=run.r, lora_alpha=run.r, target_modules=targets, modules_to_save=["class_head"])
+    else:
+        config = SageConfig(r=run.r, guidance_rows=0 if run.method == "adaptformer" else None, init_weights=False)
+    return get_peft_model(model, config)
+
+
+def loss_function(run: SimpleNamespace) -> Callable[..., torch.Tensor]:
+    """Return cross-entropy, or `SageLoss` with or without its text terms."""
+    if run.loss == "ce":
+        return lambda outputs, labels: F.cross_entropy(outputs["logits"], labels)
+    counts = (1000 * 0.999 ** torch.arange(run.classes)).long().clamp(min=2)
+    terms = {"text_prior": 1.0, "text_guidance": 0.4} if run.loss == "texts" else {}
+    return SageLoss(counts, **terms).to(run.device)
+
+
+class Step:
+    """Forward, loss, backward and AdamW on a fixed batch."""
+
+    def __init__(self, run: SimpleNamespace) -> None:
+        self.model, self.run = classifier(run).train(), run
+        torch.manual_seed(1)
+        shape = (run.batch, 3, run.sizes["image"], run.sizes["image"])
+        self.batch = {"pixel_values": torch.randn(shape, device=run.device)}
+        if run.loss == "texts":
+            embeds = torch.randn(run.batch, run.sizes["embedding"], device=run.device)
+            self.batch["base_image_embeds"] = F.normalize(embeds, dim=-1)
+        # Pairs of a class, without which there is nothing to compensate.
+        self.labels = torch.arange(run.batch, device=run.device) // 2 % run.classes
+        self.function = loss_function(run)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5)
+        if getattr(run, "compile", False):
+            self.loss = torch.compile(self.loss, fullgraph=True, backend=getattr(run, "backend", "inductor"))
+            self(), self(), self()  # the moving average of the loss gets its shape in the first step: compiled twice
+
+    def loss(self, dtype: str | None = None) -> torch.Tensor:
+        dtype = getattr(torch, dtype or self.run.dtype)
+        with torch.autocast(self.run.device, dtype=dtype, enabled=dtype != torch.float32):
+            outputs = self.model(**self.batch)
+        return self.function(outputs, self.labels)
+
+    def __call__(self) -> None:
+        self.loss().backward()
+        if getattr(self.run, "optimise", True):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def inference(run: SimpleNamespace) -> Run:
+    """Forward in evaluation mode on a fixed batch."""
+    step = Step(run)
+    step.model.eval()
+
+    @torch.inference_mode()
+    def forward() -> None:
+        step.model(**step.batch)
+
+    return forward
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of living tensors that were made under it; on the CPU the allocator cannot be asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._count, result)
+        return result
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.alive:
+            size = storage.nbytes()
+            self.alive[storage._cdata] = weakref.finalize(storage, self._free, storage._cdata, size)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def _free(self, key: int, size: int) -> None:
+        self.now -= size
+        del self.alive[key]
+
+
+def peak(run: SimpleNamespace) -> Run:
+    """Bytes at most of weights, gradients, optimiser and activations in two steps."""
+
+    def measure() -> float:
+        frozen_tower.cache_clear()
+        gc.collect()
+        if run.device == "cuda":
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            step = Step(run)
+            step(), step()
+            return torch.cuda.max_memory_allocated() - before
+        with LiveBytes() as count:
+            step = Step(run)
+            step(), step()
+        return count.peak
+
+    return measure
+
+
+def agreement(run: SimpleNamespace) -> Run:
+    """1 less the cosine between the gradients in bf16 and in float32, of all trained parameters as one vector."""
+
+    def measure() -> float:
+        step = Step(run)
+        gradients = []
+        for dtype in ("float32", "bfloat16"):
+            parts = torch.autograd.grad(step.loss(dtype), step.trained, allow_unused=True)
+            gradients.append(torch.cat([part.flatten().double() for part in parts if part is not None]))
+        return 1 - F.cosine_similarity(*gradients, dim=0).item()
+
+    return measure
+
+
+def importing(run: SimpleNamespace) -> Run:
+    """Milliseconds of `import peft_sage` in a fresh process that has imported peft."""
+    code = "import time, peft; start = time.perf_counter(); import peft_sage; print(time.perf_counter() - start)"
+
+    def measure() -> float:
+        output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
+        return 1000 * float(output.stdout)
+
+    return measure
+
+
+def clip_model(run: SimpleNamespace) -> CLIPModel:
+    """Return a whole CLIP with random weights; its text tower is two thirds as wide as the image tower."""
+    torch.manual_seed(0)
+    width, tokenizer = max(32, run.sizes["width"] * 2 // 3), AutoTokenizer.from_pretrained(TOKENIZER)
+    text = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": max(1, width // 64)}
+    text |= {"num_hidden_layers": run.sizes["blocks"], "vocab_size": 49408}
+    text |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    vision, projection = vision_config(run.sizes), run.sizes["embedding"]
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=projection)).eval()
+
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory()
+
+
+def text(run: SimpleNamespace) -> Run:
+    """Encode 8 texts for each of `texts` classes; the same by the tower alone; or from the disk."""
+    tokenizer, clip = AutoTokenizer.from_pretrained(TOKENIZER), clip_model(run).to(run.device)
+    rng = np.random.default_rng(0)
+    syllables = [a + b for a in "bcdfglmnprstv" for b in "aeiou"]
+    words = [
+        ["".join(rng.choice(syllables, rng.integers(2, 5))) for _ in range(rng.integers(1, 5))]
+        for _ in range(run.texts)
+    ]
+    names = [f"{' '.join(parts)} {i}" for i, parts in enumerate(words)]
+    if run.path != "tower":
+        kept = {"cache_dir": Path(_folder().name, "texts")} if run.path == "cached" else {}
+
+        def encode() -> None:
+            encode_class_descriptions(clip, tokenizer, names, TEMPLATES, progress_bar=False, **kept)
+
+        return encode
+    ids = sorted(tokenizer([template.format(name) for name in names for template in TEMPLATES])["input_ids"], key=len)
+    batches = [tokenizer.pad({"input_ids": ids[i : i + 256]}, return_tensors="pt") for i in range(0, len(ids), 256)]
+
+    @torch.no_grad()
+    def tower_alone() -> None:
+        for batch in batches:
+            clip.get_text_features(**batch.to(run.device))
+
+    return tower_alone
+
+
+def _photograph(path: Path, rng: np.random.Generator) -> None:
+    """Write a smooth random picture with a little noise, of the size that photographs have in iNaturalist."""
+    smooth = PIL.Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((800, 600))
+    noisy = np.clip(np.array(smooth) + rng.normal(0, 6, (600, 800, 1)), 0, 255).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.fromarray(noisy).save(path, quality=90)
+
+
+@cache
+def _photographs(count: int) -> Path:
+    folder, rng = Path(_folder().name, "photographs"), np.random.default_rng(0)
+    for split, number in (("train", count), ("test", 2)):
+        for i in range(number):
+            _photograph(folder / split / f"class{i % 2}" / f"{i}.jpg", rng)
+    return folder
+
+
+def _examples() -> None:
+    if str(ROOT / "examples") not in sys.path:
+        sys.path.insert(0, str(ROOT / "examples"))
+
+
+def photos(run: SimpleNamespace) -> Run:
+    """Decode, resize and crop `photos` JPEG files in this process."""
+    _examples()
+    import datasets
+    from image_data import PixelDataset, ProcessorView, RandomCropView, load_images
+
+    processor, folder = CLIPImageProcessor(), _photographs(run.photos)
+    if run.path in ("centre", "crops"):
+        split = load_images(str(folder)).splits["train"]
+        pixels = PixelDataset(
+            split, ProcessorView(processor) if run.path == "centre" else RandomCropView(processor, 0.5, 0)
+        )
+        return lambda: [pixels[i] for i in range(len(pixels))] and None
+    files = sorted(str(path) for path in folder.glob("train/*/*.jpg"))
+    data = datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image())
+
+    def by_pil(file: str) -> np.ndarray:
+        image = PIL.Image.open(file).convert("RGB")
+        width, height = (round(side * 224 / min(image.size)) for side in image.size)
+        left, top = (width - 224) // 2, (height - 224) // 2
+        return np.array(
+            image.resize((width, height), PIL.Image.Resampling.BICUBIC).crop((left, top, left + 224, top + 224))
+        )
+
+    def by_datasets(index: int) -> torch.Tensor:
+        return processor(data[index]["image"].convert("RGB"), return_tensors="pt")["pixel_values"]
+
+    if run.path == "pil":
+        return lambda: [by_pil(file) for file in files] and None
+    return lambda: [by_datasets(index) for index in range(len(files))] and None
+
+
+class _Waiting:
+    """A loader that adds up how long it was waited for."""
+
+    def __init__(self, loader: Any, waits: list[float]) -> None:
+        self.loader, self.waits = loader, waits
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def __iter__(self) -> Any:
+        batches, self.waits[:] = iter(self.loader), []
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waits.append(time.perf_counter() - start)
+            if batch is None:
+                return
+            yield batch
+
+
+def finetune(run: SimpleNamespace) -> Run:
+    """Of the second epoch of `examples/finetune.py`: images a second, or the share of its time it waits for them."""
+    return lambda: _finetuned(
+        tuple(run.sizes.items()), run.device, run.dtype, run.batch, run.photographs, run.cache_gib
+    )[run.value]
+
+
+@cache
+def _finetuned(
+    sizes: Any, device: str, dtype: str, batch: int, photographs: str, cache_gib: float
+) -> dict[str, float]:
+    _examples()
+    import finetune as example
+
+    clip_folder, seconds, waits, side = Path(_folder().name, "clip"), [], [], dict(sizes)["image"]
+    clip_model(SimpleNamespace(sizes=dict(sizes))).save_pretrained(clip_folder)
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(clip_folder)
+    processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    processor.save_pretrained(clip_folder)
+
+    def timed(*args: Any) -> Any:
+        start = time.perf_counter()
+        yield from epoch(*args)
+        seconds.append(time.perf_counter() - start)
+
+    epoch, skip = example.train_epoch, example.skip_first_batches
+    example.train_epoch, example.skip_first_batches = timed, lambda *args: _Waiting(skip(*args), waits)
+    flags = {"model": clip_folder, "dataset": photographs, "output-dir": Path(_folder().name, f"finetuned{cache_gib}")}
+    flags |= {"cache-gib": cache_gib, "epochs": 2, "batch-size": batch}
+    flags |= {"mixed-precision": "bf16"} if device == "cuda" and dtype == "bfloat16" else {}
+    try:
+        results = example.main([f"--{name}={value}" for name, value in flags.items()])
+    finally:
+        example.train_epoch, example.skip_first_batches = epoch, skip
+    return {"speed": sum(results["class_counts"]) / seconds[-1], "waiting": sum(waits) / seconds[-1]}
+
+
+MEASURES: dict[str, Callable[[SimpleNamespace], Run]] = {
+    "step": Step,
+    "inference": inference,
+    "peak": peak,
+    "agreement": agreement,
+    "importing": importing,
+    "text": text,
+    "photos": photos,
+    "finetune": finetune,
+}
