@@ -12,8 +12,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 # Names under which a model that is more than a vision tower keeps its vision tower.
@@ -27,6 +26,7 @@ NOT_ENCODER = frozenset({"decoder", "text", "language", "qformer", "predictor", 
 LAYER_SCALE_NAMES = ("lambda_2", "layer_scale2", "ls2", "gamma_2", "ls_2", "layer_scale_2", "gamma")
 # What `torch.compile` and accelerate's `compile_regions` put between a module and its name.
 COMPILED = "_orig_mod"
+BY_HAND = "Pass `target_modules` to choose modules by hand."
 
 
 def find_mlps(model: nn.Module) -> list[str]:
@@ -41,16 +41,13 @@ def find_mlps(model: nn.Module) -> list[str]:
     """
     towers = find_towers(model)
     if not towers:
-        raise ValueError(
-            f"`model` must have a vision tower, but {describe(model)} has none: it does not read images, and no "
-            f"sub-module is named one of {sorted(TOWER_NAMES)}. Pass `target_modules` to choose modules by hand."
-        )
+        why = f"it does not read images, and no sub-module is named one of {sorted(TOWER_NAMES)}"
+        raise ValueError(f"`model` must have a vision tower, but {describe(model)} has none: {why}. {BY_HAND}")
     mlps = [f"{tower}.{name}".lstrip(".") for tower in towers for name in _mlps(model.get_submodule(tower))]
     if not mlps:
+        why = "no repeated block with an MLP of linear layers that maps (..., d) to (..., d): it may be convolutional"
         raise ValueError(
-            f"`model` must have a vision tower of transformer blocks, but {describe(model)} has no repeated block "
-            "with an MLP of linear layers that maps (..., d) to (..., d): it may be convolutional. Pass "
-            "`target_modules` to choose modules by hand."
+            f"`model` must have a tower of transformer blocks, but {describe(model)} has {why}. {BY_HAND}"
         )
     return mlps
 
@@ -78,10 +75,8 @@ def mlp_widths(module: nn.Module) -> tuple[int, int]:
     # Gated MLPs do not always define their last linear layer last.
     width_out = width if any(linear.out_features == width for linear in linears) else linears[-1].out_features
     if width_out > width:
-        raise ValueError(
-            f"`module` must map (..., d) to (..., d), but {type(module).__name__} maps {width} features to "
-            f"{width_out}."
-        )
+        maps = f"{type(module).__name__} maps {width} features to {width_out}"
+        raise ValueError(f"`module` must map (..., d) to (..., d), but {maps}.")
     return width, width_out
 
 
@@ -94,16 +89,12 @@ def mlp_input(module: nn.Module) -> tuple[int, str]:
     return (1, names[1]) if names[1:2] == ["input_tensor"] else (0, names[0])
 
 
-def layer_scale(model: nn.Module, name: str) -> torch.Tensor | None:
+def layer_scale(model: nn.Module, name: str) -> Tensor | None:
     """The LayerScale (d,) that multiplies an MLP's output before the residual is added, if there is one."""
     parent = model.get_submodule(name.rpartition(".")[0])
-    for attribute in LAYER_SCALE_NAMES:
-        scale = getattr(parent, attribute, None)
-        if isinstance(scale, nn.Module):
-            scale = next(scale.parameters(), None)
-        if isinstance(scale, torch.Tensor):
-            return scale
-    return None
+    scales = [getattr(parent, attribute, None) for attribute in LAYER_SCALE_NAMES]
+    scales = [next(scale.parameters(), None) if isinstance(scale, nn.Module) else scale for scale in scales]
+    return next((scale for scale in scales if isinstance(scale, Tensor)), None)
 
 
 def same_module(one: str, other: str) -> bool:
@@ -143,9 +134,8 @@ def _reads_images(model: nn.Module) -> bool:
         return False
     main_inputs = [main_inputs] if isinstance(main_inputs, str) else main_inputs
     # "input_ids" is what transformers assumes where a model does not say: many towers of language models do not.
-    return main_inputs[0].startswith("pixel_values") or (
-        main_inputs == ["input_ids"] and hasattr(config, "patch_size")
-    )
+    unsaid = main_inputs == ["input_ids"] and hasattr(config, "patch_size")
+    return unsaid or main_inputs[0].startswith("pixel_values")
 
 
 def _mlps(tower: nn.Module, skip: frozenset[str] = NOT_ENCODER) -> Iterator[str]:
