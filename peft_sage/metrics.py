@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .validation import check_class_counts, check_labels
 
@@ -44,24 +45,21 @@ class LongTailAccuracy(Metric):
     higher_is_better = True
     full_state_update = False
 
-    class_counts: torch.Tensor
-    correct: torch.Tensor
-    total: torch.Tensor
+    class_counts: Tensor
+    correct: Tensor
+    total: Tensor
 
-    def __init__(
-        self, class_counts: Sequence[int] | torch.Tensor, many: int = 100, few: int = 20, **kwargs: Any
-    ) -> None:
+    def __init__(self, class_counts: Sequence[int] | Tensor, many: int = 100, few: int = 20, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         counts = check_class_counts(class_counts)
         if not 0 <= few <= many:
             raise ValueError(f"`few` must be at least 0 and at most `many`, got few={few} and many={many}.")
-        self.many = many
-        self.few = few
+        self.many, self.few = many, few
         self.register_buffer("class_counts", counts, persistent=False)
         self.add_state("correct", torch.zeros_like(counts), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros_like(counts), dist_reduce_fx="sum")
 
-    def update(self, preds: torch.Tensor, labels: torch.Tensor) -> None:
+    def update(self, preds: Tensor, labels: Tensor) -> None:
         """Counts a batch.
 
         Args:
@@ -78,17 +76,15 @@ class LongTailAccuracy(Metric):
                 raise ValueError(f"`preds` must have {num_classes} classes, got shape {tuple(preds.shape)}.")
             preds = preds.argmax(dim=1)
         if labels.ndim != 1 or preds.shape != labels.shape:
-            raise ValueError(
-                f"`preds` must have shape (B, {num_classes}) or (B,) and `labels` (B,), "
-                f"got {tuple(preds.shape)} and {tuple(labels.shape)}."
-            )
+            shapes = f"{tuple(preds.shape)} and {tuple(labels.shape)}"
+            raise ValueError(f"`preds` must have shape (B, {num_classes}) or (B,) and `labels` (B,), got {shapes}.")
         check_labels(labels, num_classes)
         check_labels(preds, num_classes, name="preds")
         labels = labels.long()
         self.total.index_add_(0, labels, torch.ones_like(labels))
         self.correct.index_add_(0, labels, (preds == labels).long())
 
-    def compute(self) -> dict[str, torch.Tensor]:
+    def compute(self) -> dict[str, Tensor]:
         """Returns the accuracies of all batches so far.
 
         Returns:
