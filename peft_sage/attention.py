@@ -38,8 +38,7 @@ def attention_maps(model: nn.Module, pixel_values: Tensor, layer: int = -1, adap
         adapter looks at nothing in particular.
 
     Raises:
-        ValueError: The model has no adapter of that name with guidance, `layer` is out of range, or the tokens do not
-            form a grid.
+        ValueError: There is no such adapter with guidance or no such layer, or its tokens do not form a grid.
     """
     layers = [module for module in model.modules() if isinstance(module, SageLayer)]
     name = adapter_name or next((name for module in layers for name in module.active_adapters), "default")
@@ -78,11 +77,7 @@ def plot_attention(image: Any, attention: Tensor, class_names: Sequence[str] | N
         top: How many maps to show: those that reach the highest weight.
 
     Returns:
-        The image, and the image under each map. A map's colours go from its least to its greatest weight, which its
-        title names.
-
-    Raises:
-        ValueError: A shape is wrong, or `top` is not positive.
+        The image, and the image under each map, whose colours go from its least to its greatest weight.
     """
     from matplotlib.figure import Figure
 

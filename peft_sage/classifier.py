@@ -37,11 +37,8 @@ class CosineHead(nn.Linear):
     An `nn.Linear`, because PEFT mixes adapters within a batch only for modules of the kinds that it knows. What it
     saves beside its rows, the texts and the names of the classes, comes back with it whatever the PEFT method is.
 
-    Args:
-        text_embeds: (K, e), the rows it starts from, kept as a buffer. With K = 0 the head is blank, and takes the
-            number of classes and the width from what is loaded into it.
-        class_names: K names, or None.
-        scale: Factor of the cosines; fixed.
+    It starts from `text_embeds` (K, e), kept as a buffer. With K = 0 it is blank, and takes its size from what
+    is loaded into it.
     """
 
     text_embeds: Tensor
@@ -86,14 +83,8 @@ class CosineHead(nn.Linear):
 class SageClassifierOutput(ImageClassifierOutput):
     """What a [`SageClassifier`] returns; in evaluation only `logits` and, with labels, `loss`.
 
-    Args:
-        loss: Cross-entropy with the labels, if given.
-        logits: (B, K).
-        image_embeds: (B, e), of unit length.
-        class_embeds: (K, e), the rows of the head, of unit length.
-        text_embeds: (K, e), the frozen text embeddings of the classes, of unit length.
-        base_image_embeds: (B, e), the embeddings by the frozen tower that the batch brought.
-        logit_scale: Factor of the cosines.
+    Of unit length are the embeddings of the images (B, e), by the tower and, if the batch brought them, by the frozen
+    tower (`base_image_embeds`), the rows of the head (`class_embeds`, (K, e)) and the texts (K, e).
     """
 
     image_embeds: Tensor | None = None
@@ -130,8 +121,7 @@ class SageClassifier(nn.Module):
         scale: Factor of the cosines. It does not change the predictions before training, but the loss.
 
     Raises:
-        TypeError, ValueError: `text_embeds` are not floating-point, of shape (K, e) and finite, there are not K
-            `class_names`, or `scale` is not positive.
+        TypeError, ValueError: An argument does not fit.
     """
 
     main_input_name = "pixel_values"
@@ -211,8 +201,7 @@ class SageClassifier(nn.Module):
                 the like for the Hub.
 
         Raises:
-            OSError, ValueError: There is no such folder or repository, its adapter does not say which base model it
-                belongs to, or it does not fit.
+            OSError, ValueError: There is none, its adapter names no base model, or it does not fit.
         """
         source, device = os.fspath(pretrained_model_name_or_path), kwargs.pop("device", None)
         hub = {name: kwargs.pop(name) for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
@@ -247,11 +236,8 @@ class SageClassifier(nn.Module):
             labels: Class indices (B,), or probabilities (B, K), for a cross-entropy loss.
             base_image_embeds: (B, e) embeddings of the same images by the frozen tower, which are handed through.
             **kwargs: Passed to the image tower.
-
-        Raises:
-            RuntimeError: Under `nn.DataParallel`, which would concatenate what belongs to the classes.
         """
-        if getattr(self, "_is_replica", False):
+        if getattr(self, "_is_replica", False):  # it would concatenate what belongs to the classes
             raise RuntimeError("`nn.DataParallel` cannot train a SageClassifier: use `accelerate launch`.")
         head = self._head
         features = towers.encode_image(self.model, pixel_values, **kwargs).to(head.weight.dtype)
@@ -275,9 +261,6 @@ class SageClassifier(nn.Module):
 
         Returns:
             (n, e) float32 on the CPU, of unit length.
-
-        Raises:
-            ValueError: An image cannot be read, or there is no `image_processor` to prepare it.
         """
         with towers.eval_mode(self), self._adapters_off():
             batches = self._batches(images, batch_size, "embedding images")
@@ -291,8 +274,7 @@ class SageClassifier(nn.Module):
         """Name what is in pictures.
 
         Args:
-            images: Paths, PIL images or arrays; or a folder, of which its own images are taken in order of their
-                names.
+            images: Paths, PIL images or arrays; or a folder, whose own images are taken in order of their names.
             top_k: How many classes to name for each image.
             batch_size: Images per step.
 
@@ -319,9 +301,6 @@ class SageClassifier(nn.Module):
             classes: (K, e) text embeddings, or anything that [`read_class_descriptions`] takes, for the model's own
                 text tower.
             templates: For bare class names, texts with one `{}` each.
-
-        Raises:
-            TypeError, ValueError: The classes cannot be read or encoded, or have another width.
         """
         names = None
         if not isinstance(classes, Tensor):

@@ -69,8 +69,7 @@ class SageConfig(PeftConfig):
         init_weights: Start as the identity: the up-projection is zero. `False`: random (for tests).
 
     Raises:
-        ValueError: For values that are out of range or do not go together.
-        TypeError: For values of the wrong type.
+        TypeError, ValueError: For values of the wrong type, out of range, or that do not go together.
 
     Reference: arXiv 2507.12807 for guidance by class descriptions through attention; see [`SageLayer`] for the form.
     """

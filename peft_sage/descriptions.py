@@ -34,17 +34,11 @@ def read_class_descriptions(
         class_names: The classes in the order of their indices. Default: those of the source, in its order.
 
     Returns:
-        What `class_descriptions` of [`SageConfig`] takes: class names, or a dictionary
-        from class name to texts. Classes that are not in `class_names` are left out with a warning.
+        Class names, or a dictionary from class name to texts. Others than `class_names` are left out with a warning.
 
     Raises:
-        ValueError: If a file cannot be read or names a class twice, a text is empty, or a class of `class_names` is
-            missing. The file and the class are named.
-        TypeError: If the source has none of these shapes.
-
-    Example:
-        >>> read_class_descriptions({"owl": "a bird of the night", "cow": ["a cow"]}, class_names=["cow", "owl"])
-        {'cow': ['a cow'], 'owl': ['a bird of the night']}
+        TypeError, ValueError: The source has none of these shapes, or a file cannot be read or names a class twice, a
+            text is empty, or a class of `class_names` is missing. The file and the class are named.
     """
     where, read = "`source`", source
     if isinstance(source, (str, os.PathLike)):
@@ -64,19 +58,12 @@ def read_class_descriptions(
 
 
 def normalise_descriptions(descriptions: Descriptions) -> tuple[list[str] | None, list[str] | list[list[str]]]:
-    """Split class descriptions into names and texts: the order of a dictionary's keys, which is that of the classes,
-    does not survive PEFT's configuration file.
+    """Split class descriptions into names (`None` without) and texts (the names again, or lists of texts).
 
-    Args:
-        descriptions: A list of class names; or one list of written descriptions per class; or a dictionary from class
-            name to one or more written descriptions.
-
-    Returns:
-        The class names (`None` if there are none), and either the list of names or the lists of descriptions.
+    The order of a dictionary's keys, which is that of the classes, would not survive PEFT's configuration file.
 
     Raises:
-        TypeError: If it has none of the three shapes.
-        ValueError: If it, a class or a text is empty. The class is named.
+        TypeError, ValueError: It has none of the three shapes; or it, a class or a text is empty.
     """
     if isinstance(descriptions, str) or not isinstance(descriptions, (Mapping, Sequence)):
         shapes = "a list of str, a list of lists of str, or a dict from class name to str or list of str"

@@ -58,8 +58,7 @@ def encode_class_descriptions(
         A float32 tensor (M, e) on the model's device, with one L2-normalised row per class.
 
     Raises:
-        ValueError: A description is empty, the model has no text tower, or all rows come out identical, which happens
-            when the tokenizer does not fit the model.
+        ValueError: A text is empty, there is no text tower, or its tokenizer does not fit (all rows are identical).
     """
     check_integer("batch_size", batch_size, 1)
     texts_of_class = expand(descriptions, templates)
@@ -89,11 +88,7 @@ def encode_class_descriptions(
 
 
 def load_tokenizer(model: nn.Module, name: str | None = None) -> Any:
-    """The tokenizer `name`, or that of the folder or repository a model came from.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """The tokenizer `name`, or that of the folder or repository a model came from; ValueError if there is none."""
     name = name or getattr(model, "name_or_path", None)
     try:
         if not name:
@@ -119,12 +114,7 @@ def first_guidance(model: nn.Module, config: SageConfig) -> tuple[Tensor | None,
 def make_guidance(
     model: nn.Module, config: SageConfig, source: Tensor | Descriptions | None, names: list[str] | None
 ) -> tuple[Tensor, list[str] | None]:
-    """Rows (M, e) from a tensor, class descriptions or (`None`) a classifier's own embeddings; and their names.
-
-    Raises:
-        TypeError: A tensor is not floating-point.
-        ValueError: It is not finite, or the descriptions cannot be encoded.
-    """
+    """Rows (M, e) from a tensor, class descriptions or (`None`) a classifier's own embeddings; and their names."""
     most = config.guidance_rows or MOST_ROWS
     embeddings = own_embeddings(model) if source is None else source
     if embeddings is None:
@@ -159,10 +149,6 @@ def pool_guidance(guidance: Tensor, num_rows: int = 64, iterations: int = 20, se
 
     Returns:
         A float32 tensor (R, e) with L2-normalised rows, on the device of `guidance`; if M is at most R, all M rows.
-
-    Raises:
-        TypeError: `guidance` is no floating-point tensor.
-        ValueError: It is not finite, `num_rows` or `iterations` is not positive, or `seed` is no integer.
     """
     check_embeddings(guidance, "guidance")
     for name, value, low in (("num_rows", num_rows, 1), ("iterations", iterations, 1), ("seed", seed, 0)):

@@ -44,7 +44,7 @@ class SageLoss(nn.Module):
     float64 for float64 logits.
 
     Args:
-        class_counts: (K,) numbers of training images. A class without images counts as one with a single image.
+        class_counts: (K,) numbers of training images; none counts as one.
         tau: strength of the adjustment. With `tau` and `compensation` 0 the loss is cross-entropy.
         compensation: factor of gamma.
         text_prior: strength of the pull on the head, as [`choose_text_prior`] finds it. Needs `class_embeds` and
@@ -55,9 +55,6 @@ class SageLoss(nn.Module):
         label_smoothing: share of the target that is spread evenly over the classes, in [0, 1].
         ignore_index: label of the images that do not count.
         reduction: `"mean"`, `"sum"` or `"none"`.
-
-    Raises:
-        TypeError, ValueError: an argument has a wrong type, or a wrong value or shape.
     """
 
     adjustment: Tensor
@@ -115,8 +112,7 @@ class SageLoss(nn.Module):
                 losses is divided by the images it stands for, whatever the `reduction`.
 
         Raises:
-            TypeError, ValueError: a wrong type, a wrong shape, a label out of range, NaN in an embedding (values are
-                looked at on the CPU only), or an entry that a text term needs is missing.
+            TypeError, ValueError: a wrong type, shape or value (looked at on the CPU only), or a missing entry.
         """
         logits, entries = _logits(outputs)
         shape, num_classes = tuple(logits.shape), len(self.adjustment)

@@ -31,14 +31,6 @@ class LongTailAccuracy(Metric):
         few: a class with fewer training images than this has few; all others are medium.
         **kwargs: passed to `torchmetrics.Metric`.
 
-    Raises:
-        ValueError: `class_counts` is no (K,) list of whole numbers, or `few` lies above `many`.
-
-    Example:
-        >>> accuracy = LongTailAccuracy([500, 50, 5])
-        >>> accuracy.update(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 2]))
-        >>> accuracy.compute()["few"]
-        tensor(0.)
     """
 
     is_differentiable = False
@@ -67,8 +59,7 @@ class LongTailAccuracy(Metric):
             labels: (B,) class indices.
 
         Raises:
-            ValueError: a shape is wrong, or a class index out of range (checked on the CPU only).
-            TypeError: class indices that are not integers.
+            TypeError, ValueError: a type or shape is wrong, or a class out of range (checked on the CPU only).
         """
         num_classes = len(self.class_counts)
         if preds.ndim == 2:
@@ -85,13 +76,11 @@ class LongTailAccuracy(Metric):
         self.correct.index_add_(0, labels, (preds == labels).long())
 
     def compute(self) -> dict[str, Tensor]:
-        """Returns the accuracies of all batches so far.
+        """Return the accuracies of all batches so far.
 
-        Returns:
-            `overall` (over images), `macro` (over classes), `many`, `medium`, `few`, `worst` (class), `harmonic_mean`
-            (over classes; 0 as soon as one class is never right), `per_class` (K,), each in [0, 1] and NaN where
-            there is nothing to average; and the numbers of evaluated classes in the groups, `num_many`, `num_medium`
-            and `num_few`.
+        They are `overall` (over images), `macro` (over classes), `many`, `medium`, `few`, `worst` (class),
+        `harmonic_mean` (over classes) and `per_class` (K,), NaN where there is nothing to average; and the numbers of
+        evaluated classes in the groups, `num_many`, `num_medium` and `num_few`.
         """
         seen = self.total > 0
         per_class = self.correct / self.total  # 0 / 0 is NaN: the class did not occur

@@ -82,9 +82,9 @@ class SageModel(BaseTuner):
         """Give a trained adapter another set of classes, without training; see [`set_guidance`].
 
         Args:
-            guidance: A float tensor (M, e) with the width e that the adapter was trained with; class descriptions for
-                the model's own text tower; or `None` for the `text_embeds` of a [`SageClassifier`].
-            adapter_name: The adapter's name. Default: the active one.
+            guidance: A float tensor (M, e) with the width e of the training; class descriptions for the model's own
+                text tower; or `None` for the `text_embeds` of a [`SageClassifier`].
+            adapter_name: Default: the active one.
         """
         set_guidance(self.model, guidance, self.active_adapters[0] if adapter_name is None else adapter_name)
 
@@ -173,14 +173,10 @@ def set_guidance(model: nn.Module, source: Tensor | Descriptions | None, adapter
 
     `guidance_rows` of the configuration limits the rows as at the start. A head is not touched.
 
-    Args:
-        model: The model that PEFT adapted, without PEFT's wrapper.
-        source: As in [`SageModel.set_guidance`].
-        adapter_name: The adapter's name.
+    `model` comes without PEFT's wrapper; `source` is as in [`SageModel.set_guidance`].
 
     Raises:
-        ValueError: The adapter does not exist or has no guidance, or the source does not fit.
-        TypeError: `source` is none of these.
+        TypeError, ValueError: The adapter does not exist or has no guidance, or the source does not fit.
     """
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     config = configs.get(adapter_name)

@@ -18,13 +18,9 @@ PREFIX = "peft_sage_"
 
 
 def add_peft_type(name: str) -> PeftType:
-    """Return the member `name` of `PeftType`, and create it if it does not exist.
+    """Return the member `name` of `PeftType`, which is its value as well, and create it if it does not exist.
 
-    Args:
-        name: Upper-case name, which is the value as well.
-
-    Returns:
-        The member. Look-up by name and by value, iteration, pickle, deepcopy and JSON work as for PEFT's own members.
+    Look-up by name and by value, iteration, pickle, deepcopy and JSON work as for PEFT's own members.
     """
     if name in PeftType.__members__:
         return PeftType[name]
@@ -42,15 +38,7 @@ def add_peft_type(name: str) -> PeftType:
 
 
 def register(config_cls: type, model_cls: type) -> None:
-    """Register the method with PEFT. A second call does nothing.
-
-    Args:
-        config_cls: The configuration class.
-        model_cls: The tuner class; its `prefix` is the method's prefix.
-
-    Raises:
-        RuntimeError: If another package holds the name or the prefix.
-    """
+    """Register the method with PEFT, once; RuntimeError if another package holds the name or the prefix."""
     peft_type = add_peft_type(PEFT_TYPE_NAME)
     holder = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
     if holder is config_cls:

@@ -69,7 +69,7 @@ def choose_text_prior(
         groups: (n,) integers; images of one animal, patient or product stay in one fold.
 
     Raises:
-        TypeError, ValueError: An argument has a wrong type or shape, or no class has two images (or groups).
+        TypeError, ValueError: An argument does not fit, or no class has two images (or groups).
     """
     strengths = _check(features, labels, text_embeds, strengths, folds, groups)
     labels, rng = labels.cpu(), Generator().manual_seed(seed)
