@@ -13,7 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 
 #: Used for classes that have only a name.
@@ -40,12 +40,12 @@ def read_class_descriptions(
         TypeError, ValueError: The source has none of these shapes, or a file cannot be read or names a class twice, a
             text is empty, or a class of `class_names` is missing. The file and the class are named.
     """
-    where, read = "`source`", source
+    where, read = "`source`", cast(Any, source)
     if isinstance(source, (str, os.PathLike)):
         where = f"`source` {os.fspath(source)!r}"
         read = _read_file(Path(source), where)
-    elif isinstance(getattr(source, "names", None), list):
-        read = source.names
+    elif isinstance(names := getattr(source, "names", None), list):
+        read = names
     try:
         names, texts = normalise_descriptions(read)
     except (TypeError, ValueError) as error:
@@ -70,7 +70,7 @@ def normalise_descriptions(descriptions: Descriptions) -> tuple[list[str] | None
         raise TypeError(f"`class_descriptions` must be {shapes}, got {type(descriptions).__name__}.")
     if not descriptions:
         raise ValueError("`class_descriptions` is empty; give one entry per class, or leave it out.")
-    names = list(descriptions)
+    names: Any = list(descriptions)
     if isinstance(descriptions, Mapping):
         wrong = [name for name in names if not isinstance(name, str)]
         if wrong:

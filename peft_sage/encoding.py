@@ -76,10 +76,8 @@ def encode_class_descriptions(
     rows = F.normalize(rows, dim=-1)
     differ = len({tuple(texts) for texts in texts_of_class}) > 1
     if differ and torch.allclose(rows, rows[:1].expand_as(rows), atol=1e-6):
-        reason = (
-            "the tokenizer has another `eos_token_id` than the tower's config, or the texts differ beyond its limit"
-        )
-        raise ValueError(f"All class descriptions have the same embedding: {reason}.")
+        reason = "does the tokenizer fit the tower (`eos_token_id`), or do they differ beyond its limit?"
+        raise ValueError(f"All class descriptions have the same embedding: {reason}")
     if kept is not None:  # written beside and renamed, so that a kill leaves no half of it
         kept.parent.mkdir(parents=True, exist_ok=True)
         save_file({"text_embeds": rows.cpu()}, part := kept.with_suffix(f".{os.getpid()}"))
@@ -178,10 +176,8 @@ def name_rows(rows: Tensor, embeddings: Tensor, class_names: Sequence[str]) -> l
     """Name rows of guidance (R, e) by the classes with embeddings (M, e) that they stand for: at most three each."""
     if len(rows) == len(class_names):
         return list(class_names)
-    members: list[list[str]] = [[] for _ in rows]
     groups = nearest(F.normalize(embeddings.detach().float().to(rows.device), dim=-1), rows)
-    for name, row in zip(class_names, groups.tolist(), strict=True):
-        members[row].append(name)
+    members = [[class_names[k] for k in (groups == row).nonzero()[:, 0].tolist()] for row in range(len(rows))]
     return [", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") for names in members]
 
 

@@ -198,10 +198,9 @@ class SageLayer(nn.Module, BaseTunerLayer):
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
         # An MLP has no `weight` of its own; quantised ones hold integers beside the floats that tell the precision.
         tensors = [*base_layer.parameters(), *base_layer.buffers()]
-        floating = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
         # Weights that were loaded must not follow a base that is still to be loaded.
         device = tensors[0].device if tensors and not tensors[0].is_meta else None
-        return device, floating[0] if floating else None
+        return device, next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)

@@ -111,9 +111,8 @@ class SageModel(BaseTuner):
         if isinstance(new_module, SageLayer):
             parent.register_forward_pre_hook(_start_graph_at_checkpoint)
             return
-        for key, hook in list(parent._forward_pre_hooks.items()):
-            if hook is _start_graph_at_checkpoint:
-                del parent._forward_pre_hooks[key]
+        for key in [k for k, hook in parent._forward_pre_hooks.items() if hook is _start_graph_at_checkpoint]:
+            del parent._forward_pre_hooks[key]
 
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(MERGE_ERROR)
@@ -303,10 +302,7 @@ def _check_base_model(model: nn.Module, config: SageConfig) -> None:
     # Only the last part: the same model may lie in a folder here and on the Hub there.
     trained_on, loaded_on = config.base_model_name_or_path or "", getattr(model, "name_or_path", None) or ""
     if config.saved and trained_on and loaded_on and os.path.basename(trained_on) != os.path.basename(loaded_on):
-        warnings.warn(
-            f"The adapter was trained on {trained_on!r} and is loaded on {loaded_on!r}, which may be another model.",
-            stacklevel=2,
-        )
+        warnings.warn(f"The adapter was trained on {trained_on!r} and is loaded on {loaded_on!r}.", stacklevel=2)
 
 
 def _start_graph_at_checkpoint(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

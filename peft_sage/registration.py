@@ -25,8 +25,7 @@ def add_peft_type(name: str) -> PeftType:
     if name in PeftType.__members__:
         return PeftType[name]
     member = str.__new__(PeftType, name)
-    member._name_ = name
-    member._value_ = name
+    member._name_ = member._value_ = name
     member.__objclass__ = PeftType  # type: ignore[attr-defined]
     member._sort_order_ = len(PeftType)  # type: ignore[attr-defined]
     # The metaclass forbids setting members on an enum, so its own `__setattr__` is passed by.
@@ -44,10 +43,8 @@ def register(config_cls: type, model_cls: type) -> None:
     if holder is config_cls:
         return
     if holder is not None:
-        raise RuntimeError(
-            f"The PEFT type {PEFT_TYPE_NAME!r} is already registered by {holder.__module__}.{holder.__qualname__}; "
-            "peft_sage cannot be used in the same process."
-        )
+        other = f"{holder.__module__}.{holder.__qualname__}"
+        raise RuntimeError(f"peft_sage cannot be used: {PEFT_TYPE_NAME!r} is already registered by {other}.")
     try:
         register_peft_method(name=PEFT_TYPE_NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix=PREFIX)
     except KeyError as error:

@@ -74,9 +74,7 @@ def choose_text_prior(
     strengths = _check(features, labels, text_embeds, strengths, folds, groups)
     labels, rng = labels.cpu(), Generator().manual_seed(seed)
     given = torch.bincount(labels, minlength=len(text_embeds)) if class_counts is None else class_counts
-    counts = check_class_counts(given)
-    if len(counts) != len(text_embeds):
-        raise ValueError(f"`class_counts` must have {len(text_embeds)} classes, got {len(counts)}.")
+    counts = check_class_counts(given, len(text_embeds))
     images = _part(labels, rng)
     classes, own = labels[images].unique(return_inverse=True)
     fold = _folds(own, None if groups is None else groups.cpu()[images], folds, rng)
@@ -89,8 +87,7 @@ def choose_text_prior(
     # (strengths, classes that have held-out images)
     accuracy = torch.stack([correct[:, (fold >= 0) & (own == k)].mean(dim=1) for k in own[fold >= 0].unique()], dim=1)
     chosen = _weakest_of_the_best(accuracy)
-    label_probability = torch.full(labels.shape, torch.nan)
-    label_probability[images] = probability[chosen]
+    label_probability = torch.full(labels.shape, torch.nan).index_copy(0, images, probability[chosen])
     scores = dict(zip(strengths, accuracy.mean(dim=1).tolist(), strict=True))
     return TextPrior(strengths[chosen], scores, label_probability)
 
@@ -116,9 +113,9 @@ def _check(
 ) -> list[float]:
     check_embeddings(features, "features")
     check_embeddings(text_embeds, "text_embeds")
-    widths = features.shape[1], text_embeds.shape[1]
-    if widths[0] != widths[1]:
-        raise ValueError(f"`features` and `text_embeds` must have one width, got {widths[0]} and {widths[1]}.")
+    width, other = features.shape[1], text_embeds.shape[1]
+    if width != other:
+        raise ValueError(f"`features` and `text_embeds` must have one width, got {width} and {other}.")
     for name, indices in {"labels": labels, "groups": labels if groups is None else groups}.items():
         if shape_of(indices) != (len(features),):
             raise ValueError(f"`{name}` must be a tensor of shape ({len(features)},), got {shape_of(indices)}.")
@@ -143,9 +140,7 @@ def _rank(labels: Tensor, rng: Generator) -> Tensor:
     order = torch.randperm(len(labels), generator=rng)
     order = order[labels[order].argsort(stable=True)]
     sizes = torch.bincount(labels)
-    ranks = torch.empty_like(order)
-    ranks[order] = torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[labels[order]]
-    return ranks
+    return (torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[labels[order]])[order.argsort()]
 
 
 def _folds(labels: Tensor, groups: Tensor | None, folds: int, rng: Generator) -> Tensor:

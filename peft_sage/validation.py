@@ -60,7 +60,7 @@ def as_numbers(values: Sequence[float] | Tensor, name: str) -> Tensor:
     return numbers
 
 
-def check_class_counts(class_counts: Sequence[int] | Tensor) -> Tensor:
+def check_class_counts(class_counts: Sequence[int] | Tensor, num_classes: int | None = None) -> Tensor:
     """Read numbers of training images as (K,) int64 on the CPU; TypeError or ValueError says what is wrong."""
     counts = as_numbers(class_counts, "class_counts").double()
     if counts.ndim != 1 or len(counts) == 0:
@@ -68,6 +68,8 @@ def check_class_counts(class_counts: Sequence[int] | Tensor) -> Tensor:
     for k, count in enumerate(counts.tolist()):
         if not 0 <= count < inf or count != int(count):
             raise ValueError(f"`class_counts` must be numbers of images, not frequencies, got {count} for class {k}.")
+    if num_classes not in (None, len(counts)):
+        raise ValueError(f"`class_counts` must have {num_classes} classes, got {len(counts)}.")
     if not counts.any():
         raise ValueError("`class_counts` are all zero; at least one class must have training images.")
     return counts.long()

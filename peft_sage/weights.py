@@ -27,10 +27,8 @@ def align_names(state_dict: dict[str, Tensor], mlps: Iterable[str]) -> dict[str,
         blocks = f"the file has {len(in_file)} adapted blocks, {_some(in_file)}, the model has {len(in_model)}"
         raise ValueError(f"The adapter's weights do not fit the model: {blocks}, {_some(in_model)}.")
     renamed = dict(zip(in_file, in_model, strict=True))
-    return {
-        PEFT_ROOT + renamed[_mlp(key)] + key[key.index(f".{PREFIX}") :] if f".{PREFIX}" in key else key: value
-        for key, value in state_dict.items()
-    }
+    keys = {k: PEFT_ROOT + renamed[_mlp(k)] + k[k.index(f".{PREFIX}") :] for k in state_dict if f".{PREFIX}" in k}
+    return {keys.get(key, key): value for key, value in state_dict.items()}
 
 
 def check_complete(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -147,7 +147,5 @@ def _embedding(output: Any, model: nn.Module) -> Tensor:
         output = output[:, 0]  # FLAVA projects all tokens and compares the first.
     if not isinstance(output, Tensor) or output.ndim != 2:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(
-            f"`model` must give one embedding (B, e) per image or text, but {describe(model)} gives {shape}."
-        )
+        raise ValueError(f"`model` must give one embedding (B, e) per input, but {describe(model)} gives {shape}.")
     return output

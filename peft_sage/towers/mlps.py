@@ -45,10 +45,8 @@ def find_mlps(model: nn.Module) -> list[str]:
         raise ValueError(f"`model` must have a vision tower, but {describe(model)} has none: {why}. {BY_HAND}")
     mlps = [f"{tower}.{name}".lstrip(".") for tower in towers for name in _mlps(model.get_submodule(tower))]
     if not mlps:
-        why = "no repeated block with an MLP of linear layers that maps (..., d) to (..., d): it may be convolutional"
-        raise ValueError(
-            f"`model` must have a tower of transformer blocks, but {describe(model)} has {why}. {BY_HAND}"
-        )
+        why = "no repeated block with an MLP of linear layers that keeps the width: it may be convolutional"
+        raise ValueError(f"`model` must have transformer blocks, but {describe(model)} has {why}. {BY_HAND}")
     return mlps
 
 
@@ -66,7 +64,7 @@ def mlp_widths(module: nn.Module) -> tuple[int, int]:
     Raises:
         ValueError: `module` holds no linear layer, or returns wider tokens than it reads.
     """
-    linears = list(_linears(module))
+    linears = _linears(module)
     if not linears:
         raise ValueError(f"`module` must hold a linear layer, but {type(module).__name__} has none.")
     if mlp_input(module)[0] == 1:
@@ -109,10 +107,8 @@ def same_module(one: str, other: str) -> bool:
 
 def find_towers(model: nn.Module) -> list[str]:
     """Names of the outermost vision towers of a model; the empty name if the model as a whole is one."""
-    towers: list[str] = []
-    for name, _ in model.named_modules():
-        if name.rpartition(".")[2] in TOWER_NAMES and not name.startswith(tuple(f"{tower}." for tower in towers)):
-            towers.append(name)
+    named = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in TOWER_NAMES]
+    towers = [name for name in named if not name.startswith(tuple(f"{tower}." for tower in named))]
     return towers or [""] * _reads_images(model)
 
 
@@ -179,18 +175,14 @@ def _mixes_tokens(block: nn.Module, mlp: str) -> bool:
 
 def _unwrapped(module: nn.Module) -> nn.Module:
     """The module below adapter layers, which keep what they wrap in `base_layer`, and below `torch.compile`."""
-    while True:
-        inner = module._modules.get("base_layer") or module._modules.get(COMPILED)
-        if inner is None:
-            return module
+    while inner := module._modules.get("base_layer") or module._modules.get(COMPILED):
         module = inner
+    return module
 
 
-def _linears(module: nn.Module) -> Iterator[Any]:
+def _linears(module: nn.Module) -> list[Any]:
     """Linear layers of an MLP in order of definition, without those that adapters add."""
     module = _unwrapped(module)
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        yield module
-        return
-    for child in module.children():
-        yield from _linears(child)
+        return [module]
+    return [linear for child in module.children() for linear in _linears(child)]
