@@ -94,7 +94,9 @@ def load_tokenizer(model: nn.Module, name: str | None = None) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         hint = "give `tokenizer` or `tokenizer_name_or_path`, or pass a tensor instead of texts"
-        raise ValueError(f"No tokenizer for texts could be loaded from {name!r}: {error}; {hint}.") from error
+        raise ValueError(
+            f"Texts need a tokenizer, and none could be loaded from {name!r}: {error}; {hint}."
+        ) from error
 
 
 def first_guidance(model: nn.Module, config: SageConfig) -> tuple[Tensor | None, list[str] | None]:

@@ -257,7 +257,8 @@ def _select_layers(mlps: list[str], layers: int | list[int] | None) -> list[str]
     layers = [layers] if isinstance(layers, int) else list(range(len(mlps))) if layers is None else layers
     outside = [layer for layer in layers if not -len(mlps) <= layer < len(mlps)]
     if outside:
-        raise ValueError(f"`layers_to_transform` must be within the tower's {len(mlps)} blocks, got {outside}.")
+        blocks = f"the {len(mlps)} blocks of the vision tower"
+        raise ValueError(f"`layers_to_transform` must be within {blocks}, got {outside}.")
     return [mlps[depth] for depth in sorted({layer % len(mlps) for layer in layers})]
 
 
