@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Semantic-guided adapters for Hugging Face PEFT. Importing the package is all the set-up that a script needs."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import templates
@@ -50,12 +51,7 @@ register(SageConfig, SageModel)
 
 def __getattr__(name: str) -> Any:
     # torchmetrics is an extra, and it and Trainer cost time to import.
-    if name == "LongTailAccuracy":
-        from .metrics import LongTailAccuracy
-
-        return LongTailAccuracy
-    if name == "LongTailCallback":
-        from .callbacks import LongTailCallback
-
-        return LongTailCallback
+    room = {"LongTailAccuracy": ".metrics", "LongTailCallback": ".callbacks"}.get(name)
+    if room:
+        return getattr(import_module(room, __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from . import towers
 from .layer import SageLayer
+from .validation import check_integer
 
 
 if TYPE_CHECKING:
@@ -19,9 +20,7 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def attention_maps(
-    model: nn.Module, pixel_values: torch.Tensor, layer: int = -1, adapter_name: str | None = None
-) -> torch.Tensor:
+def attention_maps(model: nn.Module, pixel_values: Tensor, layer: int = -1, adapter_name: str | None = None) -> Tensor:
     """Return where in an image each row of the guidance is attended to.
 
     These are the weights `softmax(z (G W_k)^T / sqrt(r / h))` of [`SageLayer`], averaged over its heads, for the
@@ -39,8 +38,7 @@ def attention_maps(
         adapter looks at nothing in particular.
 
     Raises:
-        ValueError: The model has no adapter of that name with guidance, `layer` is out of range, or the tokens do not
-            form a grid.
+        ValueError: There is no such adapter with guidance or no such layer, or its tokens do not form a grid.
     """
     layers = [module for module in model.modules() if isinstance(module, SageLayer)]
     name = adapter_name or next((name for module in layers for name in module.active_adapters), "default")
@@ -49,20 +47,18 @@ def attention_maps(
         raise ValueError(f"`adapter_name`={name!r} is no Sage adapter with guidance in `model`.")
     if not -len(layers) <= layer < len(layers):
         raise ValueError(f"`layer` must lie in [{-len(layers)}, {len(layers)}), got {layer}.")
-    inputs: list[torch.Tensor] = []
+    seen: list[Tensor] = []
     block = layers[layer]
-    handle = block.register_forward_pre_hook(
-        lambda module, args, kwargs: inputs.append(module.tokens(args, kwargs)), with_kwargs=True
-    )
+    handle = block.register_forward_pre_hook(lambda _, args, kw: seen.append(block.tokens(args, kw)), with_kwargs=True)
     try:
         towers.encode_image(model, pixel_values)
     finally:
         handle.remove()
-    weights = attention_weights(block, inputs[0], name).mean(dim=0).float()
+    weights = attention_weights(block, seen[0], name).mean(dim=0).float()
     return _on_grid(weights, pixel_values, _patch_size(model)).permute(0, 3, 1, 2)
 
 
-def attention_weights(layer: SageLayer, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+def attention_weights(layer: SageLayer, x: Tensor, adapter_name: str) -> Tensor:
     """Return the softmax (h, ..., M) of the layer's equation for its input (..., d), for each head."""
     z = layer.queries(x, adapter_name)
     keys = layer.peft_sage_key[adapter_name](layer.shared[adapter_name].rows.to(z.dtype))
@@ -71,9 +67,7 @@ def attention_weights(layer: SageLayer, x: torch.Tensor, adapter_name: str) -> t
     return weights[0].reshape(-1, *x.shape[:-1], len(keys))
 
 
-def plot_attention(
-    image: Any, attention: torch.Tensor, class_names: Sequence[str] | None = None, top: int = 4
-) -> Figure:
+def plot_attention(image: Any, attention: Tensor, class_names: Sequence[str] | None = None, top: int = 4) -> Figure:
     """Lay attention maps over the image.
 
     Args:
@@ -83,11 +77,7 @@ def plot_attention(
         top: How many maps to show: those that reach the highest weight.
 
     Returns:
-        The image, and the image under each map. A map's colours go from its least to its greatest weight, which its
-        title names.
-
-    Raises:
-        ValueError: A shape is wrong, or `top` is not positive.
+        The image, and the image under each map, whose colours go from its least to its greatest weight.
     """
     from matplotlib.figure import Figure
 
@@ -96,8 +86,7 @@ def plot_attention(
     names = [f"class {index}" for index in range(len(attention))] if class_names is None else class_names
     if len(names) != len(attention):
         raise ValueError(f"`class_names` must have {len(attention)} entries, got {len(names)}.")
-    if top < 1:
-        raise ValueError(f"`top` must be positive, got {top}.")
+    check_integer("top", top, 1)
     shown = attention.flatten(1).amax(dim=1).argsort(descending=True)[:top].tolist()
     figure = Figure(figsize=(2.4 * (1 + len(shown)), 2.9), layout="constrained")
     axes = figure.subplots(1, 1 + len(shown), squeeze=False)[0]
@@ -105,28 +94,26 @@ def plot_attention(
     for axis, row in zip(axes, [None, *shown], strict=True):
         axis.imshow(image, cmap="gray")
         axis.set_axis_off()
-        if row is None:
-            axis.set_title("image", fontsize=9)
-            continue
-        overlay = F.interpolate(attention[row][None, None].float().cpu(), size, mode="bilinear")[0, 0]
-        axis.imshow(overlay, cmap="inferno", alpha=0.6)
-        low, high = attention[row].min().item(), attention[row].max().item()
-        axis.set_title(f"{names[row]}\n{low:.3f} to {high:.3f}", fontsize=9, parse_math=False)
+        title = "image"
+        if row is not None:
+            overlay = F.interpolate(attention[row][None, None].float().cpu(), size, mode="bilinear")[0, 0]
+            axis.imshow(overlay, cmap="inferno", alpha=0.6)
+            title = f"{names[row]}\n{attention[row].min():.3f} to {attention[row].max():.3f}"
+        axis.set_title(title, fontsize=9, parse_math=False)
     return figure
 
 
-def _on_grid(weights: torch.Tensor, pixel_values: torch.Tensor, patch_size: int | None) -> torch.Tensor:
+def _on_grid(weights: Tensor, pixel_values: Tensor, patch_size: int | None) -> Tensor:
     """Bring weights (.., M) of the tokens of a batch into the shape (B, h, w, M)."""
     batch, shape = len(pixel_values), tuple(weights.shape[:-1])
     if len(shape) == 3 and shape[0] == batch:  # hierarchical towers with channels last
         return weights
-    if len(shape) == 2 and shape[0] != batch and shape[1] == batch:  # sequence first
-        weights = weights.transpose(0, 1)
-    elif len(shape) != 2 or shape[0] != batch:
+    if len(shape) != 2 or batch not in shape:
         raise ValueError(f"`layer` must have tokens that form one grid per image, got {shape} for {batch} images.")
+    weights = weights if shape[0] == batch else weights.transpose(0, 1)  # sequence first
     # Deeper stages of a hierarchical tower have larger patches than its configuration says.
     height, width = pixel_values.shape[-2:]
-    sizes = [*([patch_size] if patch_size else []), *range(1, max(height, width) + 1)]
+    sizes = filter(None, (patch_size, *range(1, max(height, width) + 1)))
     grids = ((height // size, width // size) for size in sizes)
     rows, columns = next(grid for grid in grids if grid[0] * grid[1] <= weights.shape[1])
     # Class token and registers come first.

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import Tensor
+from transformers import EvalPrediction, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from .loss import SageLoss
@@ -32,13 +33,12 @@ class LongTailCallback(TrainerCallback, ExportableState):
             training starts: `label_smoothing_factor` is set, which Trainer ignores beside `compute_loss_func`.
     """
 
-    def __init__(self, loss: SageLoss, class_counts: Sequence[int] | torch.Tensor) -> None:
+    def __init__(self, loss: SageLoss, class_counts: Sequence[int] | Tensor) -> None:
         self.loss = loss
         self.class_counts = check_class_counts(class_counts)
-        if len(self.class_counts) != len(loss.adjustment):
-            raise ValueError(
-                f"`class_counts` must have the {len(loss.adjustment)} classes of `loss`, got {len(self.class_counts)}."
-            )
+        expected, got = len(loss.adjustment), len(self.class_counts)
+        if got != expected:
+            raise ValueError(f"`class_counts` must have the {expected} classes of `loss`, got {got}.")
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Accuracies as fractions, for Trainer's `compute_metrics`; groups without a class are left out."""
@@ -52,20 +52,15 @@ class LongTailCallback(TrainerCallback, ExportableState):
         named = {name: scores[name].item() for name in ("overall", "macro", "many", "medium", "few", "worst")}
         return {name: score for name, score in named.items() if score == score}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Refuse label smoothing by Trainer, and give the loss what a checkpoint kept of it."""
         if args.label_smoothing_factor:
-            raise ValueError(
-                f"`label_smoothing_factor` must be 0, got {args.label_smoothing_factor}: Trainer ignores it beside "
-                "`compute_loss_func`. Use `SageLoss(label_smoothing=...)`."
-            )
-        saved: Any = state.stateful_callbacks or {}
-        kept = saved.get(type(self).__name__)
+            got = f"got {args.label_smoothing_factor}, which Trainer ignores beside `compute_loss_func`"
+            raise ValueError(f"`label_smoothing_factor` must be 0, {got}: use `SageLoss(label_smoothing=...)`.")
+        kept: Any = (state.stateful_callbacks or {}).get(type(self).__name__)
         if state.global_step and kept:
-            buffers = torch.load(io.BytesIO(base64.b64decode(kept["attributes"]["loss"])), weights_only=True)
-            self.loss.load_state_dict(buffers)
+            file = io.BytesIO(base64.b64decode(kept["attributes"]["loss"]))
+            self.loss.load_state_dict(torch.load(file, weights_only=True))
 
     def state(self) -> dict[str, Any]:
         """What Trainer writes into `trainer_state.json`."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel
@@ -28,7 +28,7 @@ from .descriptions import Descriptions, read_class_descriptions
 from .encoding import encode_class_descriptions, load_tokenizer
 from .images import decoding_side, find_images, read_image
 from .model import set_guidance
-from .validation import check_embeddings, check_number, is_int
+from .validation import check_embeddings, check_integer, check_number
 
 
 class CosineHead(nn.Linear):
@@ -37,21 +37,18 @@ class CosineHead(nn.Linear):
     An `nn.Linear`, because PEFT mixes adapters within a batch only for modules of the kinds that it knows. What it
     saves beside its rows, the texts and the names of the classes, comes back with it whatever the PEFT method is.
 
-    Args:
-        text_embeds: (K, e), the rows it starts from, kept as a buffer. With K = 0 the head is blank, and takes the
-            number of classes and the width from what is loaded into it.
-        class_names: K names, or None.
-        scale: Factor of the cosines; fixed.
+    It starts from `text_embeds` (K, e), kept as a buffer. With K = 0 it is blank, and takes its size from what
+    is loaded into it.
     """
 
-    text_embeds: torch.Tensor
+    text_embeds: Tensor
 
-    def __init__(self, text_embeds: torch.Tensor, class_names: list[str] | None = None, scale: float = 25.0) -> None:
+    def __init__(self, text_embeds: Tensor, class_names: list[str] | None = None, scale: float = 25.0) -> None:
         super().__init__(1, 1, bias=False, device="meta")
         self.scale = scale
         self.set_rows(text_embeds, class_names)
 
-    def set_rows(self, text_embeds: torch.Tensor, class_names: list[str] | None) -> None:
+    def set_rows(self, text_embeds: Tensor, class_names: list[str] | None) -> None:
         """Replace the classes: rows and texts become `text_embeds` (K, e)."""
         trained = self.weight.requires_grad
         self.weight = nn.Parameter(text_embeds.detach().clone(), requires_grad=trained)
@@ -59,16 +56,16 @@ class CosineHead(nn.Linear):
         self.out_features, self.in_features = text_embeds.shape
         self.class_names = class_names
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """The logits (..., K), between -scale and scale, of features (..., e) of any length."""
         return self.scale * F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
 
-    def get_extra_state(self) -> torch.Tensor:
+    def get_extra_state(self) -> Tensor:
         # A tensor, which safetensors can hold.
         state = json.dumps({"class_names": self.class_names, "scale": self.scale})
         return torch.tensor(list(state.encode()), dtype=torch.uint8)
 
-    def set_extra_state(self, state: torch.Tensor) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         saved = json.loads(bytes(state.tolist()))
         self.class_names, self.scale = saved["class_names"], saved["scale"]
 
@@ -86,20 +83,14 @@ class CosineHead(nn.Linear):
 class SageClassifierOutput(ImageClassifierOutput):
     """What a [`SageClassifier`] returns; in evaluation only `logits` and, with labels, `loss`.
 
-    Args:
-        loss: Cross-entropy with the labels, if given.
-        logits: (B, K).
-        image_embeds: (B, e), of unit length.
-        class_embeds: (K, e), the rows of the head, of unit length.
-        text_embeds: (K, e), the frozen text embeddings of the classes, of unit length.
-        base_image_embeds: (B, e), the embeddings by the frozen tower that the batch brought.
-        logit_scale: Factor of the cosines.
+    Of unit length are the embeddings of the images (B, e), by the tower and, if the batch brought them, by the frozen
+    tower (`base_image_embeds`), the rows of the head (`class_embeds`, (K, e)) and the texts (K, e).
     """
 
-    image_embeds: torch.Tensor | None = None
-    class_embeds: torch.Tensor | None = None
-    text_embeds: torch.Tensor | None = None
-    base_image_embeds: torch.Tensor | None = None
+    image_embeds: Tensor | None = None
+    class_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+    base_image_embeds: Tensor | None = None
     logit_scale: float | None = None
 
 
@@ -130,19 +121,19 @@ class SageClassifier(nn.Module):
         scale: Factor of the cosines. It does not change the predictions before training, but the loss.
 
     Raises:
-        TypeError, ValueError: `text_embeds` are not floating-point, of shape (K, e) and finite, there are not K
-            `class_names`, or `scale` is not positive.
+        TypeError, ValueError: An argument does not fit.
     """
 
     main_input_name = "pixel_values"
 
     model: Any
     class_head: Any
+    tokenizer: Any
 
     def __init__(
         self,
         clip: nn.Module,
-        text_embeds: torch.Tensor | None,
+        text_embeds: Tensor | None,
         class_names: Sequence[str] | None = None,
         *,
         image_processor: Any = None,
@@ -150,18 +141,13 @@ class SageClassifier(nn.Module):
     ) -> None:
         super().__init__()
         check_number("scale", scale, 1e-6)
-        if text_embeds is None:
-            text_embeds, class_names = torch.empty(0, 0), None
-        else:
-            check_embeddings(text_embeds, "text_embeds")
-            text_embeds = F.normalize(text_embeds.detach().float(), dim=-1)
-        if class_names is not None and len(class_names) != len(text_embeds):
-            raise ValueError(f"`class_names` must have {len(text_embeds)} names, one per row, got {len(class_names)}.")
-        self.model = clip
+        rows = _unit_rows(text_embeds, "text_embeds") if text_embeds is not None else torch.empty(0, 0)
         names = None if class_names is None else list(class_names)
-        self.class_head = CosineHead(text_embeds.to(next(clip.parameters()).device), names, scale)
-        self.image_processor = image_processor
-        self.tokenizer: Any = None
+        if names is not None and len(names) != len(rows):
+            raise ValueError(f"`class_names` must have {len(rows)} names, one per row, got {len(names)}.")
+        self.model = clip
+        self.class_head = CosineHead(rows.to(next(clip.parameters()).device), names, scale)
+        self.image_processor, self.tokenizer = image_processor, None
         self.name_or_path = getattr(clip, "name_or_path", "")  # where PEFT looks for the base model's name
 
     @classmethod
@@ -191,9 +177,8 @@ class SageClassifier(nn.Module):
             TypeError, ValueError: The classes cannot be read or encoded, or there is no tokenizer.
         """
         texts = read_class_descriptions(classes)
-        model: Any = clip
-        if not isinstance(clip, nn.Module):
-            model = AutoModel.from_pretrained(clip, dtype=torch.float32)
+        loaded = isinstance(clip, nn.Module)
+        model: Any = clip if loaded else AutoModel.from_pretrained(clip, dtype=torch.float32)
         tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
         embeds = encode_class_descriptions(model, tokenizer, texts, templates, cache_dir=cache_dir)
         image_processor = image_processor or _load(AutoImageProcessor, getattr(model, "name_or_path", ""), {})
@@ -216,26 +201,21 @@ class SageClassifier(nn.Module):
                 the like for the Hub.
 
         Raises:
-            OSError, ValueError: There is no such folder or repository, its adapter does not say which base model it
-                belongs to, or it does not fit.
+            OSError, ValueError: There is none, its adapter names no base model, or it does not fit.
         """
         source, device = os.fspath(pretrained_model_name_or_path), kwargs.pop("device", None)
-        hub: dict[str, Any] = {
-            name: kwargs.pop(name) for name in ("token", "cache_dir", "local_files_only") if name in kwargs
-        }
-        own = hub | {"revision": kwargs.pop("revision", None)}  # that of the base model stands in the configuration
+        hub = {name: kwargs.pop(name) for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
+        own = hub | {"revision": kwargs.pop("revision", None)}
         config = _adapter_config(source, own)
-        base: Any = source if config is None else config.base_model_name_or_path
+        # The configuration says which base model, and which revision of it.
+        base = source if config is None else config.base_model_name_or_path or ""
         if clip is None and not base:
             raise ValueError(f"The adapter in {source!r} does not name its base model: give it as `clip`.")
         if clip is None:
-            model_kwargs: dict[str, Any] = {"dtype": torch.float32, **hub, **kwargs}
-            clip = AutoModel.from_pretrained(
-                base, revision=own["revision"] if config is None else config.revision, **model_kwargs
-            )
-        classifier = cls(clip, None)
-        for place in filter(None, (source, base)):
-            classifier.image_processor = classifier.image_processor or _load(AutoImageProcessor, place, hub)
+            revision = own["revision"] if config is None else config.revision
+            clip = AutoModel.from_pretrained(base, **{"dtype": torch.float32, "revision": revision, **hub, **kwargs})
+        processor = _load(AutoImageProcessor, source, hub) or _load(AutoImageProcessor, base, hub)
+        classifier = cls(clip, None, image_processor=processor)
         if config is not None:
             PeftModel.from_pretrained(classifier, source, **own)
             if not classifier._head.out_features:
@@ -244,9 +224,9 @@ class SageClassifier(nn.Module):
 
     def forward(
         self,
-        pixel_values: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        base_image_embeds: torch.Tensor | None = None,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        base_image_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> SageClassifierOutput:
         """Classify images.
@@ -256,32 +236,22 @@ class SageClassifier(nn.Module):
             labels: Class indices (B,), or probabilities (B, K), for a cross-entropy loss.
             base_image_embeds: (B, e) embeddings of the same images by the frozen tower, which are handed through.
             **kwargs: Passed to the image tower.
-
-        Raises:
-            RuntimeError: Under `nn.DataParallel`, which would concatenate what belongs to the classes.
         """
-        if getattr(self, "_is_replica", False):
-            raise RuntimeError(
-                "`nn.DataParallel` cannot train a SageClassifier; start one process per device: accelerate launch ..."
-            )
+        if getattr(self, "_is_replica", False):  # it would concatenate what belongs to the classes
+            raise RuntimeError("`nn.DataParallel` cannot train a SageClassifier: use `accelerate launch`.")
         head = self._head
         features = towers.encode_image(self.model, pixel_values, **kwargs).to(head.weight.dtype)
         logits = self.class_head(features)
         loss = None if labels is None else F.cross_entropy(logits, labels)
-        if not self.training:
-            return SageClassifierOutput(loss=loss, logits=logits)
-        return SageClassifierOutput(
-            loss=loss,
-            logits=logits,
-            image_embeds=F.normalize(features, dim=-1),
-            class_embeds=F.normalize(head.weight, dim=-1),
-            text_embeds=head.text_embeds,
-            base_image_embeds=base_image_embeds,
-            logit_scale=head.scale,
-        )
+        embeds: dict[str, Any] = {}
+        if self.training:
+            embeds = {"image_embeds": F.normalize(features, dim=-1), "class_embeds": F.normalize(head.weight, dim=-1)}
+            embeds |= {"text_embeds": head.text_embeds, "base_image_embeds": base_image_embeds}
+            embeds["logit_scale"] = head.scale
+        return SageClassifierOutput(loss, logits, **embeds)
 
     @torch.no_grad()
-    def embed(self, images: Any, batch_size: int = 32) -> torch.Tensor:
+    def embed(self, images: Any, batch_size: int = 32) -> Tensor:
         """Embed images by the frozen tower, with all adapters off, in evaluation mode; with a progress bar.
 
         Args:
@@ -291,9 +261,6 @@ class SageClassifier(nn.Module):
 
         Returns:
             (n, e) float32 on the CPU, of unit length.
-
-        Raises:
-            ValueError: An image cannot be read, or there is no `image_processor` to prepare it.
         """
         with towers.eval_mode(self), self._adapters_off():
             batches = self._batches(images, batch_size, "embedding images")
@@ -307,8 +274,7 @@ class SageClassifier(nn.Module):
         """Name what is in pictures.
 
         Args:
-            images: Paths, PIL images or arrays; or a folder, of which its own images are taken in order of their
-                names.
+            images: Paths, PIL images or arrays; or a folder, whose own images are taken in order of their names.
             top_k: How many classes to name for each image.
             batch_size: Images per step.
 
@@ -318,8 +284,7 @@ class SageClassifier(nn.Module):
         Raises:
             ValueError: A path holds no image, a file cannot be read (it is named), or there is no `image_processor`.
         """
-        if not is_int(top_k) or top_k < 1:
-            raise ValueError(f"`top_k` must be a positive integer, got {top_k!r}.")
+        check_integer("top_k", top_k, 1)
         names, answers = self.config.id2label, []
         with towers.eval_mode(self):
             for batch in self._batches(images, batch_size, "predicting"):
@@ -329,31 +294,27 @@ class SageClassifier(nn.Module):
                     answers.append([{"label": names[k], "score": score} for k, score in pairs])
         return answers
 
-    def set_classes(self, classes: torch.Tensor | Descriptions | Any, templates: Sequence[str] | None = None) -> None:
+    def set_classes(self, classes: Tensor | Descriptions | Any, templates: Sequence[str] | None = None) -> None:
         """Give the active head other classes, without training; the guidance of a Sage adapter follows.
 
         Args:
             classes: (K, e) text embeddings, or anything that [`read_class_descriptions`] takes, for the model's own
                 text tower.
             templates: For bare class names, texts with one `{}` each.
-
-        Raises:
-            TypeError, ValueError: The classes cannot be read or encoded, or have another width.
         """
         names = None
-        if not isinstance(classes, torch.Tensor):
+        if not isinstance(classes, Tensor):
             texts = read_class_descriptions(classes)
             names, tokenizer = list(texts), self.tokenizer or load_tokenizer(self.model)
             classes = encode_class_descriptions(self.model, tokenizer, texts, templates)
-        check_embeddings(classes, "classes")
-        head = self._head
-        if classes.shape[1] != head.in_features:
-            raise ValueError(f"`classes` must have the shape (K, {head.in_features}), got {tuple(classes.shape)}.")
-        head.set_rows(F.normalize(classes.detach().float(), dim=-1).to(head.weight), names)
-        active = getattr(self.class_head, "active_adapters", None)
-        for name, config in getattr(self, "peft_config", {}).items():
-            follows = isinstance(config, SageConfig) and (config.guidance_shape or [0, 0])[1] == head.in_features
-            if follows and (active is None or name in active):
+        rows, head = _unit_rows(classes, "classes"), self._head
+        if rows.shape[1] != head.in_features:
+            raise ValueError(f"`classes` must have the shape (K, {head.in_features}), got {tuple(rows.shape)}.")
+        head.set_rows(rows.to(head.weight), names)
+        configs = getattr(self, "peft_config", {})
+        for name in configs.keys() & getattr(self.class_head, "active_adapters", configs):
+            config = configs[name]
+            if isinstance(config, SageConfig) and (config.guidance_shape or [0, 0])[1] == head.in_features:
                 set_guidance(self, None, name)
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
@@ -365,7 +326,7 @@ class SageClassifier(nn.Module):
         self.model.gradient_checkpointing_enable(*args, **kwargs)
 
     @property
-    def text_embeds(self) -> torch.Tensor:
+    def text_embeds(self) -> Tensor:
         """(K, e) frozen text embeddings of the classes, of unit length."""
         return self._head.text_embeds
 
@@ -396,36 +357,29 @@ class SageClassifier(nn.Module):
     @contextmanager
     def _adapters_off(self) -> Iterator[None]:
         layers: list[Any] = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
-        on = [layer for layer in layers if not layer.disable_adapters]
-        trainable = [parameter for layer in on for parameter in layer.parameters() if parameter.requires_grad]
-        for layer in on:
-            layer.enable_adapters(False)
+        layers = [layer for layer in layers if not layer.disable_adapters]
         try:
+            # Not by `enable_adapters`, which also changes what is trained.
+            for layer in layers:
+                layer._disable_adapters = True
             yield
         finally:
-            for layer in on:
-                layer.enable_adapters(True)
-            for parameter in trainable:
-                parameter.requires_grad_(True)
+            for layer in layers:
+                layer._disable_adapters = False
 
     def _batches(self, images: Any, batch_size: int, title: str) -> Iterator[dict[str, Any]]:
         """Inputs of the image tower, batch by batch."""
-        if not is_int(batch_size) or batch_size < 1:
-            raise ValueError(f"`batch_size` must be a positive integer, got {batch_size!r}.")
-        if isinstance(images, (str, os.PathLike)):
-            images = [images]
+        check_integer("batch_size", batch_size, 1)
+        images = [images] if isinstance(images, (str, os.PathLike)) else images
         if isinstance(images, (list, tuple)):
             paths = [find_images(i) if isinstance(i, (str, os.PathLike)) else [i] for i in images]
             images = [image for part in paths for image in part]
-        loads = isinstance(images, DataLoader) or not hasattr(images, "__getitem__")
-        loader = images if loads else DataLoader(images, batch_size=batch_size, collate_fn=self._collate)
-        total = len(loader) if hasattr(loader, "__len__") else None
-        for batch in tqdm(loader, desc=title, total=total, leave=False, disable=total is None or total < 10):
+        if hasattr(images, "__getitem__"):
+            images = DataLoader(images, batch_size=batch_size, collate_fn=self._collate)
+        total = len(images) if hasattr(images, "__len__") else None
+        for batch in tqdm(images, desc=title, total=total, leave=False, disable=total is None or total < 10):
             inputs = {name: value for name, value in batch.items() if name not in ("labels", "base_image_embeds")}
-            yield {name: self._on_device(value) for name, value in inputs.items()}
-
-    def _on_device(self, value: Any) -> Any:
-        return value.to(self.device, self.dtype if value.is_floating_point() else None)
+            yield {k: v.to(self.device, self.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
 
     def _collate(self, items: list[Any]) -> dict[str, Any]:
         if isinstance(items[0], dict) and "pixel_values" in items[0]:
@@ -435,6 +389,11 @@ class SageClassifier(nn.Module):
         side = decoding_side(self.image_processor)
         pictures = [read_image(item["image"] if isinstance(item, dict) else item, min_side=side) for item in items]
         return dict(self.image_processor(images=pictures, return_tensors="pt"))
+
+
+def _unit_rows(embeds: Tensor, name: str) -> Tensor:
+    check_embeddings(embeds, name)
+    return F.normalize(embeds.detach().float(), dim=-1)
 
 
 def _load(auto_class: Any, name: str, hub: dict[str, Any]) -> Any:

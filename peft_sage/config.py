@@ -5,19 +5,25 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import torch
 from peft import PeftConfig, PeftType
+from torch import Tensor
 
 from .descriptions import DEFAULT_TEMPLATES, check_templates, normalise_descriptions
 from .registration import PEFT_TYPE_NAME, add_peft_type
-from .validation import check_embeddings, check_number, is_int
+from .validation import check_embeddings, check_integer, check_number, is_int
 
 
 add_peft_type(PEFT_TYPE_NAME)
+
+Texts = list[str] | list[list[str]] | dict[str, str | list[str]]
+
+
+def _is_list(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, (list, tuple, set)) and all(map(fits, value))
 
 
 def _option(default: Any, text: str, **kwargs: Any) -> Any:
@@ -63,19 +69,14 @@ class SageConfig(PeftConfig):
         init_weights: Start as the identity: the up-projection is zero. `False`: random (for tests).
 
     Raises:
-        ValueError: For values that are out of range or do not go together.
-        TypeError: For values of the wrong type.
+        TypeError, ValueError: For values of the wrong type, out of range, or that do not go together.
 
     Reference: arXiv 2507.12807 for guidance by class descriptions through attention; see [`SageLayer`] for the form.
     """
 
-    class_descriptions: list[str] | list[list[str]] | dict[str, str | list[str]] | None = _option(
-        None, "Class names (list of str) or written descriptions (list of lists, or dict)."
-    )
+    class_descriptions: Texts | None = _option(None, "Class names (list of str) or texts (list of lists, or dict).")
     class_names: list[str] | None = _option(None, "Names of the classes, in index order.")
-    guidance: torch.Tensor | None = _option(
-        None, "Embeddings (M, e), instead of texts. Not serialised.", repr=False, compare=False
-    )
+    guidance: Tensor | None = _option(None, "Embeddings (M, e). Not serialised.", repr=False, compare=False)
     guidance_rows: int | None = _option(None, "At most this many rows; default 64, or all of a tensor; 0: none.")
     guidance_shape: list[int] | None = _option(None, "(M, e) of the saved guidance. Filled in by the tuner.")
     row_names: list[str] | None = _option(None, "Which classes each row stands for. Filled in by the tuner.")
@@ -135,8 +136,7 @@ class SageConfig(PeftConfig):
             raise ValueError(f"`guidance_rows` must be None or an integer of at least 0, got {self.guidance_rows!r}.")
         shape = self.guidance_shape
         if shape is not None:
-            sizes = isinstance(shape, (list, tuple)) and all(is_int(size) and size >= 0 for size in shape)
-            if not sizes or len(shape) != 2:
+            if not _is_list(shape, is_int) or len(shape) != 2 or min(shape) < 0:
                 raise ValueError(f"`guidance_shape` must be a list of two integers (M, e), got {shape!r}.")
             self.guidance_shape = list(shape)
         if self.guidance is not None:
@@ -149,8 +149,7 @@ class SageConfig(PeftConfig):
             raise ValueError(f"`guidance_shape` has {shape[0]} rows, but there are {self.num_classes} classes.")
 
     def _check_layer(self) -> None:
-        if not is_int(self.num_heads) or self.num_heads < 1:
-            raise ValueError(f"`num_heads` must be a positive integer, got {self.num_heads!r}.")
+        check_integer("num_heads", self.num_heads, 1)
         if self.r is not None:
             # A bottleneck is narrow; a damaged file must not fill the memory.
             if not is_int(self.r) or not 1 <= self.r <= 2**16:
@@ -168,8 +167,7 @@ class SageConfig(PeftConfig):
             if value is None:
                 continue
             is_text = isinstance(value, str) and name != "modules_to_save"
-            is_list = isinstance(value, (list, tuple, set)) and all(isinstance(entry, str) for entry in value)
-            if not is_text and not is_list:
+            if not is_text and not _is_list(value, lambda entry: isinstance(entry, str)):
                 raise TypeError(f"`{name}` must be a str or a list of str, got {value!r}.")
             for pattern in [value] if is_text else value:
                 try:
@@ -181,7 +179,7 @@ class SageConfig(PeftConfig):
         layers = self.layers_to_transform
         if layers is not None:
             layers = [layers] if is_int(layers) else layers
-            if not isinstance(layers, (list, tuple)) or not layers or not all(is_int(layer) for layer in layers):
+            if not layers or not _is_list(layers, is_int):
                 raise ValueError(f"`layers_to_transform` must be an integer or a list of them, got {layers!r}.")
             if isinstance(self.target_modules, str):
                 raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")

@@ -13,7 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 
 #: Used for classes that have only a name.
@@ -34,70 +34,52 @@ def read_class_descriptions(
         class_names: The classes in the order of their indices. Default: those of the source, in its order.
 
     Returns:
-        What `class_descriptions` of [`SageConfig`] takes: class names, or a dictionary
-        from class name to texts. Classes that are not in `class_names` are left out with a warning.
+        Class names, or a dictionary from class name to texts. Others than `class_names` are left out with a warning.
 
     Raises:
-        ValueError: If a file cannot be read or names a class twice, a text is empty, or a class of `class_names` is
-            missing. The file and the class are named.
-        TypeError: If the source has none of these shapes.
-
-    Example:
-        >>> read_class_descriptions({"owl": "a bird of the night", "cow": ["a cow"]}, class_names=["cow", "owl"])
-        {'cow': ['a cow'], 'owl': ['a bird of the night']}
+        TypeError, ValueError: The source has none of these shapes, or a file cannot be read or names a class twice, a
+            text is empty, or a class of `class_names` is missing. The file and the class are named.
     """
-    where = "`source`"
+    where, read = "`source`", cast(Any, source)
     if isinstance(source, (str, os.PathLike)):
         where = f"`source` {os.fspath(source)!r}"
-        source = _read_file(Path(source), where)
+        read = _read_file(Path(source), where)
     elif isinstance(names := getattr(source, "names", None), list):
-        source = names
+        read = names
     try:
-        names, texts = normalise_descriptions(source)
+        names, texts = normalise_descriptions(read)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{where}: {error}") from error
     if names is None:
         raise TypeError(f"{where} must have class names: a list of str or a dictionary, got a list of lists.")
     if class_names is not None:
-        texts = _in_order(dict(zip(map(_composed, names), texts, strict=True)), class_names, where)
-        names = list(class_names)
-    if texts and isinstance(texts[0], str):
-        return list(names)
-    return dict(zip(names, texts, strict=True))
+        names, texts = list(class_names), _in_order(dict(zip(names, texts, strict=True)), class_names, where)
+    return dict(zip(names, texts, strict=True)) if texts and not isinstance(texts[0], str) else names
 
 
 def normalise_descriptions(descriptions: Descriptions) -> tuple[list[str] | None, list[str] | list[list[str]]]:
-    """Split class descriptions into names and texts: the order of a dictionary's keys, which is that of the classes,
-    does not survive PEFT's configuration file.
+    """Split class descriptions into names (`None` without) and texts (the names again, or lists of texts).
 
-    Args:
-        descriptions: A list of class names; or one list of written descriptions per class; or a dictionary from class
-            name to one or more written descriptions.
-
-    Returns:
-        The class names (`None` if there are none), and either the list of names or the lists of descriptions.
+    The order of a dictionary's keys, which is that of the classes, would not survive PEFT's configuration file.
 
     Raises:
-        TypeError: If it has none of the three shapes.
-        ValueError: If it, a class or a text is empty. The class is named.
+        TypeError, ValueError: It has none of the three shapes; or it, a class or a text is empty.
     """
     if isinstance(descriptions, str) or not isinstance(descriptions, (Mapping, Sequence)):
-        raise TypeError(
-            "`class_descriptions` must be a list of str, a list of lists of str, or a dict from class name to str or "
-            f"list of str, got {type(descriptions).__name__}."
-        )
+        shapes = "a list of str, a list of lists of str, or a dict from class name to str or list of str"
+        raise TypeError(f"`class_descriptions` must be {shapes}, got {type(descriptions).__name__}.")
     if not descriptions:
         raise ValueError("`class_descriptions` is empty; give one entry per class, or leave it out.")
+    names: Any = list(descriptions)
     if isinstance(descriptions, Mapping):
-        names = list(descriptions)
-        for name in names:
-            if not isinstance(name, str):
-                raise TypeError(f"`class_descriptions` must have class names as keys, got {name!r}.")
+        wrong = [name for name in names if not isinstance(name, str)]
+        if wrong:
+            raise TypeError(f"`class_descriptions` must have class names as keys, got {wrong[:10]}.")
         return names, [_texts(name, texts) for name, texts in descriptions.items()]
-    if all(isinstance(entry, str) for entry in descriptions):
-        names = [_texts(index, name)[0] for index, name in enumerate(descriptions)]
+    texts = [_texts(index, entry) for index, entry in enumerate(descriptions)]
+    if all(isinstance(name, str) for name in names):
         return names, list(names)
-    return None, [_texts(index, texts) for index, texts in enumerate(descriptions)]
+    return None, texts
 
 
 def check_templates(templates: str | Sequence[str]) -> list[str]:
@@ -105,9 +87,8 @@ def check_templates(templates: str | Sequence[str]) -> list[str]:
     templates = [templates] if isinstance(templates, str) else list(templates)
     if not templates:
         raise ValueError("`text_templates` is empty; give at least one template with a `{}`.")
-    for template in templates:
-        if not isinstance(template, str) or template.count("{}") != 1:
-            raise ValueError(f"`text_templates` must have exactly one `{{}}` in each template, got {template!r}.")
+    if not all(isinstance(template, str) and template.count("{}") == 1 for template in templates):
+        raise ValueError(f"`text_templates` must have exactly one `{{}}` in each template, got {templates!r}.")
     return templates
 
 
@@ -120,18 +101,10 @@ def expand(descriptions: Descriptions, templates: Sequence[str] | None = None) -
     templates = check_templates(DEFAULT_TEMPLATES if templates is None else templates)
     repeated = [name for name, count in Counter(names or []).items() if count > 1]
     if repeated:
-        warnings.warn(
-            f"Class names occur more than once and get identical embeddings: {repeated[:10]}. Write a description "
-            "that tells them apart.",
-            stacklevel=2,
-        )
+        message = f"Class names occur more than once and get identical embeddings; describe them: {repeated[:10]}."
+        warnings.warn(message, stacklevel=2)
     # `str.format` would trip over braces in a name.
-    return [
-        [template.replace("{}", entry.replace("_", " ")) for template in templates]
-        if isinstance(entry, str)
-        else entry
-        for entry in texts
-    ]
+    return [[t.replace("{}", e.replace("_", " ")) for t in templates] if isinstance(e, str) else e for e in texts]
 
 
 def read_text(path: Path) -> str:
@@ -142,9 +115,8 @@ def read_text(path: Path) -> str:
         encoding = next((encoding for mark, encoding in marks.items() if data.startswith(mark)), "utf-8-sig")
         return data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{str(path)!r} is not UTF-8 (byte {data[error.start]:#x} at {error.start}): save it as UTF-8."
-        ) from error
+        byte = f"byte {data[error.start]:#x} at {error.start}"
+        raise ValueError(f"{str(path)!r} is not UTF-8 ({byte}): save it as UTF-8.") from error
     except OSError as error:
         raise ValueError(f"{str(path)!r} cannot be read: {error.strerror or error}.") from error
 
@@ -161,10 +133,8 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             raise ValueError(f"{str(path)!r} names a column twice: {header}.")
         for row in filter(None, rows):
             if len(row) != len(header):
-                raise ValueError(
-                    f"{str(path)!r} has {len(row)} fields in line {rows.line_num} and {len(header)} columns {header}; "
-                    "a text with {delimiter!r} needs quotes."
-                )
+                fields = f"{len(row)} fields in line {rows.line_num} and {len(header)} columns {header}"
+                raise ValueError(f"{str(path)!r} has {fields}; a text with {delimiter!r} needs quotes.")
             yield rows.line_num, dict(zip(header, row, strict=True))
     except csv.Error as error:
         raise ValueError(f"{str(path)!r} cannot be read at line {rows.line_num}: {error}.") from error
@@ -172,9 +142,8 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 def _read_file(path: Path, where: str) -> Any:
     if path.suffix.lower() == ".json":
-        text = read_text(path)
         try:
-            return json.loads(text, object_pairs_hook=_without_repeats)
+            return json.loads(read_text(path), object_pairs_hook=_without_repeats)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} cannot be read: {error}") from error
     if path.suffix.lower() != ".csv":
@@ -198,12 +167,12 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _in_order(texts: dict[str, Any], class_names: Sequence[str], where: str) -> list[Any]:
+    texts = {_composed(name): entry for name, entry in texts.items()}
     missing = [name for name in class_names if _composed(name) not in texts]
     if missing:
-        raise ValueError(
-            f"{where} has no entry for {len(missing)} of the classes: {missing[:10]}; it has {list(texts)[:10]}."
-        )
-    more = list(texts.keys() - set(map(_composed, class_names)))
+        known = f"it has {list(texts)[:10]}"
+        raise ValueError(f"{where} has no entry for {len(missing)} of the classes: {missing[:10]}; {known}.")
+    more = texts.keys() - set(map(_composed, class_names))
     if more:
         warnings.warn(f"{where} has {len(more)} classes that are not used: {sorted(more)[:10]}.", stacklevel=3)
     return [texts[_composed(name)] for name in class_names]
@@ -220,7 +189,6 @@ def _texts(name: str | int, texts: str | Sequence[str]) -> list[str]:
         raise TypeError(f"`class_descriptions` of class {name!r} must be a str or a list of str, got {texts!r}.")
     if not texts:
         raise ValueError(f"`class_descriptions` of class {name!r} is an empty list; give at least one text.")
-    for text in texts:
-        if not text.strip():
-            raise ValueError(f"`class_descriptions` of class {name!r} has an empty text.")
+    if not all(map(str.strip, texts)):
+        raise ValueError(f"`class_descriptions` of class {name!r} has an empty text.")
     return list(texts)

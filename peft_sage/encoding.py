@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from . import towers
 from .config import SageConfig
 from .descriptions import Descriptions, expand
-from .validation import check_embeddings, is_int
+from .validation import check_embeddings, check_integer
 
 
 #: Rows of guidance at most, for texts and for a classifier's own embeddings.
@@ -37,7 +38,7 @@ def encode_class_descriptions(
     batch_size: int = 256,
     progress_bar: bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Encode class descriptions with the model's own text tower.
 
     Each text is encoded and normalised; the mean over the texts of a class is normalised again. Texts that are longer
@@ -57,17 +58,13 @@ def encode_class_descriptions(
         A float32 tensor (M, e) on the model's device, with one L2-normalised row per class.
 
     Raises:
-        ValueError: A description is empty, the model has no text tower, or all rows come out identical, which happens
-            when the tokenizer does not fit the model.
+        ValueError: A text is empty, there is no text tower, or its tokenizer does not fit (all rows are identical).
     """
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be positive, got {batch_size!r}.")
+    check_integer("batch_size", batch_size, 1)
     texts_of_class = expand(descriptions, templates)
     if not towers.has_text_tower(model):
-        raise ValueError(
-            f"{type(model).__name__} has no text tower to encode class descriptions with. Either wrap the full model, "
-            "such as CLIPModel instead of CLIPVisionModel, or pass embeddings from elsewhere as `guidance`."
-        )
+        hint = "wrap the full model, such as CLIPModel, or pass embeddings from elsewhere as `guidance`"
+        raise ValueError(f"{type(model).__name__} has no text tower to encode class descriptions with: {hint}.")
     device = next(model.parameters()).device
     kept = None if cache_dir is None else Path(cache_dir, f"{_fingerprint(model, texts_of_class)}.safetensors")
     if kept is not None and kept.is_file():
@@ -79,11 +76,8 @@ def encode_class_descriptions(
     rows = F.normalize(rows, dim=-1)
     differ = len({tuple(texts) for texts in texts_of_class}) > 1
     if differ and torch.allclose(rows, rows[:1].expand_as(rows), atol=1e-6):
-        raise ValueError(
-            "All class descriptions have the same embedding. Either the tokenizer does not fit the text tower (the "
-            "token that the tower pools, `eos_token_id` of its config, does not occur in the tokenizer's output), or "
-            "the texts differ only beyond the tower's limit."
-        )
+        reason = "does the tokenizer fit the tower (`eos_token_id`), or do they differ beyond its limit?"
+        raise ValueError(f"All class descriptions have the same embedding: {reason}")
     if kept is not None:  # written beside and renamed, so that a kill leaves no half of it
         kept.parent.mkdir(parents=True, exist_ok=True)
         save_file({"text_embeds": rows.cpu()}, part := kept.with_suffix(f".{os.getpid()}"))
@@ -92,24 +86,20 @@ def encode_class_descriptions(
 
 
 def load_tokenizer(model: nn.Module, name: str | None = None) -> Any:
-    """The tokenizer `name`, or that of the folder or repository a model came from.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """The tokenizer `name`, or that of the folder or repository a model came from; ValueError if there is none."""
     name = name or getattr(model, "name_or_path", None)
     try:
         if not name:
             raise ValueError("the model does not say where it came from")
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
+        hint = "give `tokenizer` or `tokenizer_name_or_path`, or pass a tensor instead of texts"
         raise ValueError(
-            f"Class descriptions need a tokenizer, and none could be loaded from {name!r}: {error}. Give it as "
-            "`tokenizer` or `tokenizer_name_or_path`, or encode the texts elsewhere and pass a tensor."
+            f"Texts need a tokenizer, and none could be loaded from {name!r}: {error}; {hint}."
         ) from error
 
 
-def first_guidance(model: nn.Module, config: SageConfig) -> tuple[torch.Tensor | None, list[str] | None]:
+def first_guidance(model: nn.Module, config: SageConfig) -> tuple[Tensor | None, list[str] | None]:
     """The guidance that a new adapter starts with, NaN where it is still to be loaded, and what its rows stand for."""
     if config.saved:
         num_rows, width = config.guidance_shape or (0, 0)
@@ -122,21 +112,16 @@ def first_guidance(model: nn.Module, config: SageConfig) -> tuple[torch.Tensor |
 
 
 def make_guidance(
-    model: nn.Module, config: SageConfig, source: torch.Tensor | Descriptions | None, names: list[str] | None
-) -> tuple[torch.Tensor, list[str] | None]:
-    """Rows (M, e) from a tensor, class descriptions or (`None`) a classifier's own embeddings; and their names.
-
-    Raises:
-        TypeError: A tensor is not floating-point.
-        ValueError: It is not finite, or the descriptions cannot be encoded.
-    """
+    model: nn.Module, config: SageConfig, source: Tensor | Descriptions | None, names: list[str] | None
+) -> tuple[Tensor, list[str] | None]:
+    """Rows (M, e) from a tensor, class descriptions or (`None`) a classifier's own embeddings; and their names."""
     most = config.guidance_rows or MOST_ROWS
     embeddings = own_embeddings(model) if source is None else source
     if embeddings is None:
         raise ValueError(f"`guidance` must be given: {type(model).__name__} has no text embeddings of its own.")
-    if source is not None and isinstance(embeddings, torch.Tensor):
-        most = config.guidance_rows or max(1, len(embeddings))
-    elif not isinstance(embeddings, torch.Tensor):
+    if isinstance(source, Tensor):
+        most = config.guidance_rows or max(1, len(source))
+    if not isinstance(embeddings, Tensor):
         # Without a text tower, that is what the error is about.
         tokenizer = load_tokenizer(model, config.tokenizer_name_or_path) if towers.has_text_tower(model) else None
         embeddings = encode_class_descriptions(model, tokenizer, embeddings, config.text_templates)
@@ -144,13 +129,13 @@ def make_guidance(
     return rows, None if names is None else name_rows(rows, embeddings, names)
 
 
-def own_embeddings(model: nn.Module) -> torch.Tensor | None:
+def own_embeddings(model: nn.Module) -> Tensor | None:
     """The `text_embeds` (K, e) of the head of a classifier, `None` of other models."""
     return getattr(getattr(model, "class_head", None), "text_embeds", None)
 
 
 @torch.no_grad()
-def pool_guidance(guidance: torch.Tensor, num_rows: int = 64, iterations: int = 20, seed: int = 0) -> torch.Tensor:
+def pool_guidance(guidance: Tensor, num_rows: int = 64, iterations: int = 20, seed: int = 0) -> Tensor:
     """Replace the embeddings (M, e) of many classes by fewer rows that stand for groups of similar classes.
 
     What an adapter costs grows with the rows that its blocks attend to. Spherical k-means (Dhillon and Modha, 2001)
@@ -164,23 +149,16 @@ def pool_guidance(guidance: torch.Tensor, num_rows: int = 64, iterations: int = 
 
     Returns:
         A float32 tensor (R, e) with L2-normalised rows, on the device of `guidance`; if M is at most R, all M rows.
-
-    Raises:
-        TypeError: `guidance` is no floating-point tensor.
-        ValueError: It is not finite, `num_rows` or `iterations` is not positive, or `seed` is no integer.
     """
     check_embeddings(guidance, "guidance")
-    for name, value in (("num_rows", num_rows), ("iterations", iterations)):
-        if not is_int(value) or value < 1:
-            raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
-    if not is_int(seed):
-        raise ValueError(f"`seed` must be an integer, got {seed!r}.")
+    for name, value, low in (("num_rows", num_rows, 1), ("iterations", iterations, 1), ("seed", seed, 0)):
+        check_integer(name, value, low)
     rows = F.normalize(guidance.detach().float(), dim=-1)
     if len(rows) <= num_rows:
         return rows
     rows = rows.cpu()
     means = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:num_rows]]
-    groups: torch.Tensor | None = None
+    groups: Tensor | None = None
     for _ in range(iterations):
         before, groups = groups, nearest(rows, means)
         if before is not None and torch.equal(before, groups):
@@ -191,19 +169,17 @@ def pool_guidance(guidance: torch.Tensor, num_rows: int = 64, iterations: int = 
     return means.to(guidance.device)
 
 
-def nearest(embeddings: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def nearest(embeddings: Tensor, rows: Tensor) -> Tensor:
     """Index (M,) of the row (R, e) that each embedding (M, e) is nearest to."""
     return torch.cat([(part @ rows.T).argmax(dim=1) for part in embeddings.split(2**14)])
 
 
-def name_rows(rows: torch.Tensor, embeddings: torch.Tensor, class_names: Sequence[str]) -> list[str]:
+def name_rows(rows: Tensor, embeddings: Tensor, class_names: Sequence[str]) -> list[str]:
     """Name rows of guidance (R, e) by the classes with embeddings (M, e) that they stand for: at most three each."""
     if len(rows) == len(class_names):
         return list(class_names)
-    members: list[list[str]] = [[] for _ in rows]
     groups = nearest(F.normalize(embeddings.detach().float().to(rows.device), dim=-1), rows)
-    for name, row in zip(class_names, groups.tolist(), strict=True):
-        members[row].append(name)
+    members = [[class_names[k] for k in (groups == row).nonzero()[:, 0].tolist()] for row in range(len(rows))]
     return [", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") for names in members]
 
 
@@ -215,14 +191,13 @@ def _fingerprint(model: nn.Module, texts_of_class: list[list[str]]) -> str:
 
 def _encode_texts(
     model: nn.Module, tokenizer: Any, texts: list[str], batch_size: int, progress_bar: bool | None
-) -> torch.Tensor:
+) -> Tensor:
     """Return raw float32 text embeddings (n, e), in the order of `texts`."""
     order, inputs_of = _tokenise(model, tokenizer, texts)
     # Texts of similar length together, so that little is padded; the longest first, as they need the most memory.
     batches = [order[start : start + batch_size] for start in range(0, len(texts), batch_size)][::-1]
     device = next(model.parameters()).device
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    is_main = not distributed or torch.distributed.get_rank() == 0
+    is_main = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
     show = (len(batches) > 20 if progress_bar is None else progress_bar) and is_main
     encoded = []
     with towers.eval_mode(model):
@@ -233,9 +208,7 @@ def _encode_texts(
     return rows[torch.tensor([i for batch in batches for i in batch], device=rows.device).argsort()]
 
 
-def _tokenise(
-    model: nn.Module, tokenizer: Any, texts: list[str]
-) -> tuple[list[int], Callable[[list[int]], dict[str, torch.Tensor]]]:
+def _tokenise(model: nn.Module, tokenizer: Any, texts: list[str]) -> tuple[list[int], Callable[..., dict[str, Any]]]:
     """Return the order of the texts by length, and a function from some of them to the tower's inputs."""
     if not hasattr(tokenizer, "pad"):
         return list(range(len(texts))), lambda chosen: {"input_ids": tokenizer([texts[i] for i in chosen])}
@@ -244,17 +217,13 @@ def _tokenise(
     limit = min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
     ids = tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
     if cut := sum(len(text) > limit for text in ids):
-        warnings.warn(
-            f"{cut} of {len(texts)} class descriptions are longer than the text tower's limit of {limit} tokens and "
-            "were truncated; write shorter ones, several per class if need be.",
-            stacklevel=4,
-        )
+        which = f"{cut} of {len(texts)} class descriptions are longer than the tower's {limit} tokens"
+        warnings.warn(f"{which} and were cut; write several shorter ones per class.", stacklevel=4)
         ids = tokenizer(texts, padding=False, truncation=True, max_length=limit)["input_ids"]
     padding: dict[str, Any] = {"padding": "longest"}
     if str(getattr(config, "model_type", "")).startswith("siglip"):
         # It was trained on texts padded to the full length, without an attention mask, and reads the last position.
         padding = {"padding": "max_length", "max_length": limit, "return_attention_mask": False}
     order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
-    return order, lambda chosen: dict(
-        tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, return_tensors="pt", **padding)
-    )
+    padding["return_tensors"] = "pt"
+    return order, lambda chosen: dict(tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, **padding))

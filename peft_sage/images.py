@@ -17,10 +17,7 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_IMAGE_NAME = re.compile(
-    r"[^.].*\.(a?png|avif|bmp|dib|gif|heic|heif|j2k|jfif|jp2|jpe|jpe?g|jxl|p[bgnp]m|tga|tiff?|webp)",
-    re.IGNORECASE | re.DOTALL,
-)
+_ENDINGS = "a?png|avif|bmp|dib|gif|heic|heif|j2k|jfif|jp2|jpe|jpe?g|jxl|p[bgnp]m|tga|tiff?|webp"
 
 
 def read_image(source: Any, name: str | None = None, min_side: int | None = None) -> Image:
@@ -42,29 +39,25 @@ def read_image(source: Any, name: str | None = None, min_side: int | None = None
 
     if isinstance(source, dict):
         source = source.get("path") if source.get("bytes") is None else source["bytes"]
-    if isinstance(source, (str, os.PathLike)):
-        name = name or repr(os.fspath(source))
-    elif isinstance(source, (bytes, bytearray, memoryview)):
-        source = io.BytesIO(source)
+    if name is None and isinstance(source, (str, os.PathLike)):
+        name = repr(os.fspath(source))
     label = "Image" if name is None else f"Image {name}"
     try:
         if isinstance(source, PIL.Image.Image):
             return _upright_rgb(source)
         if isinstance(source, np.ndarray):
             return _upright_rgb(_from_array(source))
-        if not isinstance(source, (str, os.PathLike, io.BytesIO)):
+        if not isinstance(source, (str, os.PathLike, bytes)):
             raise TypeError(f"a path, bytes, a PIL image or a numpy array is needed, got {type(source).__name__}")
-        with PIL.Image.open(source) as image:
+        with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             if min_side is not None:
                 image.draft(None, (min_side, min_side))
             return _upright_rgb(image)
-    except PIL.UnidentifiedImageError as error:
-        raise ValueError(
-            f"{label} cannot be read: empty, or no format that pillow knows (HEIC: pillow-heif)."
-        ) from error
     # Damaged files make pillow raise almost anything; a picture that is too large has an error of its own.
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if isinstance(error, PIL.UnidentifiedImageError):
+            reason = "empty, or no format that pillow knows (HEIC: pillow-heif)"
         raise ValueError(f"{label} cannot be read: {reason}") from error
 
 
@@ -85,18 +78,17 @@ def find_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
         path = Path(given) if os.path.exists(given) else Path(os.path.expanduser(given))
         if not path.exists():
             raise ValueError(f"{str(given)!r} does not exist.")
-        images = [path]
-        if path.is_dir():
-            images = sorted(file for file in path.iterdir() if is_image_name(file.name) and not file.is_dir())
-        if not images:
+        inside = sorted(path.iterdir()) if path.is_dir() else []
+        images = [file for file in inside if is_image_name(file.name) and not file.is_dir()]
+        if path.is_dir() and not images:
             raise ValueError(f"Folder {str(given)!r} holds no images; the folders in it are not searched.")
-        found += images
+        found += images or [path]
     return found
 
 
 def is_image_name(name: str) -> bool:
     """Whether a file of a folder counts as an image: it has an image's ending and is not hidden."""
-    return _IMAGE_NAME.fullmatch(name) is not None
+    return re.fullmatch(rf"[^.].*\.({_ENDINGS})", name, re.IGNORECASE | re.DOTALL) is not None
 
 
 def _upright_rgb(image: Image) -> Image:

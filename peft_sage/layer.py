@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from . import towers
 from .registration import PREFIX
@@ -22,12 +22,12 @@ class SharedGuidance:
     block's dictionary, never by the tensor, which loading may replace.
     """
 
-    def __init__(self, adapter_name: str, rows: torch.Tensor) -> None:
+    def __init__(self, adapter_name: str, rows: Tensor) -> None:
         self.adapter_name = adapter_name
-        self.owner: BufferDict | dict[str, torch.Tensor] = {adapter_name: rows}
+        self.owner: BufferDict | dict[str, Tensor] = {adapter_name: rows}
 
     @property
-    def rows(self) -> torch.Tensor:
+    def rows(self) -> Tensor:
         """The tensor (M, e), with L2-normalised rows."""
         return self.owner[self.adapter_name]
 
@@ -100,16 +100,16 @@ class SageLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
-    def guidance(self, adapter_name: str) -> torch.Tensor | None:
+    def guidance(self, adapter_name: str) -> Tensor | None:
         """Return the guidance (M, e) that an adapter attends to, `None` without."""
         return self.shared[adapter_name].rows if adapter_name in self.shared else None
 
-    def adapter_tensors(self, adapter_name: str) -> list[torch.Tensor]:
+    def adapter_tensors(self, adapter_name: str) -> list[Tensor]:
         """Return the weights of an adapter in this block, and the guidance if it is a buffer of this block."""
         state = self.state_dict(keep_vars=True)
         return [value for key, value in state.items() if is_of_adapter(f".{key}", adapter_name)]
 
-    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> torch.Tensor:
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """Run the MLP and add the active adapters' updates, in the MLP's precision.
 
         `adapter_names`, given by PEFT, has the adapter of each sample of a mixed batch, `"__base__"` for none.
@@ -129,11 +129,11 @@ class SageLayer(nn.Module, BaseTunerLayer):
                 result = result + self.update(x, name).to(result.dtype)
         return result
 
-    def tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    def tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return the tokens (..., d) among the arguments of the MLP."""
         return args[self.input_index] if len(args) > self.input_index else kwargs[self.input_name]
 
-    def update(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+    def update(self, x: Tensor, adapter_name: str) -> Tensor:
         """Return what an adapter adds to the output of the MLP for its input (..., d), in the adapter's precision."""
         if self.unloaded:
             self._check_loaded(adapter_name)
@@ -141,28 +141,27 @@ class SageLayer(nn.Module, BaseTunerLayer):
         if adapter_name in self.shared:
             z = z + self.attend(z, adapter_name)
         update = self.peft_sage_up[adapter_name](self.peft_sage_dropout[adapter_name](F.gelu(z)))
-        if adapter_name in self.peft_sage_scaling:
-            return update * self.peft_sage_scaling[adapter_name]
-        return update * self.fixed_scaling[adapter_name]
+        scaling = self.peft_sage_scaling if adapter_name in self.peft_sage_scaling else self.fixed_scaling
+        return update * scaling[adapter_name]
 
-    def attend(self, z: torch.Tensor, adapter_name: str) -> torch.Tensor:
+    def attend(self, z: Tensor, adapter_name: str) -> Tensor:
         """Return the attention (..., r) of queries (..., r) to the guidance; the weights are never kept."""
         guidance = self.shared[adapter_name].rows.to(z.dtype)
         keys, values = self.peft_sage_key[adapter_name](guidance), self.peft_sage_value[adapter_name](guidance)
         q, k, v = (self.split_heads(t, adapter_name) for t in (z, keys, values))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(z.shape)
 
-    def queries(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+    def queries(self, x: Tensor, adapter_name: str) -> Tensor:
         """Return the bottleneck (..., r) of tokens (..., d)."""
         down = self.peft_sage_down[adapter_name]
         return down(self.peft_sage_norm[adapter_name](self._cast_input_dtype(x, down.weight.dtype)))
 
-    def split_heads(self, t: torch.Tensor, adapter_name: str) -> torch.Tensor:
+    def split_heads(self, t: Tensor, adapter_name: str) -> Tensor:
         """Bring (..., r) into (1, h, n, r / h): the tokens of all images share their keys and values."""
         heads = self.num_heads[adapter_name]
         return t.reshape(1, -1, heads, t.shape[-1] // heads).transpose(1, 2)
 
-    def _mixed_batch_forward(self, x: torch.Tensor, result: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+    def _mixed_batch_forward(self, x: Tensor, result: Tensor, adapter_names: list[str]) -> Tensor:
         if len(adapter_names) != len(x):
             raise ValueError(f"`adapter_names` must have one entry per sample, {len(x)}, got {len(adapter_names)}.")
         result = result.clone()
@@ -175,11 +174,8 @@ class SageLayer(nn.Module, BaseTunerLayer):
     def _check_loaded(self, adapter_name: str) -> None:
         # PEFT's loaders refuse what is incomplete; transformers' own only warns.
         if not all(tensor.isfinite().all() for tensor in self.adapter_tensors(adapter_name)):
-            raise RuntimeError(
-                f"The weights of the adapter {adapter_name!r} were not loaded, or not all of them. Its configuration "
-                "is that of a saved adapter: load that with `PeftModel.from_pretrained`, or set "
-                "`config.guidance_shape = None` before the model is wrapped, to start anew."
-            )
+            hint = "load it with `PeftModel.from_pretrained`, or set `config.guidance_shape = None` to start anew"
+            raise RuntimeError(f"The weights of the saved adapter {adapter_name!r} were not loaded: {hint}.")
         self.unloaded.discard(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -202,10 +198,9 @@ class SageLayer(nn.Module, BaseTunerLayer):
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
         # An MLP has no `weight` of its own; quantised ones hold integers beside the floats that tell the precision.
         tensors = [*base_layer.parameters(), *base_layer.buffers()]
-        floating = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
         # Weights that were loaded must not follow a base that is still to be loaded.
         device = tensors[0].device if tensors and not tensors[0].is_meta else None
-        return device, floating[0] if floating else None
+        return device, next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
@@ -229,7 +224,4 @@ def is_of_adapter(key: str, adapter_name: str) -> bool:
     return key.partition(f".{PREFIX}")[2].split(".")[1:2] == [adapter_name]
 
 
-MERGE_ERROR = (
-    "Sage adapters cannot be merged into the base model, because they are not linear. Use `unload()` to get the base "
-    "model back without the adapter, or keep the adapter in place."
-)
+MERGE_ERROR = "Sage adapters cannot be merged, because they are not linear; `unload()` gives the base model back."

@@ -9,13 +9,18 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from .validation import as_numbers, check_class_counts, check_labels, check_number
+from .validation import as_numbers, check_class_counts, check_labels, check_number, shape_of
 
 
 #: How much of what was seen of the covariance before stays after a batch.
 MEMORY = 0.95
+
+EMBEDS = ("image_embeds", "base_image_embeds", "class_embeds", "text_embeds")
+NEEDS = {"text_prior": EMBEDS[2:], "text_guidance": (*EMBEDS[:2], "text_embeds", "logit_scale")}
+
+Outputs = Tensor | Mapping[str, Any] | Sequence[Any]
 
 
 class SageLoss(nn.Module):
@@ -39,7 +44,7 @@ class SageLoss(nn.Module):
     float64 for float64 logits.
 
     Args:
-        class_counts: (K,) numbers of training images. A class without images counts as one with a single image.
+        class_counts: (K,) numbers of training images; none counts as one.
         tau: strength of the adjustment. With `tau` and `compensation` 0 the loss is cross-entropy.
         compensation: factor of gamma.
         text_prior: strength of the pull on the head, as [`choose_text_prior`] finds it. Needs `class_embeds` and
@@ -50,24 +55,21 @@ class SageLoss(nn.Module):
         label_smoothing: share of the target that is spread evenly over the classes, in [0, 1].
         ignore_index: label of the images that do not count.
         reduction: `"mean"`, `"sum"` or `"none"`.
-
-    Raises:
-        TypeError, ValueError: an argument has a wrong type, or a wrong value or shape.
     """
 
-    adjustment: torch.Tensor
-    gamma: torch.Tensor
-    scatter: torch.Tensor
-    degrees: torch.Tensor
+    adjustment: Tensor
+    gamma: Tensor
+    scatter: Tensor
+    degrees: Tensor
 
     def __init__(
         self,
-        class_counts: Sequence[int] | torch.Tensor,
+        class_counts: Sequence[int] | Tensor,
         tau: float = 1.0,
         compensation: float = 1.0,
         text_prior: float = 0.0,
         text_guidance: float = 0.0,
-        target_prior: Sequence[float] | torch.Tensor | None = None,
+        target_prior: Sequence[float] | Tensor | None = None,
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
         reduction: Literal["mean", "sum", "none"] = "mean",
@@ -75,19 +77,16 @@ class SageLoss(nn.Module):
         super().__init__()
         check_number("tau", tau)
         check_number("label_smoothing", label_smoothing, 0, 1)
-        for name, value in (
-            ("compensation", compensation),
-            ("text_prior", text_prior),
-            ("text_guidance", text_guidance),
-        ):
+        strengths = {"compensation": compensation, "text_prior": text_prior, "text_guidance": text_guidance}
+        for name, value in strengths.items():
             check_number(name, value, 0)
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f'`reduction` must be "mean", "sum" or "none", got {reduction!r}.')
         self.tau, self.compensation, self.text_prior, self.text_guidance = tau, compensation, text_prior, text_guidance
         self.label_smoothing, self.ignore_index, self.reduction = label_smoothing, ignore_index, reduction
         counts = check_class_counts(class_counts).double().clamp(min=1)
-        log_target = _check_target_prior(target_prior, len(counts)).log()
-        adjustment = tau * ((counts / counts.sum()).log() - log_target)
+        target = torch.ones_like(counts) if target_prior is None else _check_target_prior(target_prior, len(counts))
+        adjustment = tau * (counts / counts.sum() / target * target.sum()).log()
         self.register_buffer("adjustment", adjustment.float(), persistent=False)
         self.register_buffer("gamma", (compensation * (0.4 + 8 / counts)).float(), persistent=False)
         # The sum of squares within classes, and its degrees of freedom: batches count by how many pairs they hold.
@@ -95,20 +94,15 @@ class SageLoss(nn.Module):
         self.register_buffer("degrees", torch.zeros(()))
 
     @classmethod
-    def from_labels(cls, labels: Sequence[int] | torch.Tensor, num_classes: int, **kwargs: Any) -> SageLoss:
+    def from_labels(cls, labels: Sequence[int] | Tensor, num_classes: int, **kwargs: Any) -> SageLoss:
         """The loss for the class counts of the training labels (N,), with the further arguments of [`SageLoss`]."""
-        labels = as_numbers(labels, "labels").cpu()
+        labels = as_numbers(labels, "labels")
         if labels.ndim != 1:
             raise ValueError(f"`labels` must have shape (N,), got {tuple(labels.shape)}.")
         check_labels(labels, num_classes)
         return cls(torch.bincount(labels, minlength=num_classes), **kwargs)
 
-    def forward(
-        self,
-        outputs: torch.Tensor | Mapping[str, Any] | Sequence[Any],
-        labels: torch.Tensor,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
+    def forward(self, outputs: Outputs, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Compute the loss.
 
         Args:
@@ -118,61 +112,63 @@ class SageLoss(nn.Module):
                 losses is divided by the images it stands for, whatever the `reduction`.
 
         Raises:
-            TypeError, ValueError: a wrong type, a wrong shape, a label out of range, NaN in an embedding (values are
-                looked at on the CPU only), or an entry that a text term needs is missing.
+            TypeError, ValueError: a wrong type, shape or value (looked at on the CPU only), or a missing entry.
         """
         logits, entries = _logits(outputs)
-        soft = self._check(logits, labels)
+        shape, num_classes = tuple(logits.shape), len(self.adjustment)
+        if shape[1:] != (num_classes,):
+            raise ValueError(f"`logits` must have shape (B, {num_classes}), got {shape}.")
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"`labels` must be a tensor, got {type(labels).__name__}.")
+        soft = labels.is_floating_point() and labels.shape == shape
+        if not soft:
+            if labels.shape != shape[:1]:
+                got = f"{labels.dtype} of shape {tuple(labels.shape)}"
+                raise ValueError(f"`labels` must be {len(logits)} class indices or probabilities {shape}, got {got}.")
+            check_labels(labels, num_classes, self.ignore_index)
         if self.adjustment.device != logits.device and not torch.compiler.is_compiling():
             self.to(logits.device)  # Trainer moves the model, but not its loss
         with torch.autocast(logits.device.type, enabled=False):
-            return self._reduced(logits, entries, labels.to(logits.device), soft, num_items_in_batch)
-
-    def _reduced(
-        self, logits: torch.Tensor, entries: dict[str, Any], labels: torch.Tensor, soft: bool, num_items: Any
-    ) -> torch.Tensor:
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        labels = labels.to(logits.dtype if soft else torch.long)
-        counted = torch.ones_like(labels[:, 0], dtype=torch.bool) if soft else labels != self.ignore_index
-        adjusted = logits + self.adjustment.to(logits)
-        extra = logits.new_zeros(len(logits))
-        if self.training and torch.is_grad_enabled():
-            entries = self._check_entries(entries, logits)
-            if self.compensation and not soft:
-                compensation = self._compensation(logits, entries, labels.where(counted, 0), counted)
-                adjusted = adjusted + compensation
-                # It belongs to the noise in the denominator, not to the classes that smoothing makes targets of.
-                extra = self.label_smoothing * compensation.mean(dim=1) if self.label_smoothing else extra
-            extra = self._text_terms(entries, extra)
-        settings: dict[str, Any] = {
-            "ignore_index": -100 if soft else self.ignore_index,
-            "label_smoothing": self.label_smoothing,
-        }
-        losses = F.cross_entropy(adjusted, labels, reduction="none", **settings) + extra.where(counted, 0)
-        if num_items is not None:
-            return losses.sum() * (logits.shape[1] if soft else 1) / torch.as_tensor(num_items).to(losses)
+            losses, counted = self._losses(logits, entries, labels.to(logits.device), soft)
+        if num_items_in_batch is not None:
+            return losses.sum() * (num_classes if soft else 1) / torch.as_tensor(num_items_in_batch).to(losses)
         if self.reduction == "none":
             return losses
         return losses.sum() / (counted.sum() if self.reduction == "mean" else 1)
 
-    def _compensation(
-        self, logits: torch.Tensor, entries: dict[str, Any], labels: torch.Tensor, counted: torch.Tensor
-    ) -> torch.Tensor:
+    def _losses(self, logits: Tensor, entries: dict[str, Any], labels: Tensor, soft: bool) -> tuple[Tensor, Tensor]:
+        """The loss (B,) of each image, and whether it counts."""
+        logits, smoothing = logits.to(torch.promote_types(logits.dtype, torch.float32)), self.label_smoothing
+        counted = torch.ones_like(labels[:, 0], dtype=torch.bool) if soft else labels != self.ignore_index
+        labels = labels.to(logits) if soft else labels.long().where(counted, -1)
+        adjusted, extra = logits + self.adjustment.to(logits), logits.new_zeros(len(logits))
+        if self.training and torch.is_grad_enabled():
+            self._check_entries(entries, logits)
+            extra = self._text_terms(entries, extra)
+            if self.compensation and not soft:
+                compensation = self._compensation(logits, entries, labels)
+                adjusted = adjusted + compensation
+                # It belongs to the noise in the denominator, not to the classes that smoothing makes targets of.
+                extra = extra + smoothing * compensation.mean(dim=1)
+        losses = F.cross_entropy(adjusted, labels, ignore_index=-1, reduction="none", label_smoothing=smoothing)
+        return losses + extra.where(counted, 0), counted
+
+    def _compensation(self, logits: Tensor, entries: dict[str, Any], labels: Tensor) -> Tensor:
         """`gamma_y V_yk / 2` (B, K), through which the gradient reaches the head or the logits: detached it hurts."""
+        own = labels.clamp(min=0)
         if {"image_embeds", "class_embeds", "logit_scale"} <= entries.keys():
-            self._update(entries["image_embeds"].detach(), labels.where(counted, -1))
+            self._update(entries["image_embeds"].detach(), labels)
             weight = entries["logit_scale"] * entries["class_embeds"]
             projected = weight @ (self.scatter / self.degrees.clamp(min=1e-6)).to(logits)
-            variance, covariance = (projected * weight).sum(dim=1), projected[labels] @ weight.T
+            variance, covariance = (projected * weight).sum(dim=1), projected[own] @ weight.T
         else:
-            residuals, degrees = _residuals(logits, labels.where(counted, -1))
+            residuals, degrees = _residuals(logits, labels)
             residuals = residuals / degrees.clamp(min=1).sqrt()
-            variance, covariance = residuals.square().sum(dim=0), residuals[:, labels].T @ residuals
-        spread = variance + variance[labels, None] - 2 * covariance
-        return self.gamma.to(logits)[labels, None] / 2 * spread
+            variance, covariance = residuals.square().sum(dim=0), residuals[:, own].T @ residuals
+        return self.gamma.to(logits)[own, None] / 2 * (variance + variance[own, None] - 2 * covariance)
 
     @torch.no_grad()
-    def _update(self, features: torch.Tensor, labels: torch.Tensor) -> None:
+    def _update(self, features: Tensor, labels: Tensor) -> None:
         residuals, degrees = _residuals(*_from_all_processes(features, labels))
         scatter = residuals.T @ residuals
         if self.scatter.shape != scatter.shape:
@@ -182,67 +178,44 @@ class SageLoss(nn.Module):
         self.scatter = torch.where(finite, MEMORY * self.scatter + scatter, self.scatter)
         self.degrees = torch.where(finite, MEMORY * self.degrees + degrees.float(), self.degrees)
 
-    def _text_terms(self, entries: dict[str, Any], total: torch.Tensor) -> torch.Tensor:
+    def _text_terms(self, entries: dict[str, Any], total: Tensor) -> Tensor:
         if self.text_prior:
             cosine = F.cosine_similarity(entries["class_embeds"], entries["text_embeds"].detach(), dim=-1)
             total = total + self.text_prior * (1 - cosine).mean()
         if self.text_guidance:
-            scale = torch.as_tensor(entries["logit_scale"]).detach()  # a learned scale would shrink to please the term
-            texts = scale * F.normalize(entries["text_embeds"].detach(), dim=-1)
-            views = (F.normalize(entries[name], dim=-1) for name in ("image_embeds", "base_image_embeds"))
-            seen, target = (F.log_softmax(view @ texts.T, dim=-1) for view in views)
-            divergence = F.kl_div(seen, target.detach(), reduction="none", log_target=True).sum(dim=-1)
-            total = total + self.text_guidance * divergence
+            # Detached, as a learned scale would shrink to please the term.
+            texts = (entries["logit_scale"] * F.normalize(entries["text_embeds"], dim=-1)).detach()
+            views = (F.normalize(entries[name], dim=-1) @ texts.T for name in EMBEDS[:2])
+            seen, target = (F.log_softmax(view, dim=-1) for view in views)
+            divergence = F.kl_div(seen, target.detach(), reduction="none", log_target=True)
+            total = total + self.text_guidance * divergence.sum(dim=-1)
         return total
 
-    def _check(self, logits: torch.Tensor, labels: torch.Tensor) -> bool:
-        """Whether the labels are soft."""
-        num_classes = len(self.adjustment)
-        if logits.ndim != 2 or logits.shape[1] != num_classes:
-            raise ValueError(f"`logits` must have shape (B, {num_classes}), got {tuple(logits.shape)}.")
-        if not isinstance(labels, torch.Tensor):
-            raise TypeError(f"`labels` must be a tensor, got {type(labels).__name__}.")
-        if labels.is_floating_point() and labels.shape == logits.shape:
-            return True
-        if labels.shape != logits.shape[:1]:
-            raise ValueError(
-                f"`labels` must be {len(logits)} class indices or probabilities of shape {tuple(logits.shape)}, "
-                f"got {labels.dtype} of shape {tuple(labels.shape)}."
-            )
-        check_labels(labels, num_classes, self.ignore_index)
-        return False
-
-    def _check_entries(self, entries: dict[str, Any], logits: torch.Tensor) -> dict[str, Any]:
-        needs: dict[str, tuple[str, ...]] = {"text_prior": ("class_embeds", "text_embeds")}
-        needs["text_guidance"] = ("image_embeds", "text_embeds", "base_image_embeds", "logit_scale")
-        for term, names in needs.items():
+    def _check_entries(self, entries: dict[str, Any], logits: Tensor) -> None:
+        """Check what a mapping holds beside the logits, and bring it to their type and device."""
+        for term, names in NEEDS.items():
             missing = ", ".join(f"`{name}`" for name in names if name not in entries)
             if getattr(self, term) and missing:
-                raise ValueError(
-                    f"`{term}` needs {missing} beside the logits: give the loss the output of a `SageClassifier` in "
-                    "training mode (its batches with `base_image_embeds`)."
-                )
-        rows = dict.fromkeys(("image_embeds", "base_image_embeds"), len(logits))
-        rows |= dict.fromkeys(("class_embeds", "text_embeds"), logits.shape[1])
-        for name in rows.keys() & entries.keys():
+                source = "a `SageClassifier` in training mode (with `base_image_embeds` in its batches)"
+                raise ValueError(f"`{term}` needs {missing} beside the logits, as in the output of {source}.")
+        widths = {}
+        rows = dict(zip(EMBEDS, [len(logits), len(logits), logits.shape[1], logits.shape[1]], strict=True))
+        for name in [name for name in EMBEDS if name in entries]:
             embeds = entries[name]
-            if not isinstance(embeds, torch.Tensor) or embeds.ndim != 2 or len(embeds) != rows[name]:
-                got = tuple(embeds.shape) if isinstance(embeds, torch.Tensor) else type(embeds).__name__
-                raise ValueError(f"`{name}` must be a tensor of shape ({rows[name]}, e), got {got}.")
+            if not isinstance(embeds, Tensor) or embeds.ndim != 2 or len(embeds) != rows[name]:
+                raise ValueError(f"`{name}` must be a tensor of shape ({rows[name]}, e), got {shape_of(embeds)}.")
             if embeds.device.type == "cpu" and not torch.compiler.is_compiling() and not embeds.isfinite().all():
                 raise ValueError(f"`{name}` must be finite, got NaN or infinity.")
-            entries[name] = embeds.to(logits)
-        widths = {name: entries[name].shape[1] for name in sorted(rows.keys() & entries.keys())}
+            entries[name], widths[name] = embeds.to(logits), embeds.shape[1]
         if len(set(widths.values())) > 1:
             raise ValueError(f"`outputs` must hold embeddings of one width, got {widths}.")
-        return entries
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if f"{prefix}scatter" in state_dict:
             self.scatter = torch.zeros_like(state_dict[f"{prefix}scatter"], device=self.scatter.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SageLoss:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SageLoss:
         # Follow `.to(device)`, but keep float32: rounding the adjustment would bias every logit of a class alike.
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
@@ -251,7 +224,7 @@ class SageLoss(nn.Module):
         return ", ".join([f"num_classes={len(self.gamma)}", *(f"{name}={getattr(self, name)!r}" for name in names)])
 
 
-def _residuals(values: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _residuals(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Values (B, d) less the mean of their class in the batch, and their degrees of freedom: images less classes."""
     # (B, B) and not (K, d): the classes of a batch are few, and their number must not be looked at.
     same = ((labels[:, None] == labels) & (labels >= 0)).to(values.dtype)
@@ -260,21 +233,20 @@ def _residuals(values: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor
     return residuals, torch.where(images > 0, 1 - 1 / images.clamp(min=1), 0).sum()
 
 
-def _from_all_processes(features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _from_all_processes(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The batches of all processes as one, so that several train as one; a shorter batch is filled with label -1."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return features, labels
     size = torch.tensor(len(features), device=features.device)
     dist.all_reduce(size, dist.ReduceOp.MAX)
-    missing = int(size) - len(features)
-    padded = F.pad(features, (0, 0, 0, missing)).contiguous(), F.pad(labels, (0, missing), value=-1).contiguous()
-    gathered = [[torch.empty_like(part) for _ in range(dist.get_world_size())] for part in padded]
-    for parts, part in zip(gathered, padded, strict=True):
-        dist.all_gather(parts, part)
-    return torch.cat(gathered[0]), torch.cat(gathered[1])
+    batch = torch.cat([features, labels[:, None]], dim=1)
+    batch = F.pad(batch, (0, 0, 0, int(size) - len(features)), value=-1)
+    parts = [torch.empty_like(batch) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, batch)
+    return torch.cat(parts)[:, :-1], torch.cat(parts)[:, -1]
 
 
-def _logits(outputs: torch.Tensor | Mapping[str, Any] | Sequence[Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+def _logits(outputs: Outputs) -> tuple[Tensor, dict[str, Any]]:
     """The logits of what a model returned, and what else it holds."""
     entries: dict[str, Any] = {}
     if isinstance(outputs, Mapping):
@@ -284,21 +256,17 @@ def _logits(outputs: torch.Tensor | Mapping[str, Any] | Sequence[Any]) -> tuple[
         outputs = outputs["logits"]
     elif isinstance(outputs, (tuple, list)) and outputs:
         outputs = outputs[0]
-    if not isinstance(outputs, torch.Tensor) or not outputs.is_floating_point():
-        kind = outputs.dtype if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+    if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
+        kind = getattr(outputs, "dtype", type(outputs).__name__)
         raise TypeError(f"`logits` must be a floating-point tensor, got {kind}.")
     return outputs, entries
 
 
-def _check_target_prior(target_prior: Sequence[float] | torch.Tensor | None, num_classes: int) -> torch.Tensor:
-    if target_prior is None:
-        return torch.full((num_classes,), 1 / num_classes, dtype=torch.float64)
-    prior = as_numbers(target_prior, "target_prior").cpu().double()
+def _check_target_prior(target_prior: Sequence[float] | Tensor, num_classes: int) -> Tensor:
+    prior = as_numbers(target_prior, "target_prior").double()
     if prior.shape != (num_classes,):
         raise ValueError(f"`target_prior` must have shape ({num_classes},), got {tuple(prior.shape)}.")
     if not (prior > 0).all() or abs(prior.sum() - 1) > 1e-4:
-        raise ValueError(
-            "`target_prior` must be positive probabilities that sum to 1 (give a class that may be absent a small "
-            f"one), got a sum of {prior.sum():.6g} and a smallest value of {prior.min():.6g}."
-        )
+        got = f"a sum of {prior.sum():.6g} and a smallest value of {prior.min():.6g}"
+        raise ValueError(f"`target_prior` must be positive probabilities that sum to 1, got {got}.")
     return prior

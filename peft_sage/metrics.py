@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .validation import check_class_counts, check_labels
 
@@ -30,38 +31,27 @@ class LongTailAccuracy(Metric):
         few: a class with fewer training images than this has few; all others are medium.
         **kwargs: passed to `torchmetrics.Metric`.
 
-    Raises:
-        ValueError: `class_counts` is no (K,) list of whole numbers, or `few` lies above `many`.
-
-    Example:
-        >>> accuracy = LongTailAccuracy([500, 50, 5])
-        >>> accuracy.update(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 2]))
-        >>> accuracy.compute()["few"]
-        tensor(0.)
     """
 
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
 
-    class_counts: torch.Tensor
-    correct: torch.Tensor
-    total: torch.Tensor
+    class_counts: Tensor
+    correct: Tensor
+    total: Tensor
 
-    def __init__(
-        self, class_counts: Sequence[int] | torch.Tensor, many: int = 100, few: int = 20, **kwargs: Any
-    ) -> None:
+    def __init__(self, class_counts: Sequence[int] | Tensor, many: int = 100, few: int = 20, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         counts = check_class_counts(class_counts)
         if not 0 <= few <= many:
             raise ValueError(f"`few` must be at least 0 and at most `many`, got few={few} and many={many}.")
-        self.many = many
-        self.few = few
+        self.many, self.few = many, few
         self.register_buffer("class_counts", counts, persistent=False)
         self.add_state("correct", torch.zeros_like(counts), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros_like(counts), dist_reduce_fx="sum")
 
-    def update(self, preds: torch.Tensor, labels: torch.Tensor) -> None:
+    def update(self, preds: Tensor, labels: Tensor) -> None:
         """Counts a batch.
 
         Args:
@@ -69,8 +59,7 @@ class LongTailAccuracy(Metric):
             labels: (B,) class indices.
 
         Raises:
-            ValueError: a shape is wrong, or a class index out of range (checked on the CPU only).
-            TypeError: class indices that are not integers.
+            TypeError, ValueError: a type or shape is wrong, or a class out of range (checked on the CPU only).
         """
         num_classes = len(self.class_counts)
         if preds.ndim == 2:
@@ -78,24 +67,20 @@ class LongTailAccuracy(Metric):
                 raise ValueError(f"`preds` must have {num_classes} classes, got shape {tuple(preds.shape)}.")
             preds = preds.argmax(dim=1)
         if labels.ndim != 1 or preds.shape != labels.shape:
-            raise ValueError(
-                f"`preds` must have shape (B, {num_classes}) or (B,) and `labels` (B,), "
-                f"got {tuple(preds.shape)} and {tuple(labels.shape)}."
-            )
+            shapes = f"{tuple(preds.shape)} and {tuple(labels.shape)}"
+            raise ValueError(f"`preds` must have shape (B, {num_classes}) or (B,) and `labels` (B,), got {shapes}.")
         check_labels(labels, num_classes)
         check_labels(preds, num_classes, name="preds")
         labels = labels.long()
         self.total.index_add_(0, labels, torch.ones_like(labels))
         self.correct.index_add_(0, labels, (preds == labels).long())
 
-    def compute(self) -> dict[str, torch.Tensor]:
-        """Returns the accuracies of all batches so far.
+    def compute(self) -> dict[str, Tensor]:
+        """Return the accuracies of all batches so far.
 
-        Returns:
-            `overall` (over images), `macro` (over classes), `many`, `medium`, `few`, `worst` (class), `harmonic_mean`
-            (over classes; 0 as soon as one class is never right), `per_class` (K,), each in [0, 1] and NaN where
-            there is nothing to average; and the numbers of evaluated classes in the groups, `num_many`, `num_medium`
-            and `num_few`.
+        They are `overall` (over images), `macro` (over classes), `many`, `medium`, `few`, `worst` (class),
+        `harmonic_mean` (over classes) and `per_class` (K,), NaN where there is nothing to average; and the numbers of
+        evaluated classes in the groups, `num_many`, `num_medium` and `num_few`.
         """
         seen = self.total > 0
         per_class = self.correct / self.total  # 0 / 0 is NaN: the class did not occur

@@ -18,7 +18,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from torch import nn
+from torch import Tensor, nn
 
 from . import towers, weights
 from .config import SageConfig
@@ -82,9 +82,9 @@ class SageModel(BaseTuner):
         """Give a trained adapter another set of classes, without training; see [`set_guidance`].
 
         Args:
-            guidance: A float tensor (M, e) with the width e that the adapter was trained with; class descriptions for
-                the model's own text tower; or `None` for the `text_embeds` of a [`SageClassifier`].
-            adapter_name: The adapter's name. Default: the active one.
+            guidance: A float tensor (M, e) with the width e of the training; class descriptions for the model's own
+                text tower; or `None` for the `text_embeds` of a [`SageClassifier`].
+            adapter_name: Default: the active one.
         """
         set_guidance(self.model, guidance, self.active_adapters[0] if adapter_name is None else adapter_name)
 
@@ -111,9 +111,8 @@ class SageModel(BaseTuner):
         if isinstance(new_module, SageLayer):
             parent.register_forward_pre_hook(_start_graph_at_checkpoint)
             return
-        for key, hook in list(parent._forward_pre_hooks.items()):
-            if hook is _start_graph_at_checkpoint:
-                del parent._forward_pre_hooks[key]
+        for key in [k for k, hook in parent._forward_pre_hooks.items() if hook is _start_graph_at_checkpoint]:
+            del parent._forward_pre_hooks[key]
 
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(MERGE_ERROR)
@@ -129,13 +128,12 @@ class SageModel(BaseTuner):
         unknown = set(adapter_names) - set(self.peft_config) - {"__base__"}
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+
+        def pass_names(_: nn.Module, args: Any, kwargs: Any) -> Any:
+            return args, {**kwargs, "adapter_names": adapter_names}
+
         modules = [m for m in self.modules() if isinstance(m, (SageLayer, AuxiliaryTrainingWrapper))]
-        handles = [
-            module.register_forward_pre_hook(
-                lambda _, args, kw: (args, {**kw, "adapter_names": adapter_names}), with_kwargs=True
-            )
-            for module in modules
-        ]
+        handles = [module.register_forward_pre_hook(pass_names, with_kwargs=True) for module in modules]
         try:
             yield
         finally:
@@ -143,25 +141,22 @@ class SageModel(BaseTuner):
                 handle.remove()
 
     @classmethod
-    def _get_adapter_state_dict(cls, **kwargs: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
+    def _get_adapter_state_dict(cls, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         # PEFT collects every tuner layer, those of a LoRA beside Sage as well.
         state_dict = super()._get_adapter_state_dict(**kwargs)
         return {key: value for key, value in state_dict.items() if f".{cls.prefix}" in key}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         layers = {name: layer for name, layer in _layers(model) if adapter_name in layer.peft_sage_down}
         try:
             state_dict = weights.align_names(state_dict, layers)
             state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
             saved = f".modules_to_save.{adapter_name}."
-            expected = {
-                key: value
-                for key, value in model.state_dict().items()
-                if is_of_adapter(key, adapter_name) or (saved in key and not key.endswith("_extra_state"))
-            }
+            own = {key: value for key, value in model.state_dict().items() if not key.endswith("_extra_state")}
+            expected = {key: own[key] for key in own if is_of_adapter(key, adapter_name) or saved in key}
             weights.check_complete(state_dict, expected)
         except ValueError:
             if any(adapter_name in layer.unloaded for layer in layers.values()):
@@ -172,19 +167,15 @@ class SageModel(BaseTuner):
         return state_dict
 
 
-def set_guidance(model: nn.Module, source: torch.Tensor | Descriptions | None, adapter_name: str) -> None:
+def set_guidance(model: nn.Module, source: Tensor | Descriptions | None, adapter_name: str) -> None:
     """Give a trained adapter another set of classes, without training: attention is over a set of any size.
 
     `guidance_rows` of the configuration limits the rows as at the start. A head is not touched.
 
-    Args:
-        model: The model that PEFT adapted, without PEFT's wrapper.
-        source: As in [`SageModel.set_guidance`].
-        adapter_name: The adapter's name.
+    `model` comes without PEFT's wrapper; `source` is as in [`SageModel.set_guidance`].
 
     Raises:
-        ValueError: The adapter does not exist or has no guidance, or the source does not fit.
-        TypeError: `source` is none of these.
+        TypeError, ValueError: The adapter does not exist or has no guidance, or the source does not fit.
     """
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     config = configs.get(adapter_name)
@@ -197,22 +188,20 @@ def set_guidance(model: nn.Module, source: torch.Tensor | Descriptions | None, a
     texts: Any = None
     if source is None:
         names = getattr(model, "class_names", None)
-    elif isinstance(source, torch.Tensor):
+    elif isinstance(source, Tensor):
         names = config.class_names if config.num_classes == len(source) else None
     else:
         names, texts = normalise_descriptions(source)
     rows, row_names = make_guidance(model, config, source, names)
     if not len(rows) or rows.shape[1] != shared.rows.shape[1]:
-        raise ValueError(
-            f"`guidance` must have the shape (M, {shared.rows.shape[1]}) with at least one row, the width that the "
-            f"adapter {adapter_name!r} was trained with, got {tuple(rows.shape)}."
-        )
+        shape = f"the shape (M, {shared.rows.shape[1]}) with at least one row, as in training"
+        raise ValueError(f"`guidance` must have {shape}, got {tuple(rows.shape)}.")
     shared.owner[adapter_name] = rows.to(shared.rows)
     config.class_names, config.class_descriptions, config.row_names = names, texts, row_names
     config.guidance, config.guidance_shape = None, list(rows.shape)
 
 
-def find_targets(model: nn.Module, config: SageConfig, state_dict: dict[str, torch.Tensor] | None = None) -> list[str]:
+def find_targets(model: nn.Module, config: SageConfig, state_dict: dict[str, Tensor] | None = None) -> list[str]:
     """Find the modules that a configuration asks to adapt, in the order of depth.
 
     `state_dict`, if given, tells them by its keys instead, as in PEFT's `inject_adapter_in_model`.
@@ -235,10 +224,9 @@ def find_targets(model: nn.Module, config: SageConfig, state_dict: dict[str, tor
     if not targets and not head_alone:
         candidates = towers.candidate_modules(model)
         listed = f"Modules that could be adapted: {candidates}." if candidates else "No module could be adapted."
-        raise ValueError(
-            f"No module of {type(model).__name__} was matched by target_modules={config.target_modules!r}, "
-            f"exclude_modules={config.exclude_modules!r}, layers_to_transform={config.layers_to_transform!r}. {listed}"
-        )
+        fields = ("target_modules", "exclude_modules", "layers_to_transform")
+        given = ", ".join(f"{field}={getattr(config, field)!r}" for field in fields)
+        raise ValueError(f"No module of {type(model).__name__} was matched by {given}. {listed}")
     for name in targets:
         try:
             towers.mlp_widths(model.get_submodule(name))
@@ -269,9 +257,8 @@ def _select_layers(mlps: list[str], layers: int | list[int] | None) -> list[str]
     layers = [layers] if isinstance(layers, int) else list(range(len(mlps))) if layers is None else layers
     outside = [layer for layer in layers if not -len(mlps) <= layer < len(mlps)]
     if outside:
-        raise ValueError(
-            f"`layers_to_transform` must be within the {len(mlps)} blocks of the vision tower, got {outside}."
-        )
+        blocks = f"the {len(mlps)} blocks of the vision tower"
+        raise ValueError(f"`layers_to_transform` must be within {blocks}, got {outside}.")
     return [mlps[depth] for depth in sorted({layer % len(mlps) for layer in layers})]
 
 
@@ -290,45 +277,33 @@ def _take_back(model: nn.Module, adapter_name: str) -> None:
 def _check_names(adapter_name: str, config: SageConfig) -> None:
     """Check that the adapter's parts can have its name, and that `modules_to_save` does not mean them."""
     if not adapter_name or {".", "/", "\\"} & set(adapter_name) or hasattr(nn.ModuleDict, adapter_name):
-        raise ValueError(
-            "`adapter_name` becomes the name of a module and of a folder, so it must not be empty, hold '.' or '/', "
-            f"or be an attribute of `torch.nn.ModuleDict`, got {adapter_name!r}."
-        )
+        refused = "be empty, hold '.' or '/', or be an attribute of `torch.nn.ModuleDict`"
+        raise ValueError(f"`adapter_name` names a module and a folder; it must not {refused}, got {adapter_name!r}.")
     # PEFT matches by ending, and the parts of the adapter are there by then.
     parts = (*SageLayer.adapter_layer_names, "peft_sage_dropout", "peft_sage_guidance", "base_layer", adapter_name)
     clashes = [(name, part) for name in config.modules_to_save or () for part in parts if f".{part}".endswith(name)]
-    if clashes:
-        raise ValueError(
-            f"`modules_to_save` must not match parts of the adapter by their endings, but {clashes[0][0]!r} matches "
-            f"{clashes[0][1]!r}: give more of the module's name."
-        )
+    for name, part in clashes:
+        what = f"parts of the adapter by their endings, but {name!r} matches {part!r}"
+        raise ValueError(f"`modules_to_save` must not match {what}: give more of the module's name.")
 
 
 def _check_name_is_free(model: nn.Module, adapter_name: str) -> None:
     # One name stands for one configuration, so two methods under it would be saved as one of them.
     others = (m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, SageLayer))
     if any(adapter_name in other._all_available_adapter_names() for other in others):
-        raise ValueError(
-            f"`adapter_name` {adapter_name!r} is that of another method's adapter in this model, and the two would be "
-            'saved as one. Give this one a name of its own, such as `get_peft_model(..., adapter_name="sage")`.'
-        )
+        why = "is that of another method's adapter, and both would be saved as one: give this one a name of its own"
+        raise ValueError(f"`adapter_name` {adapter_name!r} {why}.")
 
 
 def _check_base_model(model: nn.Module, config: SageConfig) -> None:
     classes = getattr(getattr(model, "class_head", None), "out_features", 0)
     if config.class_descriptions is not None and config.num_classes < classes:
-        raise ValueError(
-            f"`class_descriptions` has {config.num_classes} classes, but the model's head has {classes}. Give one "
-            "entry for each class of the head, or pass other guidance as a tensor (`guidance`)."
-        )
+        what = f"{config.num_classes} classes, but the model's head has {classes}"
+        raise ValueError(f"`class_descriptions` has {what}: describe all, or pass a tensor as `guidance`.")
     # Only the last part: the same model may lie in a folder here and on the Hub there.
     trained_on, loaded_on = config.base_model_name_or_path or "", getattr(model, "name_or_path", None) or ""
     if config.saved and trained_on and loaded_on and os.path.basename(trained_on) != os.path.basename(loaded_on):
-        warnings.warn(
-            f"The adapter was trained on {trained_on!r} and is loaded on {loaded_on!r}. Load the former, unless both "
-            "hold the same weights.",
-            stacklevel=2,
-        )
+        warnings.warn(f"The adapter was trained on {trained_on!r} and is loaded on {loaded_on!r}.", stacklevel=2)
 
 
 def _start_graph_at_checkpoint(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -340,6 +315,6 @@ def _start_graph_at_checkpoint(module: nn.Module, args: tuple[Any, ...]) -> tupl
     if not (module.training and torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False)):
         return None
     first, *others = args or (None,)
-    if not isinstance(first, torch.Tensor) or first.requires_grad or not first.is_floating_point():
+    if not isinstance(first, Tensor) or first.requires_grad or not first.is_floating_point():
         return None
     return first.detach().requires_grad_(), *others

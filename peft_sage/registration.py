@@ -18,19 +18,14 @@ PREFIX = "peft_sage_"
 
 
 def add_peft_type(name: str) -> PeftType:
-    """Return the member `name` of `PeftType`, and create it if it does not exist.
+    """Return the member `name` of `PeftType`, which is its value as well, and create it if it does not exist.
 
-    Args:
-        name: Upper-case name, which is the value as well.
-
-    Returns:
-        The member. Look-up by name and by value, iteration, pickle, deepcopy and JSON work as for PEFT's own members.
+    Look-up by name and by value, iteration, pickle, deepcopy and JSON work as for PEFT's own members.
     """
     if name in PeftType.__members__:
         return PeftType[name]
     member = str.__new__(PeftType, name)
-    member._name_ = name
-    member._value_ = name
+    member._name_ = member._value_ = name
     member.__objclass__ = PeftType  # type: ignore[attr-defined]
     member._sort_order_ = len(PeftType)  # type: ignore[attr-defined]
     # The metaclass forbids setting members on an enum, so its own `__setattr__` is passed by.
@@ -42,24 +37,14 @@ def add_peft_type(name: str) -> PeftType:
 
 
 def register(config_cls: type, model_cls: type) -> None:
-    """Register the method with PEFT. A second call does nothing.
-
-    Args:
-        config_cls: The configuration class.
-        model_cls: The tuner class; its `prefix` is the method's prefix.
-
-    Raises:
-        RuntimeError: If another package holds the name or the prefix.
-    """
+    """Register the method with PEFT, once; RuntimeError if another package holds the name or the prefix."""
     peft_type = add_peft_type(PEFT_TYPE_NAME)
     holder = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
     if holder is config_cls:
         return
     if holder is not None:
-        raise RuntimeError(
-            f"The PEFT type {PEFT_TYPE_NAME!r} is already registered by {holder.__module__}.{holder.__qualname__}; "
-            "peft_sage cannot be used in the same process."
-        )
+        other = f"{holder.__module__}.{holder.__qualname__}"
+        raise RuntimeError(f"peft_sage cannot be used: {PEFT_TYPE_NAME!r} is already registered by {other}.")
     try:
         register_peft_method(name=PEFT_TYPE_NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix=PREFIX)
     except KeyError as error:

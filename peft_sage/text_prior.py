@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Generator, Tensor
 
 from .loss import SageLoss
-from .validation import check_class_counts, check_embeddings, check_integer, check_labels, check_number
+from .validation import check_class_counts, check_embeddings, check_integer, check_labels, check_number, shape_of
 
 
 #: The heads that are tried: optimizer steps, images per step, learning rate, and the scale of their cosines.
@@ -33,7 +34,7 @@ class TextPrior:
 
     strength: float
     scores: dict[float, float]
-    label_probability: torch.Tensor = field(repr=False)
+    label_probability: Tensor = field(repr=False)
 
     def __str__(self) -> str:
         tried = ", ".join(f"{strength:g}: {100 * score:.1f} %" for strength, score in self.scores.items())
@@ -41,21 +42,20 @@ class TextPrior:
 
 
 def choose_text_prior(
-    features: torch.Tensor,
-    labels: torch.Tensor,
-    text_embeds: torch.Tensor,
+    features: Tensor,
+    labels: Tensor,
+    text_embeds: Tensor,
     *,
-    class_counts: Sequence[int] | torch.Tensor | None = None,
+    class_counts: Sequence[int] | Tensor | None = None,
     strengths: Sequence[float] = (0, 0.1, 0.3, 1, 3, 10),
     folds: int = 3,
     seed: int = 0,
-    groups: torch.Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> TextPrior:
     """Choose the strength of the text prior by stratified cross-validation on the training images.
 
     For each strength and fold a cosine head that starts from the texts is trained on the other folds with the loss of
-    [`SageLoss`]. Chosen is the weakest strength whose balanced accuracy on the held-out images is within one standard
-    error (of the paired difference over classes) of the best.
+    [`SageLoss`]. Chosen is the strength with the best balanced accuracy on the held-out images.
 
     Args:
         features: (n, e) image embeddings of the frozen tower, on any device.
@@ -68,70 +68,56 @@ def choose_text_prior(
         groups: (n,) integers; images of one animal, patient or product stay in one fold.
 
     Raises:
-        TypeError, ValueError: An argument has a wrong type or shape, or no class has two images (or groups).
+        TypeError, ValueError: An argument does not fit, or no class has two images (or groups).
     """
     strengths = _check(features, labels, text_embeds, strengths, folds, groups)
-    labels, groups = labels.cpu(), None if groups is None else groups.cpu()
-    counts = check_class_counts(
-        torch.bincount(labels, minlength=len(text_embeds)) if class_counts is None else class_counts
-    )
-    if len(counts) != len(text_embeds):
-        raise ValueError(f"`class_counts` must have {len(text_embeds)} classes, got {len(counts)}.")
-    generator = torch.Generator().manual_seed(seed)
-    images = _part(labels, generator)
+    labels, rng = labels.cpu(), Generator().manual_seed(seed)
+    given = torch.bincount(labels, minlength=len(text_embeds)) if class_counts is None else class_counts
+    counts = check_class_counts(given, len(text_embeds))
+    images = _part(labels, rng)
     classes, own = labels[images].unique(return_inverse=True)
-    fold = _folds(own, None if groups is None else groups[images], folds, generator)
+    fold = _folds(own, None if groups is None else groups.cpu()[images], folds, rng)
     if not (fold >= 0).any():
         what = "two images" if groups is None else "images of two groups"
         raise ValueError(f"`labels` must have a class with {what} to hold out; give the text prior as a number.")
-    features = F.normalize(features[images.to(features.device)].float(), dim=-1)
-    texts = F.normalize(text_embeds[classes.to(text_embeds.device)].float(), dim=-1).to(features)
-    probability, correct = _cross_validate(features, own, texts, counts[classes], fold, strengths, generator)
+    features, texts = (F.normalize(x.float(), dim=-1) for x in (features[images], text_embeds[classes]))
+    pulls = torch.tensor(strengths).to(features)
+    probability, correct = _cross_validate(features, own, texts.to(features), counts[classes], fold, pulls, rng)
     # (strengths, classes that have held-out images)
     accuracy = torch.stack([correct[:, (fold >= 0) & (own == k)].mean(dim=1) for k in own[fold >= 0].unique()], dim=1)
-    chosen = _weakest_of_the_best(accuracy)
-    label_probability = torch.full(labels.shape, torch.nan)
-    label_probability[images] = probability[chosen]
+    chosen = int(accuracy.mean(dim=1).argmax())
+    label_probability = torch.full(labels.shape, torch.nan).index_copy(0, images, probability[chosen])
     scores = dict(zip(strengths, accuracy.mean(dim=1).tolist(), strict=True))
     return TextPrior(strengths[chosen], scores, label_probability)
 
 
 def _cross_validate(
-    features: torch.Tensor,
-    labels: torch.Tensor,
-    texts: torch.Tensor,
-    counts: torch.Tensor,
-    fold: torch.Tensor,
-    strengths: list[float],
-    generator: torch.Generator,
-) -> torch.Tensor:
+    features: Tensor, labels: Tensor, texts: Tensor, counts: Tensor, fold: Tensor, pulls: Tensor, rng: Generator
+) -> Tensor:
     """Probability of its own label and whether that is the likeliest, of each held-out image: (2, strengths, n)."""
-    results = torch.full((2, len(strengths), len(labels)), torch.nan)
-    for k in fold[fold >= 0].unique().tolist():
+    results = torch.full((2, len(pulls), len(labels)), torch.nan)
+    for k in fold[fold >= 0].unique():
         kept, out = (fold != k).nonzero()[:, 0], (fold == k).nonzero()[:, 0]
         share = torch.bincount(labels[kept], minlength=len(texts)) / torch.bincount(labels)
         loss = SageLoss((counts * share).round()).to(features.device)
-        heads = _train_heads(features[kept.to(features.device)], labels[kept], texts, loss, strengths, generator)
-        for row, head in enumerate(heads):
-            logits = (SCALE * features[out.to(features.device)] @ head.T).cpu()
+        for row, head in enumerate(_train_heads(features[kept], labels[kept], texts, loss, pulls, rng)):
+            logits = (SCALE * features[out] @ head.T).cpu()
             results[0, row, out] = logits.softmax(dim=1).gather(1, labels[out, None])[:, 0]
             results[1, row, out] = (logits.argmax(dim=1) == labels[out]).float()
     return results
 
 
 def _check(
-    features: torch.Tensor, labels: Any, text_embeds: torch.Tensor, strengths: Sequence[float], folds: int, groups: Any
+    features: Tensor, labels: Any, text_embeds: Tensor, strengths: Sequence[float], folds: int, groups: Any
 ) -> list[float]:
     check_embeddings(features, "features")
     check_embeddings(text_embeds, "text_embeds")
-    if features.shape[1] != text_embeds.shape[1]:
-        raise ValueError(
-            f"`features` and `text_embeds` must have one width, got {features.shape[1]} and {text_embeds.shape[1]}."
-        )
+    width, other = features.shape[1], text_embeds.shape[1]
+    if width != other:
+        raise ValueError(f"`features` and `text_embeds` must have one width, got {width} and {other}.")
     for name, indices in {"labels": labels, "groups": labels if groups is None else groups}.items():
-        if not isinstance(indices, torch.Tensor) or indices.shape != features.shape[:1]:
-            got = tuple(indices.shape) if isinstance(indices, torch.Tensor) else type(indices).__name__
-            raise ValueError(f"`{name}` must be a tensor of shape ({len(features)},), got {got}.")
+        if shape_of(indices) != (len(features),):
+            raise ValueError(f"`{name}` must be a tensor of shape ({len(features)},), got {shape_of(indices)}.")
         check_labels(indices.cpu(), len(text_embeds) if name == "labels" else None, name=name)
     check_integer("folds", folds, 2)
     if len(strengths) == 0:
@@ -141,72 +127,58 @@ def _check(
     return sorted(set(strengths))
 
 
-def _part(labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _part(labels: Tensor, rng: Generator) -> Tensor:
     """Indices of the images that decide."""
     classes = labels.unique()
-    chosen = classes[torch.randperm(len(classes), generator=generator)[:MAX_CLASSES]]
-    return (torch.isin(labels, chosen) & (_rank(labels, generator) < MAX_IMAGES)).nonzero()[:, 0]
+    chosen = classes[torch.randperm(len(classes), generator=rng)[:MAX_CLASSES]]
+    return (torch.isin(labels, chosen) & (_rank(labels, rng) < MAX_IMAGES)).nonzero()[:, 0]
 
 
-def _rank(labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _rank(labels: Tensor, rng: Generator) -> Tensor:
     """A random rank of each entry among those of its label."""
-    order = torch.randperm(len(labels), generator=generator)
+    order = torch.randperm(len(labels), generator=rng)
     order = order[labels[order].argsort(stable=True)]
     sizes = torch.bincount(labels)
-    ranks = torch.empty_like(order)
-    ranks[order] = torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[labels[order]]
-    return ranks
+    return (torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[labels[order]])[order.argsort()]
 
 
-def _folds(labels: torch.Tensor, groups: torch.Tensor | None, folds: int, generator: torch.Generator) -> torch.Tensor:
+def _folds(labels: Tensor, groups: Tensor | None, folds: int, rng: Generator) -> Tensor:
     """The fold (n,) in which each image is held out; -1 for classes with a single image or group."""
     _, unit = (torch.arange(len(labels)) if groups is None else groups).unique(return_inverse=True)
     # A group that holds several classes counts for that of its first image.
     first = torch.full((int(unit.max()) + 1,), len(labels)).scatter_reduce(0, unit, torch.arange(len(labels)), "amin")
-    fold = ((_rank(labels[first], generator) + labels[first]) % folds)[unit]
+    fold = ((_rank(labels[first], rng) + labels[first]) % folds)[unit]
     pairs = torch.stack([labels, unit]).unique(dim=1)
     return torch.where(torch.bincount(pairs[0])[labels] < 2, -1, fold)
 
 
 def _train_heads(
-    features: torch.Tensor,
-    labels: torch.Tensor,
-    texts: torch.Tensor,
-    loss: SageLoss,
-    strengths: Sequence[float],
-    generator: torch.Generator,
-) -> torch.Tensor:
+    features: Tensor, labels: Tensor, texts: Tensor, loss: SageLoss, pulls: Tensor, rng: Generator
+) -> Tensor:
     """Train a head from the texts for each strength, all at once, and return their rows (strengths, K, e)."""
     size = min(BATCH_SIZE, len(labels))
-    order = torch.cat(
-        [torch.randperm(len(labels), generator=generator) for _ in range(-(-STEPS * size // len(labels)))]
-    )
-    sums = torch.zeros_like(texts).index_add_(0, labels.to(texts.device), features)
-    images = torch.bincount(labels, minlength=len(texts)).to(texts)
-    residuals = features - (sums / images.clamp(min=1)[:, None])[labels]
+    epochs = range(-(-STEPS * size // len(labels)))
+    order = torch.cat([torch.randperm(len(labels), generator=rng) for _ in epochs])[: STEPS * size]
+    labels = labels.to(texts.device)
     # The features are frozen, and so is their covariance within the classes.
-    covariance = SCALE**2 * residuals.T @ residuals / (len(labels) - (images > 0).sum()).clamp(min=1)
-    weight = texts.expand(len(strengths), -1, -1).clone().requires_grad_()
+    images = torch.bincount(labels, minlength=len(texts))
+    means = torch.zeros_like(texts).index_add_(0, labels, features) / images.clamp(min=1)[:, None]
+    residuals = SCALE * (features - means[labels])
+    covariance = residuals.T @ residuals / (len(labels) - (images > 0).sum()).clamp(min=1)
+    weight = texts.expand(len(pulls), -1, -1).clone().requires_grad_()
     optimizer = torch.optim.AdamW([weight], lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     with torch.enable_grad():
-        for batch in order[: STEPS * size].split(size):
-            label, rows = labels[batch].to(texts.device), F.normalize(weight, dim=-1)
+        for batch in order.split(size):
+            label, rows = labels[batch], F.normalize(weight, dim=-1)
             projected = rows @ covariance
             variance = (projected * rows).sum(dim=-1)
             spread = variance[:, None] + variance[:, label, None] - 2 * projected[:, label] @ rows.mT
-            logits = SCALE * features[batch.to(texts.device)] @ rows.mT
-            adjusted = logits + loss.adjustment + loss.gamma[label, None] / 2 * spread
-            pull = torch.as_tensor(strengths).to(texts) @ (1 - (rows * texts).sum(dim=-1)).mean(dim=1)
+            adjusted = SCALE * features[batch] @ rows.mT + loss.adjustment + loss.gamma[label, None] / 2 * spread
+            pull = pulls @ (1 - (rows * texts).sum(dim=-1)).mean(dim=1)
             optimizer.zero_grad()
-            (len(strengths) * F.cross_entropy(adjusted.flatten(0, 1), label.repeat(len(strengths))) + pull).backward()
+            # Each strength is a run of its own: their losses add up.
+            (len(pulls) * F.cross_entropy(adjusted.flatten(0, 1), label.repeat(len(pulls))) + pull).backward()
             optimizer.step()
             schedule.step()
     return F.normalize(weight.detach(), dim=-1)
-
-
-def _weakest_of_the_best(accuracy: torch.Tensor) -> int:
-    """Row of the weakest strength that is within one standard error, over classes, of the best."""
-    behind = accuracy[accuracy.mean(dim=1).argmax()] - accuracy
-    error = behind.std(dim=1, correction=min(1, accuracy.shape[1] - 1)) / accuracy.shape[1] ** 0.5
-    return int((behind.mean(dim=1) <= error).nonzero()[0])

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from typing import Any, TypeGuard
 
 import torch
+from torch import Tensor
 
 
 def is_int(value: Any) -> TypeGuard[int]:
@@ -14,41 +16,43 @@ def is_int(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def check_number(name: str, value: Any, low: float = -float("inf"), high: float = float("inf")) -> None:
+def check_number(name: str, value: Any, low: float = -inf, high: float = inf) -> None:
     """Raise ValueError unless `value` is a finite number in [low, high]."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not abs(value) < float("inf") or not low <= value <= high:
-        bounds = f", at least {low:g}" * (low > -float("inf")) + f", at most {high:g}" * (high < float("inf"))
+    if not (is_int(value) or isinstance(value, float)) or not abs(value) < inf or not low <= value <= high:
+        bounds = f", at least {low:g}" * (low > -inf) + f", at most {high:g}" * (high < inf)
         raise ValueError(f"`{name}` must be a finite number{bounds}, got {value!r}.")
 
 
 def check_integer(name: str, value: Any, low: int) -> None:
     """Raise ValueError unless `value` is an integer, at least `low`."""
     if not is_int(value) or value < low:
-        raise ValueError(f"`{name}` must be an integer, at least {low}, got {value!r}.")
+        what = "a positive integer" if low == 1 else f"an integer, at least {low}"
+        raise ValueError(f"`{name}` must be {what}, got {value!r}.")
 
 
-def check_embeddings(embeddings: torch.Tensor, name: str) -> None:
-    """Raise unless `embeddings` are floating-point rows (M, e): TypeError for their type, ValueError for their shape,
-    NaN, infinity, or rows of zeros."""
-    if not isinstance(embeddings, torch.Tensor) or not embeddings.is_floating_point():
-        kind = embeddings.dtype if isinstance(embeddings, torch.Tensor) else type(embeddings).__name__
+def shape_of(value: Any) -> Any:
+    """The shape of a tensor as a tuple; of anything else its type, for error messages."""
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+
+
+def check_embeddings(embeddings: Tensor, name: str) -> None:
+    """Raise unless they are rows (M, e): TypeError for their type, ValueError for shape, NaN, infinity or zeros."""
+    if not isinstance(embeddings, Tensor) or not embeddings.is_floating_point():
+        kind = getattr(embeddings, "dtype", type(embeddings).__name__)
         raise TypeError(f"`{name}` must be a floating-point tensor (M, e), got {kind}.")
     if embeddings.ndim != 2 or embeddings.shape[1] == 0:
         raise ValueError(f"`{name}` must have the shape (M, e), got {tuple(embeddings.shape)}.")
-    if embeddings.is_meta:
-        return
     wrong = {"be finite, got NaN or infinity": ~embeddings.isfinite().all(dim=1)}
     wrong["have no rows of zeros, got them"] = (embeddings == 0).all(dim=1)
     for what, rows in wrong.items():
-        if rows.any():
+        if not rows.is_meta and rows.any():
             raise ValueError(f"`{name}` must {what} in rows {rows.nonzero().flatten().tolist()[:10]}.")
 
 
-def as_numbers(values: Sequence[float] | torch.Tensor, name: str) -> torch.Tensor:
-    """Read real numbers as a tensor without gradient; TypeError if they are something else."""
+def as_numbers(values: Sequence[float] | Tensor, name: str) -> Tensor:
+    """Read real numbers as a tensor on the CPU without gradient; TypeError if they are something else."""
     try:
-        numbers = torch.as_tensor(values).detach()
+        numbers = torch.as_tensor(values).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"`{name}` must be a (K,) tensor or list of numbers, got {values!r}.") from error
     if numbers.is_complex() or numbers.dtype == torch.bool:
@@ -56,28 +60,23 @@ def as_numbers(values: Sequence[float] | torch.Tensor, name: str) -> torch.Tenso
     return numbers
 
 
-def check_class_counts(class_counts: Sequence[int] | torch.Tensor) -> torch.Tensor:
+def check_class_counts(class_counts: Sequence[int] | Tensor, num_classes: int | None = None) -> Tensor:
     """Read numbers of training images as (K,) int64 on the CPU; TypeError or ValueError says what is wrong."""
-    counts = as_numbers(class_counts, "class_counts").cpu()
+    counts = as_numbers(class_counts, "class_counts").double()
     if counts.ndim != 1 or len(counts) == 0:
-        raise ValueError(
-            f"`class_counts` must have shape (K,), one number per class, got shape {tuple(counts.shape)}."
-        )
-    counts = counts.double()
-    wrong = ~((counts >= 0) & (counts == counts.round()) & counts.isfinite())
-    if wrong.any():
-        k = int(wrong.nonzero()[0])
-        raise ValueError(
-            "`class_counts` must hold whole numbers of images, at least 0 (counts, not frequencies), "
-            f"got {counts[k].item()} for class {k}."
-        )
+        raise ValueError(f"`class_counts` must have shape (K,), K >= 1, got shape {tuple(counts.shape)}.")
+    for k, count in enumerate(counts.tolist()):
+        if not 0 <= count < inf or count != int(count):
+            raise ValueError(f"`class_counts` must be numbers of images, not frequencies, got {count} for class {k}.")
+    if num_classes not in (None, len(counts)):
+        raise ValueError(f"`class_counts` must have {num_classes} classes, got {len(counts)}.")
     if not counts.any():
         raise ValueError("`class_counts` are all zero; at least one class must have training images.")
     return counts.long()
 
 
 def check_labels(
-    labels: torch.Tensor, num_classes: int | None, ignore_index: int | None = None, name: str = "labels"
+    labels: Tensor, num_classes: int | None, ignore_index: int | None = None, name: str = "labels"
 ) -> None:
     """Raise unless class indices are integers (TypeError) in [0, num_classes) or `ignore_index` (ValueError).
 
@@ -92,6 +91,5 @@ def check_labels(
     if ignore_index is not None:
         wrong &= labels != ignore_index
     if wrong.any():
-        raise ValueError(
-            f"`{name}` must lie in [0, {num_classes}), got {labels[wrong][0].item()} at {int(wrong.nonzero()[0])}."
-        )
+        where = int(wrong.nonzero()[0])
+        raise ValueError(f"`{name}` must lie in [0, {num_classes}), got {labels[where].item()} at {where}.")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-import torch
+from torch import Tensor
 
 from .registration import PREFIX
 from .towers import same_module
@@ -15,7 +15,7 @@ from .towers import same_module
 PEFT_ROOT = "base_model.model."
 
 
-def align_names(state_dict: dict[str, torch.Tensor], mlps: Iterable[str]) -> dict[str, torch.Tensor]:
+def align_names(state_dict: dict[str, Tensor], mlps: Iterable[str]) -> dict[str, Tensor]:
     """Rename the adapted MLPs of a weights file to those of the model, which may hold the same tower in another class.
 
     Raises:
@@ -24,19 +24,14 @@ def align_names(state_dict: dict[str, torch.Tensor], mlps: Iterable[str]) -> dic
     in_model = sorted((name.removeprefix(PEFT_ROOT) for name in mlps), key=_natural)
     in_file = sorted({_mlp(key) for key in state_dict if f".{PREFIX}" in key}, key=_natural)
     if len(in_file) != len(in_model) or not all(map(same_module, in_file, in_model)):
-        raise ValueError(
-            f"The adapter's weights do not fit the model: the file has {len(in_file)} adapted blocks, "
-            f"{_some(in_file)}, the model has {len(in_model)}, {_some(in_model)}. Was it trained on another model, or "
-            "with other `target_modules`?"
-        )
+        blocks = f"the file has {len(in_file)} adapted blocks, {_some(in_file)}, the model has {len(in_model)}"
+        raise ValueError(f"The adapter's weights do not fit the model: {blocks}, {_some(in_model)}.")
     renamed = dict(zip(in_file, in_model, strict=True))
-    return {
-        PEFT_ROOT + renamed[_mlp(key)] + key[key.index(f".{PREFIX}") :] if f".{PREFIX}" in key else key: value
-        for key, value in state_dict.items()
-    }
+    keys = {k: PEFT_ROOT + renamed[_mlp(k)] + k[k.index(f".{PREFIX}") :] for k in state_dict if f".{PREFIX}" in k}
+    return {keys.get(key, key): value for key, value in state_dict.items()}
 
 
-def check_complete(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def check_complete(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Check that a weights file holds exactly the tensors that an adapter needs.
 
     Raises:
@@ -46,16 +41,12 @@ def check_complete(found: dict[str, torch.Tensor], expected: dict[str, torch.Ten
     missing = sorted(expected.keys() - found.keys())
     unknown = sorted(key for key in found.keys() - expected.keys() if f".{PREFIX}" in key)
     if missing or unknown:
-        raise ValueError(
-            f"The adapter's weights do not fit its configuration: missing from the file {_some(missing)}, not "
-            f"expected in it {_some(unknown)}."
-        )
+        what = f"missing from the file {_some(missing)}, not expected in it {_some(unknown)}"
+        raise ValueError(f"The adapter's weights do not fit its configuration: {what}.")
     for key, value in expected.items():
         if value.numel() and value.shape != found[key].shape:
-            raise ValueError(
-                f"The adapter's weights do not fit its configuration or the model: {key!r} has the shape "
-                f"{tuple(found[key].shape)} in the file, expected {tuple(value.shape)}."
-            )
+            shapes = f"{tuple(found[key].shape)} in the file, expected {tuple(value.shape)}"
+            raise ValueError(f"The adapter's weights do not fit: {key!r} has the shape {shapes}.")
         if found[key].is_floating_point() != value.is_floating_point():
             raise ValueError(f"The adapter's weights are damaged: {key!r} has the type {found[key].dtype}.")
         if not found[key].is_meta and not found[key].isfinite().all():

@@ -13,8 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .mlps import describe, find_towers
 
@@ -46,7 +45,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def encode_text(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def encode_text(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Embed tokenised texts: (n, e), projected into the space shared with images, not normalised.
 
     Args:
@@ -58,15 +57,13 @@ def encode_text(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tens
     """
     encode = _text_encoder(model)
     if encode is None:
-        raise ValueError(
-            f"`model` must have a text tower to encode class descriptions, but {describe(model)} has none: encode "
-            "them with another model and pass the embeddings as `guidance`."
-        )
+        hint = "encode the texts with another model and pass the embeddings as `guidance`"
+        raise ValueError(f"`model` must have a text tower, but {describe(model)} has none: {hint}.")
     names = inspect.signature(encode).parameters
     return _embedding(encode(**{name: value for name, value in inputs.items() if name in names}), model)
 
 
-def encode_image(model: nn.Module, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+def encode_image(model: nn.Module, pixel_values: Tensor, **kwargs: Any) -> Tensor:
     """Embed images: (B, e), not normalised.
 
     They are projected into the space shared with text where there is one. Without one they are what the tower pools,
@@ -125,13 +122,13 @@ def _blip2(model: nn.Module) -> Any | None:
     return next((module for module in model.modules() if type(module).__name__ == "Blip2ForImageTextRetrieval"), None)
 
 
-def _blip2_text(owner: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+def _blip2_text(owner: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     embeds = owner.embeddings(input_ids=input_ids)
     hidden = owner.qformer(query_embeds=embeds, query_length=0, attention_mask=attention_mask).last_hidden_state
     return owner.text_projection(hidden[:, 0])
 
 
-def _blip2_image(owner: Any, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+def _blip2_image(owner: Any, pixel_values: Tensor, **kwargs: Any) -> Tensor:
     hidden = owner.vision_model(pixel_values, **kwargs).last_hidden_state
     queries = owner.query_tokens.expand(len(hidden), -1, -1)
     hidden = owner.qformer(query_embeds=queries, encoder_hidden_states=hidden).last_hidden_state
@@ -139,18 +136,16 @@ def _blip2_image(owner: Any, pixel_values: torch.Tensor, **kwargs: Any) -> torch
     return owner.vision_projection(hidden).mean(dim=1)
 
 
-def _embedding(output: Any, model: nn.Module) -> torch.Tensor:
+def _embedding(output: Any, model: nn.Module) -> Tensor:
     """The embedding (B, e) in what a model returns: a tensor or, in transformers, an output object."""
-    if not isinstance(output, torch.Tensor):
+    if not isinstance(output, Tensor):
         fields = (getattr(output, name, None) for name in ("text_embeds", "image_embeds", "pooler_output"))
         output = next((field for field in fields if field is not None), output)
     if (hidden := getattr(output, "last_hidden_state", None)) is not None:
         output = hidden.mean(dim=1)
-    if isinstance(output, torch.Tensor) and output.ndim == 3 and _model_type(model) == "flava":
+    if isinstance(output, Tensor) and output.ndim == 3 and _model_type(model) == "flava":
         output = output[:, 0]  # FLAVA projects all tokens and compares the first.
-    if not isinstance(output, torch.Tensor) or output.ndim != 2:
-        shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-        raise ValueError(
-            f"`model` must give one embedding (B, e) per image or text, but {describe(model)} gives {shape}."
-        )
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"`model` must give one embedding (B, e) per input, but {describe(model)} gives {shape}.")
     return output

@@ -12,8 +12,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 # Names under which a model that is more than a vision tower keeps its vision tower.
@@ -27,6 +26,7 @@ NOT_ENCODER = frozenset({"decoder", "text", "language", "qformer", "predictor", 
 LAYER_SCALE_NAMES = ("lambda_2", "layer_scale2", "ls2", "gamma_2", "ls_2", "layer_scale_2", "gamma")
 # What `torch.compile` and accelerate's `compile_regions` put between a module and its name.
 COMPILED = "_orig_mod"
+BY_HAND = "Pass `target_modules` to choose modules by hand."
 
 
 def find_mlps(model: nn.Module) -> list[str]:
@@ -41,17 +41,12 @@ def find_mlps(model: nn.Module) -> list[str]:
     """
     towers = find_towers(model)
     if not towers:
-        raise ValueError(
-            f"`model` must have a vision tower, but {describe(model)} has none: it does not read images, and no "
-            f"sub-module is named one of {sorted(TOWER_NAMES)}. Pass `target_modules` to choose modules by hand."
-        )
+        why = f"it does not read images, and no sub-module is named one of {sorted(TOWER_NAMES)}"
+        raise ValueError(f"`model` must have a vision tower, but {describe(model)} has none: {why}. {BY_HAND}")
     mlps = [f"{tower}.{name}".lstrip(".") for tower in towers for name in _mlps(model.get_submodule(tower))]
     if not mlps:
-        raise ValueError(
-            f"`model` must have a vision tower of transformer blocks, but {describe(model)} has no repeated block "
-            "with an MLP of linear layers that maps (..., d) to (..., d): it may be convolutional. Pass "
-            "`target_modules` to choose modules by hand."
-        )
+        why = "no repeated block with an MLP of linear layers that keeps the width: it may be convolutional"
+        raise ValueError(f"`model` must have transformer blocks, but {describe(model)} has {why}. {BY_HAND}")
     return mlps
 
 
@@ -69,7 +64,7 @@ def mlp_widths(module: nn.Module) -> tuple[int, int]:
     Raises:
         ValueError: `module` holds no linear layer, or returns wider tokens than it reads.
     """
-    linears = list(_linears(module))
+    linears = _linears(module)
     if not linears:
         raise ValueError(f"`module` must hold a linear layer, but {type(module).__name__} has none.")
     if mlp_input(module)[0] == 1:
@@ -78,10 +73,8 @@ def mlp_widths(module: nn.Module) -> tuple[int, int]:
     # Gated MLPs do not always define their last linear layer last.
     width_out = width if any(linear.out_features == width for linear in linears) else linears[-1].out_features
     if width_out > width:
-        raise ValueError(
-            f"`module` must map (..., d) to (..., d), but {type(module).__name__} maps {width} features to "
-            f"{width_out}."
-        )
+        maps = f"{type(module).__name__} maps {width} features to {width_out}"
+        raise ValueError(f"`module` must map (..., d) to (..., d), but {maps}.")
     return width, width_out
 
 
@@ -94,16 +87,12 @@ def mlp_input(module: nn.Module) -> tuple[int, str]:
     return (1, names[1]) if names[1:2] == ["input_tensor"] else (0, names[0])
 
 
-def layer_scale(model: nn.Module, name: str) -> torch.Tensor | None:
+def layer_scale(model: nn.Module, name: str) -> Tensor | None:
     """The LayerScale (d,) that multiplies an MLP's output before the residual is added, if there is one."""
     parent = model.get_submodule(name.rpartition(".")[0])
-    for attribute in LAYER_SCALE_NAMES:
-        scale = getattr(parent, attribute, None)
-        if isinstance(scale, nn.Module):
-            scale = next(scale.parameters(), None)
-        if isinstance(scale, torch.Tensor):
-            return scale
-    return None
+    scales = [getattr(parent, attribute, None) for attribute in LAYER_SCALE_NAMES]
+    scales = [next(scale.parameters(), None) if isinstance(scale, nn.Module) else scale for scale in scales]
+    return next((scale for scale in scales if isinstance(scale, Tensor)), None)
 
 
 def same_module(one: str, other: str) -> bool:
@@ -118,10 +107,8 @@ def same_module(one: str, other: str) -> bool:
 
 def find_towers(model: nn.Module) -> list[str]:
     """Names of the outermost vision towers of a model; the empty name if the model as a whole is one."""
-    towers: list[str] = []
-    for name, _ in model.named_modules():
-        if name.rpartition(".")[2] in TOWER_NAMES and not name.startswith(tuple(f"{tower}." for tower in towers)):
-            towers.append(name)
+    named = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in TOWER_NAMES]
+    towers = [name for name in named if not name.startswith(tuple(f"{tower}." for tower in named))]
     return towers or [""] * _reads_images(model)
 
 
@@ -143,9 +130,8 @@ def _reads_images(model: nn.Module) -> bool:
         return False
     main_inputs = [main_inputs] if isinstance(main_inputs, str) else main_inputs
     # "input_ids" is what transformers assumes where a model does not say: many towers of language models do not.
-    return main_inputs[0].startswith("pixel_values") or (
-        main_inputs == ["input_ids"] and hasattr(config, "patch_size")
-    )
+    unsaid = main_inputs == ["input_ids"] and hasattr(config, "patch_size")
+    return unsaid or main_inputs[0].startswith("pixel_values")
 
 
 def _mlps(tower: nn.Module, skip: frozenset[str] = NOT_ENCODER) -> Iterator[str]:
@@ -189,18 +175,14 @@ def _mixes_tokens(block: nn.Module, mlp: str) -> bool:
 
 def _unwrapped(module: nn.Module) -> nn.Module:
     """The module below adapter layers, which keep what they wrap in `base_layer`, and below `torch.compile`."""
-    while True:
-        inner = module._modules.get("base_layer") or module._modules.get(COMPILED)
-        if inner is None:
-            return module
+    while inner := module._modules.get("base_layer") or module._modules.get(COMPILED):
         module = inner
+    return module
 
 
-def _linears(module: nn.Module) -> Iterator[Any]:
+def _linears(module: nn.Module) -> list[Any]:
     """Linear layers of an MLP in order of definition, without those that adapters add."""
     module = _unwrapped(module)
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        yield module
-        return
-    for child in module.children():
-        yield from _linears(child)
+        return [module]
+    return [linear for child in module.children() for linear in _linears(child)]
