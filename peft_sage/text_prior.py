@@ -55,8 +55,7 @@ def choose_text_prior(
     """Choose the strength of the text prior by stratified cross-validation on the training images.
 
     For each strength and fold a cosine head that starts from the texts is trained on the other folds with the loss of
-    [`SageLoss`]. Chosen is the weakest strength whose balanced accuracy on the held-out images is within one standard
-    error (of the paired difference over classes) of the best.
+    [`SageLoss`]. Chosen is the strength with the best balanced accuracy on the held-out images.
 
     Args:
         features: (n, e) image embeddings of the frozen tower, on any device.
@@ -86,7 +85,7 @@ def choose_text_prior(
     probability, correct = _cross_validate(features, own, texts.to(features), counts[classes], fold, pulls, rng)
     # (strengths, classes that have held-out images)
     accuracy = torch.stack([correct[:, (fold >= 0) & (own == k)].mean(dim=1) for k in own[fold >= 0].unique()], dim=1)
-    chosen = _weakest_of_the_best(accuracy)
+    chosen = int(accuracy.mean(dim=1).argmax())
     label_probability = torch.full(labels.shape, torch.nan).index_copy(0, images, probability[chosen])
     scores = dict(zip(strengths, accuracy.mean(dim=1).tolist(), strict=True))
     return TextPrior(strengths[chosen], scores, label_probability)
@@ -183,10 +182,3 @@ def _train_heads(
             optimizer.step()
             schedule.step()
     return F.normalize(weight.detach(), dim=-1)
-
-
-def _weakest_of_the_best(accuracy: Tensor) -> int:
-    """Row of the weakest strength that is within one standard error, over classes, of the best."""
-    behind = accuracy[accuracy.mean(dim=1).argmax()] - accuracy
-    error = behind.std(dim=1, correction=min(1, accuracy.shape[1] - 1)) / accuracy.shape[1] ** 0.5
-    return int((behind.mean(dim=1) <= error).nonzero()[0])

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from peft_sage import choose_text_prior, text_prior
-from peft_sage.text_prior import _folds, _weakest_of_the_best
+from peft_sage.text_prior import _folds
 
 
 WIDTH = 16
@@ -93,15 +93,6 @@ def test_extreme_data_gives_an_answer():
     assert choose_text_prior(features, labels, texts, folds=50, strengths=(0, 1)).strength in (0, 1)
     one_class = choose_text_prior(features[:60], labels[:60], texts[:1], strengths=(0, 1))
     assert one_class.strength == 0 and one_class.scores == {0: 1, 1: 1}
-
-
-def test_the_weakest_of_what_cannot_be_told_apart():
-    best = torch.tensor([0.5, 0.6, 0.7, 0.8])
-    within = best - torch.tensor([0.1, -0.1, 0.1, -0.09])
-    worse = best - 0.1
-    assert _weakest_of_the_best(torch.stack([worse, within, best])) == 1
-    assert _weakest_of_the_best(torch.stack([worse, best])) == 1
-    assert _weakest_of_the_best(torch.stack([best, best])) == 0
 
 
 FEATURES, LABELS, TEXTS = make_bed([4, 4], "true")
