@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -83,6 +84,35 @@ def train(folder: Path) -> None:
 
     unwrapped = accelerator.unwrap_model(model)
     unwrapped.save_pretrained(folder / "adapter", is_main_process=accelerator.is_main_process)
+
+
+def accumulate(folder: Path) -> None:
+    """Two steps, each of two micro-batches that the processes cannot share evenly, in float64; resumed at half time
+    where another run, of any number of processes, left its state."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("gloo")
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    model = make_model().double()
+    wrapped = DistributedDataParallel(model) if processes > 1 else model
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    data, loss = make_data(52), SageLoss(COUNTS, text_prior=0.5, reduction="none")
+    parts, half = [model, optimizer, loss], folder / "half.pt"
+    resumed = half.exists()
+    for part, state in zip(parts, torch.load(half) if resumed else [], strict=False):
+        part.load_state_dict(state)
+    for step in (data[26:],) if resumed else (data[:26], data[26:]):
+        for micro in (step[:13], step[13:]):
+            mine = micro[rank::processes]
+            images = torch.stack([item["pixel_values"] for item in mine]).double()
+            losses = loss(wrapped(pixel_values=images), torch.tensor([item["labels"] for item in mine]))
+            # The mean over the images of all processes, which DDP's mean over processes takes apart.
+            (losses.sum() * processes / len(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if rank == 0 and step[0]["index"] == 0:
+            torch.save([part.state_dict() for part in parts], half)
+    if rank == 0:
+        torch.save((get_peft_model_state_dict(model), loss.state_dict()), folder / "accumulated.pt")
 
 
 def gather(folder: Path) -> None:
@@ -193,6 +223,7 @@ def deepspeed(folder: Path) -> None:
 if __name__ == "__main__":
     jobs = {
         "train": train,
+        "accumulate": accumulate,
         "gather": gather,
         "disagree": disagree,
         "loss": loss_of_parts,

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes on one machine, with gloo."""
+"""Two and four processes on one machine, with gloo."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from peft_sage import SageLoss
@@ -36,6 +38,26 @@ def test_one_and_two_processes_give_the_same_weights(tmp_path):
     start = {name: p for name, p in make_model().named_parameters() if "peft_sage_up" in name and "weight" in name}
     assert not any(p.any() for p in start.values())
     assert all(one[name.replace(".default", "")].any() for name in start)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    run(folder, 1, "accumulate")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("processes", "resumed"), [(2, False), (2, True), pytest.param(4, False, marks=pytest.mark.slow)]
+)
+def test_accumulation_and_uneven_batches_give_the_weights_of_one_process(alone, processes, resumed, tmp_path):
+    if resumed:  # from the state that one process left after its first step
+        shutil.copy(alone / "half.pt", tmp_path)
+    run(tmp_path, processes, "accumulate")
+    expected, found = (torch.load(folder / "accumulated.pt") for folder in (alone, tmp_path))
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)  # the moving average of the loss too
+    start, weights = get_peft_model_state_dict(make_model().double()), found[0]
+    assert all((weights[name] - start[name]).abs().max() > 1e-4 for name in start if "up.weight" in name)
 
 
 @pytest.fixture(scope="module")

@@ -6,34 +6,77 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+import yaml
 
 
-RUN = Path(__file__).resolve().parents[1] / "benchmarks" / "speed" / "run.py"
-TINY = {
-    "--blocks": "1",
-    "--width": "64",
-    "--image-size": "32",
-    "--batch-size": "2",
-    "--classes": "5 9",
-    "--repetitions": "2",
-    "--threads": "1",
-    "--loss-shape": "4 9",
-    "--features": "50 8 5",
-}
+SPEED = Path(__file__).resolve().parents[1] / "benchmarks" / "speed"
+sys.path.insert(0, str(SPEED))
+
+import measures  # noqa: E402
+import run  # noqa: E402
+
+
+SMALL = ["--small", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_rows_end_up_in_the_table_and_others_stay(tmp_path):
+    first, second = ["loss_memory"], ["loss_step"]
+    for groups in (first, second):
+        run.main([*SMALL, "--output", str(tmp_path), "--rows", *groups])
+    results = json.loads((tmp_path / "results.json").read_text())
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert set(results) == {*first, *second}
+    rows = [row for group in results.values() for row in group["rows"]]
+    assert all(row["low"] <= row["median"] <= row["high"] for row in rows)
+    assert all(f"| {row['what']} | " in page for row in rows)
+    assert "`--small`: the numbers mean nothing" in page and run.NO_GPU in page
+
+
+def test_the_page_is_what_the_results_say():
+    results = json.loads((SPEED / "results.json").read_text())
+    assert run.page(results) == (SPEED / "RESULTS.md").read_text(), "python benchmarks/speed/run.py --report"
+    assert "--small" not in run.page(results)
+
+
+def test_every_row_compares_runs_of_its_group():
+    file = yaml.safe_load((SPEED / "rows.yaml").read_text())
+    for group in (file["groups"] | file["gpu_groups"]).values():
+        assert group["measure"] in measures.MEASURES
+        for row in group["rows"]:
+            assert {row[key] for key in ("of", "over", "less", "beside") if key in row} <= set(group["runs"])
+
+
+def test_runs_take_turns():
+    order = []
+    values = run.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b") or 3.0}, "cpu", 2)
+    assert "".join(order) == "ba" + "ab" + "ba"
+    assert np.array_equal(values["b"], [3.0, 3.0]) and (values["a"] < 1).all()
+
+
+def test_living_bytes_are_counted():
+    with measures.LiveBytes() as count:
+        first = torch.zeros(100)
+        del first
+        second = torch.zeros(25).view(5, 5)
+    assert (count.now, count.peak) == (100, 400) and second.numel() == 25
 
 
 @pytest.mark.slow
-def test_rows_end_up_in_the_table_and_in_the_figure(tmp_path):
-    page = tmp_path / "RESULTS.md"
-    flags = [word for flag, values in TINY.items() for word in (flag, *values.split())]
-    for rows in (["training"], ["loss", "mismatch"]):  # the second run keeps what the first one measured
-        subprocess.run([sys.executable, str(RUN), "--rows", *rows, "--output", str(page), *flags], check=True)
+def test_what_is_prepared_for_a_gpu_runs_on_the_cpu(tmp_path):
+    command = ["bash", str(SPEED / "on_gpu.sh"), "--device", "cpu", "--output", str(tmp_path), *SMALL]
+    subprocess.run(command, check=True)
     results = json.loads((tmp_path / "results.json").read_text())
-    text = page.read_text()
-    assert set(results) == {"training", "loss", "mismatch"}
-    measured = [row for entry in results.values() for row in entry["rows"]]
-    assert all(row["low"] <= row["median"] <= row["high"] for row in measured)
-    assert all(row["what"] in text for row in measured)
-    assert "**Not ViT-B/16**" in text
-    assert (tmp_path / "cost_against_C.png").stat().st_size > 0
+    assert {"precision", "gpu_training", "gpu_memory", "compile"} <= set(results)
+    run.main([*SMALL, "--output", str(tmp_path), "--rows", "gpu_finetune"])
+    finetuned = json.loads((tmp_path / "results.json").read_text())["gpu_finetune"]
+    assert all(row["median"] > 0 for row in finetuned["rows"])

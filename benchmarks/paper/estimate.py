@@ -24,11 +24,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel
 
 from peft_sage import SageClassifier, SageConfig
+from peft_sage.encoding import MOST_ROWS
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 from finetune import parse_args  # noqa: E402
+from report import MOST_IMAGES  # noqa: E402
 
 
 BATCH = 128
@@ -79,7 +81,7 @@ def build(recipe: Recipe) -> PeftModel:
     with torch.device("meta"):
         clip = CLIPModel(CONFIGS[recipe.model])
     texts = torch.ones(DATA[recipe.data].classes, CONFIGS[recipe.model].projection_dim)
-    guidance = {"guidance": texts} if recipe.method == "sage" else {"guidance_rows": 0}
+    guidance = {"guidance": texts[:MOST_ROWS]} if recipe.method == "sage" else {"guidance_rows": 0}
     config = SageConfig(r=recipe.r, modules_to_save=["class_head"], **guidance)
     return get_peft_model(SageClassifier(clip, texts), config).to("meta").half()
 
@@ -91,7 +93,7 @@ def cost(recipe: Recipe) -> Cost:
     images = torch.empty(BATCH, 3, 224, 224, dtype=torch.float16, device="meta")
     weights = {id(parameter) for parameter in model.parameters()}
     tokens = model.get_base_model().model.vision_model.embeddings.num_positions
-    attention = [(tokens, tokens), (BATCH * tokens, DATA[recipe.data].classes)]
+    attention = [(tokens, tokens), (BATCH * tokens, min(MOST_ROWS, DATA[recipe.data].classes))]
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -127,11 +129,12 @@ def hours(recipe: Recipe, tflops: float, utilisation: float, images_per_second: 
     """
     args = parse_args(recipe.flags)
     data, needs = DATA[recipe.data], cost(recipe)
-    # Training; the test set before, after, and with the saved files; both sets once more, for the pictures.
+    # Training; the test set before, after, and with the saved files; for the report; once for the text prior.
     phases = [
         (args.epochs * data.train_images, needs.step),
         (3 * data.test_images, args.test_crops * needs.prediction),
-        (data.train_images + data.test_images, needs.prediction),
+        (min(MOST_IMAGES, data.test_images), needs.prediction),
+        (data.train_images if recipe.method == "sage" else 0, needs.prediction),
     ]
     speed = tflops * 1e12 * utilisation
     return sum(images * max(operations / speed, 1 / images_per_second) for images, operations in phases) / 3600

@@ -197,8 +197,8 @@ def agreement(run: SimpleNamespace) -> Run:
 
 
 def importing(run: SimpleNamespace) -> Run:
-    """Milliseconds of `import peft_sage` in a fresh process that has imported peft."""
-    code = "import time, peft; start = time.perf_counter(); import peft_sage; print(time.perf_counter() - start)"
+    """Milliseconds of the processor for `import peft_sage` in a fresh process that has imported peft."""
+    code = "import time, peft; start = time.process_time(); import peft_sage; print(time.process_time() - start)"
 
     def measure() -> float:
         output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
@@ -274,35 +274,36 @@ def _examples() -> None:
 
 
 def photos(run: SimpleNamespace) -> Run:
-    """Decode, resize and crop `photos` JPEG files in this process."""
+    """Decode, resize and crop `photos` JPEG files in this process; the seconds of a core."""
     _examples()
     import datasets
     from image_data import PixelDataset, ProcessorView, RandomCropView, load_images
 
     processor, folder = CLIPImageProcessor(), _photographs(run.photos)
-    if run.path in ("centre", "crops"):
-        split = load_images(str(folder)).splits["train"]
-        pixels = PixelDataset(
-            split, ProcessorView(processor) if run.path == "centre" else RandomCropView(processor, 0.5, 0)
-        )
-        return lambda: [pixels[i] for i in range(len(pixels))] and None
     files = sorted(str(path) for path in folder.glob("train/*/*.jpg"))
     data = datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image())
+    views = {"centre": ProcessorView(processor), "crops": RandomCropView(processor, 0.5, 0)}
+    pixels = PixelDataset(load_images(str(folder)).splits["train"], views.get(run.path))
 
-    def by_pil(file: str) -> np.ndarray:
-        image = PIL.Image.open(file).convert("RGB")
+    def by_pil(index: int) -> np.ndarray:
+        image = PIL.Image.open(files[index]).convert("RGB")
         width, height = (round(side * 224 / min(image.size)) for side in image.size)
         left, top = (width - 224) // 2, (height - 224) // 2
-        return np.array(
-            image.resize((width, height), PIL.Image.Resampling.BICUBIC).crop((left, top, left + 224, top + 224))
-        )
+        resized = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
+        return np.array(resized.crop((left, top, left + 224, top + 224)))
 
     def by_datasets(index: int) -> torch.Tensor:
         return processor(data[index]["image"].convert("RGB"), return_tensors="pt")["pixel_values"]
 
-    if run.path == "pil":
-        return lambda: [by_pil(file) for file in files] and None
-    return lambda: [by_datasets(index) for index in range(len(files))] and None
+    read = {"pil": by_pil, "datasets": by_datasets}.get(run.path, pixels.__getitem__)
+
+    def measure() -> float:
+        start = time.process_time()
+        for index in range(len(files)):
+            read(index)
+        return time.process_time() - start
+
+    return measure
 
 
 class _Waiting:
@@ -327,9 +328,9 @@ class _Waiting:
 
 def finetune(run: SimpleNamespace) -> Run:
     """Of the second epoch of `examples/finetune.py`: images a second, or the share of its time it waits for them."""
-    return lambda: _finetuned(
-        tuple(run.sizes.items()), run.device, run.dtype, run.batch, run.photographs, run.cache_gib
-    )[run.value]
+    photographs = run.photographs or str(_photographs(run.photos))
+    settings = (tuple(run.sizes.items()), run.device, run.dtype, run.batch, photographs, run.cache_gib)
+    return lambda: _finetuned(*settings)[run.value]
 
 
 @cache

@@ -64,19 +64,22 @@ def interleaved(runs: Mapping[str, Run], device: str, repetitions: int) -> dict[
     """Let runs take turns, so that whatever else the machine does falls on all of them alike.
 
     Returns:
-        (repetitions,) seconds, or what the run returned. Every other repetition goes through the runs backwards. One
-        round comes before, and does not count, unless there is a single repetition.
+        (repetitions,) seconds, on the CPU those of the processor, or what the run returned. Every other repetition
+        goes through the runs backwards. One round comes before, and does not count, unless there is a single
+        repetition.
     """
 
     def once(run: Run) -> float:
         gc.collect()
         if device == "cuda":
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        # On a CPU others may have their turn meanwhile.
+        clock = time.perf_counter if device == "cuda" else time.process_time
+        start = clock()
         value = run()
         if device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - start if value is None else value
+        return clock() - start if value is None else value
 
     values: dict[str, list[float]] = {name: [] for name in runs}
     for repetition in range(0 if repetitions == 1 else -1, repetitions):
@@ -96,6 +99,8 @@ def table_row(
         result = values[row["of"]] / values[row["over"]]
     if "less" in row:
         result = (values[row["of"]] - values[row["less"]]) * row.get("times", 1)
+    if "beside" in row:
+        result = 1 + result / values[row["beside"]]
     if row.get("unit") == "of each":
         result = result / (4 * run.classes * (run.batch + run.sizes["embedding"]))
     if "rate" in row:
