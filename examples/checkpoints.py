@@ -23,11 +23,11 @@ class TrainingProgress:
     """Where a run is, and its best epoch so far.
 
     Attributes:
-        epoch: Number of the current epoch.
+        epoch: Epochs that are done.
         batch: Batches of the current epoch that are done, in each process.
         step: Optimiser steps done.
-        validation: Scores on the validation split, one dictionary an epoch.
-        best_epoch: The epoch with the best macro accuracy there; -1 before the first.
+        validation: Scores on the validation split, and the `epoch` after which they were measured.
+        best_epoch: The epoch with the best macro accuracy there, from 1; 0 before the first.
         best_weights: The trainable weights after it.
     """
 
@@ -36,12 +36,12 @@ class TrainingProgress:
         self.batch = 0
         self.step = 0
         self.validation: list[dict[str, float]] = []
-        self.best_epoch = -1
+        self.best_epoch = 0
         self.best_weights: dict[str, torch.Tensor] = {}
 
     def record(self, scores: dict[str, float], model: nn.Module) -> None:
-        """Note an epoch's scores, and keep its weights if no earlier epoch had a better macro accuracy."""
-        self.validation.append(scores)
+        """Note the scores after an epoch, and keep its weights if no earlier one had a better macro accuracy."""
+        self.validation.append(scores | {"epoch": self.epoch})
         if all(scores["macro"] >= earlier["macro"] for earlier in self.validation):
             self.best_epoch = self.epoch
             self.best_weights = {name: weight.cpu().clone() for name, weight in trainable_weights(model).items()}

@@ -267,6 +267,7 @@ def train(
     # Not prepared: it counts optimizer steps, however many processes and however large the gradient accumulation.
     steps_per_epoch = math.ceil(len(loaders["train"]) / args.gradient_accumulation_steps)
     epochs = args.epochs or max(EPOCHS, math.ceil(MIN_STEPS / steps_per_epoch))
+    every = 1 if args.epochs else epochs // EPOCHS  # epochs of few steps are not each worth a validation
     total_steps = epochs * steps_per_epoch
     decay_every = steps_per_epoch if args.lr_decay == "epoch" else 1
     scheduler = LambdaLR(optimizer, lambda step: cosine(step // decay_every * decay_every / total_steps))
@@ -297,21 +298,23 @@ def train(
             accelerator.log({"loss": loss, "lr": scheduler.get_last_lr()[0]}, step=progress.step)
             if args.checkpointing_steps and progress.step % args.checkpointing_steps == 0:
                 save_checkpoint(accelerator, folder, progress.step, settings)
+        progress.batch = 0
+        progress.epoch += 1
+        if progress.epoch % every and progress.epoch < epochs:
+            continue
         if "validation" in loaders:
             scores, _ = evaluate(accelerator, model, loaders["validation"], transform, class_counts)
             progress.record({name: scores[name] for name in SCORES}, accelerator.unwrap_model(model))
             accelerator.log({"validation_macro": scores["macro"]}, step=progress.step)
             # tqdm writes in every process, even where the bar is hidden.
             if accelerator.is_main_process:
-                bar.write(f"epoch {progress.epoch + 1} of {epochs}: validation {format_scores(scores)}")
-        progress.epoch += 1
-        progress.batch = 0
+                bar.write(f"epoch {progress.epoch} of {epochs}: validation {format_scores(scores)}")
         save_checkpoint(accelerator, folder, progress.step, settings)
     bar.close()
     kept_epoch = epochs
     if args.model_selection == "best" and progress.best_weights:
         load_trainable_weights(accelerator.unwrap_model(model), progress.best_weights)
-        kept_epoch = progress.best_epoch + 1
+        kept_epoch = progress.best_epoch
         accelerator.print(f"Keeping epoch {kept_epoch}, the best on the validation split")
     return model, {"validation": progress.validation, "kept_epoch": kept_epoch}
 

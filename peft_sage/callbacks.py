@@ -57,7 +57,8 @@ class LongTailCallback(TrainerCallback, ExportableState):
         if args.label_smoothing_factor:
             got = f"got {args.label_smoothing_factor}, which Trainer ignores beside `compute_loss_func`"
             raise ValueError(f"`label_smoothing_factor` must be 0, {got}: use `SageLoss(label_smoothing=...)`.")
-        kept: Any = (state.stateful_callbacks or {}).get(type(self).__name__)
+        saved: Any = state.stateful_callbacks or {}
+        kept = saved.get(type(self).__name__)
         if state.global_step and kept:
             file = io.BytesIO(base64.b64decode(kept["attributes"]["loss"]))
             self.loss.load_state_dict(torch.load(file, weights_only=True))

@@ -177,8 +177,7 @@ class SageClassifier(nn.Module):
             TypeError, ValueError: The classes cannot be read or encoded, or there is no tokenizer.
         """
         texts = read_class_descriptions(classes)
-        loaded = isinstance(clip, nn.Module)
-        model: Any = clip if loaded else AutoModel.from_pretrained(clip, dtype=torch.float32)
+        model: Any = clip if isinstance(clip, nn.Module) else AutoModel.from_pretrained(clip, dtype=torch.float32)
         tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
         embeds = encode_class_descriptions(model, tokenizer, texts, templates, cache_dir=cache_dir)
         image_processor = image_processor or _load(AutoImageProcessor, getattr(model, "name_or_path", ""), {})
@@ -204,7 +203,8 @@ class SageClassifier(nn.Module):
             OSError, ValueError: There is none, its adapter names no base model, or it does not fit.
         """
         source, device = os.fspath(pretrained_model_name_or_path), kwargs.pop("device", None)
-        hub = {name: kwargs.pop(name) for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
+        names = ("token", "cache_dir", "local_files_only")
+        hub: dict[str, Any] = {name: kwargs.pop(name) for name in names if name in kwargs}
         own = hub | {"revision": kwargs.pop("revision", None)}
         config = _adapter_config(source, own)
         # The configuration says which base model, and which revision of it.
@@ -213,7 +213,8 @@ class SageClassifier(nn.Module):
             raise ValueError(f"The adapter in {source!r} does not name its base model: give it as `clip`.")
         if clip is None:
             revision = own["revision"] if config is None else config.revision
-            clip = AutoModel.from_pretrained(base, **{"dtype": torch.float32, "revision": revision, **hub, **kwargs})
+            options: dict[str, Any] = {"dtype": torch.float32, "revision": revision, **hub, **kwargs}
+            clip = AutoModel.from_pretrained(base, **options)
         processor = _load(AutoImageProcessor, source, hub) or _load(AutoImageProcessor, base, hub)
         classifier = cls(clip, None, image_processor=processor)
         if config is not None:

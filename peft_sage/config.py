@@ -7,7 +7,7 @@ import copy
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeGuard
 
 from peft import PeftConfig, PeftType
 from torch import Tensor
@@ -22,7 +22,7 @@ add_peft_type(PEFT_TYPE_NAME)
 Texts = list[str] | list[list[str]] | dict[str, str | list[str]]
 
 
-def _is_list(value: Any, fits: Callable[[Any], bool]) -> bool:
+def _is_list(value: Any, fits: Callable[[Any], bool]) -> TypeGuard[list[Any]]:
     return isinstance(value, (list, tuple, set)) and all(map(fits, value))
 
 

@@ -124,6 +124,7 @@ def test_every_method_runs_and_leaves_an_adapter(command, clip_folder, tmp_path,
     assert results["class_names"] == list(COLOURS)
     assert results["class_counts"] == list(TRAIN_COUNTS.values())
     assert len(results["validation"]) == 2 and 1 <= results["kept_epoch"] <= 2
+    assert [entry["epoch"] for entry in results["validation"]] == [1, 2]
     assert results["validation"][results["kept_epoch"] - 1]["macro"] == max(e["macro"] for e in results["validation"])
     for key in ("zero_shot", "trained"):
         scores = results[key]
@@ -210,11 +211,14 @@ def test_the_text_terms_are_chosen_by_the_data_or_given(command, tmp_path, capsy
 
 def test_few_images_get_more_epochs(command, monkeypatch):
     monkeypatch.setattr(finetune, "MIN_STEPS", 60)
-    flags = [flag for flag in command if flag not in ("--epochs", "2")]
+    flags = [*command[:-8], *command[-6:]]  # without --epochs
     results = finetune.main([*flags, "--method", "head"])
-    assert len(results["validation"]) == 12  # 5 steps per epoch
+    assert results["validation"][-1]["epoch"] == 12  # of 5 steps each
+    monkeypatch.setattr(finetune, "EPOCHS", 4)
+    results = finetune.main([*flags, "--method", "head"])
+    assert [entry["epoch"] for entry in results["validation"]] == [3, 6, 9, 12]
     monkeypatch.setattr(finetune, "MIN_STEPS", 5)
-    assert len(finetune.main([*flags, "--method", "head"])["validation"]) == finetune.EPOCHS
+    assert len(finetune.main([*flags, "--method", "head"])["validation"]) == 4
 
 
 def test_resumed_after_a_kill_ends_with_the_same_weights(command, tmp_path, monkeypatch):
@@ -368,7 +372,7 @@ def test_the_best_epoch_is_kept():
 
     restored = TrainingProgress()
     restored.load_state_dict(progress.state_dict())
-    assert restored.validation[2] == {"macro": 30.0} and restored.best_weights["weight"].item() == 2
+    assert restored.validation[2] == {"macro": 30.0, "epoch": 2} and restored.best_weights["weight"].item() == 2
 
 
 def test_two_processes_agree_with_one(command, tmp_path):

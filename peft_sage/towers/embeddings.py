@@ -58,7 +58,7 @@ def encode_text(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     encode = _text_encoder(model)
     if encode is None:
         hint = "encode the texts with another model and pass the embeddings as `guidance`"
-        raise ValueError(f"`model` must have a text tower, but {describe(model)} has none: {hint}.")
+        raise ValueError(f"`model` must have a text tower for texts, but {describe(model)} has none: {hint}.")
     names = inspect.signature(encode).parameters
     return _embedding(encode(**{name: value for name, value in inputs.items() if name in names}), model)
 
