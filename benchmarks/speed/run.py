@@ -37,7 +37,8 @@ HERE = Path(__file__).resolve().parent
 PAGE = """# Speed
 
 `python benchmarks/speed/run.py --report` writes this page from `results.json`; [README.md](README.md) says how it is
-measured. The median, and between which quartiles; a ratio is taken within each repetition.
+measured. ViT-B/16, r = 32, float32 and, on the CPU, batches of 2, where a row does not say otherwise. The median, and
+between which quartiles it lies; a ratio is taken within each repetition.
 """
 NO_GPU = (
     "\n## GPU\n\nNot measured: there was no GPU. `bash benchmarks/speed/on_gpu.sh` fills this table in 8 minutes.\n"
@@ -147,6 +148,9 @@ def environment(args: argparse.Namespace) -> str:
 def write(results: dict[str, Any], folder: Path) -> None:
     """Write `results.json`, one row a line, and the page with the tables."""
     folder.mkdir(parents=True, exist_ok=True)
+    file = yaml.safe_load((HERE / "rows.yaml").read_text())
+    order = [*file["groups"], *file["gpu_groups"]]
+    results = dict(sorted(results.items(), key=lambda item: order.index(item[0].removesuffix(" (GPU)"))))
     parts = []
     for name, group in results.items():
         rows = ",\n".join(f"  {json.dumps(row)}" for row in group["rows"])
@@ -157,8 +161,11 @@ def write(results: dict[str, Any], folder: Path) -> None:
 
 
 def page(results: dict[str, Any]) -> str:
-    """Return the page in Markdown: a table for every machine."""
+    """Return the page in Markdown: a table for every machine, and what is still to be measured."""
     text = PAGE
+    missing = [name for name in yaml.safe_load((HERE / "rows.yaml").read_text())["groups"] if name not in results]
+    if missing:
+        text += f"\nNot measured yet: `python benchmarks/speed/run.py --rows {' '.join(missing)}`.\n"
     places = dict.fromkeys((group["device"], group["environment"]) for group in results.values())
     for device, place in places:
         text += f"\n## {'GPU' if device == 'cuda' else 'CPU'}: {place}\n"
