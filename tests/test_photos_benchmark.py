@@ -73,7 +73,7 @@ def test_runs_are_done_once_and_reported(bed, tmp_path):
     }
     experiment["arms"] |= {name: {"method": name} for name in ("zero-shot", "head", "lora", "block", "clap", "gda")}
     experiment["arms"]["cache"] = {"method": "tip-adapter", "rates": [0, 0.001]}
-    for name, content in {"grids": grids, "trial": experiment}.items():
+    for name, content in {"grid-lift": grids, "trial": experiment}.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
         assert run(bed, tmp_path / f"{name}.yaml", tmp_path)
     assert run(bed, tmp_path / "trial.yaml", tmp_path) == []

@@ -16,7 +16,7 @@ from torch import Tensor
 from peft_sage import SageLoss
 
 
-CACHE_EPOCHS = 10
+CACHE_EPOCHS = 5
 
 
 def zero_shot(settings: Settings, data: Data, seed: int) -> dict[str, Tensor]:

@@ -5,19 +5,20 @@ python run.py WORK experiments/methods.yaml --jobs 2
 
 WORK is where `prepare.py` and `pretrain.py` have been. Each run adds a line to `results/EXPERIMENT.jsonl`. A run whose
 line exists is not done again, so the command can be stopped and given again; a run of another experiment with the same
-settings is copied. Arms with `vary` are a grid; `choose: GRID` takes the settings of the grid of `grids.yaml` with the
-best macro accuracy on the validation split.
+settings is copied. Arms with `vary` are a grid; `choose: GRID` takes the settings with the best macro accuracy on the
+validation split from a grid of an experiment whose name starts with "grid".
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,8 @@ def plan(experiment: dict[str, Any], results: Path) -> Iterator[Run]:
         for group, arm in experiment["arms"].items():
             arm = dict(arm or {})
             if "choose" in arm:
-                grid = [line for line in read_results(results / "grids.jsonl") if line["ratio"] == ratio]
+                lines = [line for file in results.glob("grid*.jsonl") for line in read_results(file)]
+                grid = [line for line in lines if line["ratio"] == ratio]
                 arm = best_arm(grid, task, arm.pop("choose"))["settings"] | arm
             for name, settings in variants(group, arm):
                 settings = {key: tuple(value) if key == "rates" else value for key, value in settings.items()}
@@ -96,6 +98,17 @@ def do(job: tuple[Run, Path]) -> dict[str, Any]:
     """Do a run in another process."""
     run, work = job
     return run(work)
+
+
+@contextlib.contextmanager
+def workers(jobs: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """A `map` by this process or by several others."""
+    if jobs == 1:
+        prepare_process()
+        yield map
+        return
+    with multiprocessing.get_context("spawn").Pool(jobs, prepare_process) as pool:
+        yield pool.imap_unordered
 
 
 def prepare_process() -> None:
@@ -121,10 +134,10 @@ def main() -> None:
     own = {(line["key"], line["arm"]) for line in read_results(file)}
     missing = [run for run in runs if (run.key, run.arm) not in own]
     known = {line["key"]: line for path in arguments.results.glob("*.jsonl") for line in read_results(path)}
-    with file.open("a") as lines, multiprocessing.get_context("spawn").Pool(arguments.jobs, prepare_process) as pool:
+    with file.open("a") as lines, workers(arguments.jobs) as map_runs:
         copied = [known[run.key] | {"group": run.group, "arm": run.arm} for run in missing if run.key in known]
         new = [(run, arguments.work) for run in missing if run.key not in known]
-        for line in itertools.chain(copied, pool.imap_unordered(do, new)):
+        for line in itertools.chain(copied, map_runs(do, new)):
             print(json.dumps(line), file=lines, flush=True)
             print(
                 *(line[name] for name in ("task", "seed", "arm", "seconds")), line["validation"]["macro"], flush=True
