@@ -128,7 +128,7 @@ class SageClassifier(nn.Module):
         """
         if getattr(self, "_is_replica", False):
             raise RuntimeError(
-                "`nn.DataParallel` cannot train a SageClassifier; use one process per device: accelerate launch SCRIPT."
+                "`nn.DataParallel` cannot train a SageClassifier; start one process per device: accelerate launch ..."
             )
         head = self._active_head
         features = towers.encode_image(self.model, pixel_values, **kwargs)

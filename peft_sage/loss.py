@@ -125,8 +125,18 @@ class SageLoss(nn.Module):
         soft = self._check(logits, labels)
         if self.adjustment.device != logits.device and not torch.compiler.is_compiling():
             self.to(logits.device)  # Trainer moves the model, but not its loss
+        with torch.autocast(logits.device.type, enabled=False):
+            return self._reduced(logits, entries, labels.to(logits.device), soft, num_items_in_batch)
+
+    def _reduced(
+        self,
+        logits: torch.Tensor,
+        entries: dict[str, Any],
+        labels: torch.Tensor,
+        soft: bool,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> torch.Tensor:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        labels = labels.to(logits.device)
         labels = labels.to(logits.dtype if soft else torch.long)
         counted = torch.ones_like(labels[:, 0], dtype=torch.bool) if soft else labels != self.ignore_index
         adjusted = logits + self.adjustment.to(logits)
@@ -139,13 +149,11 @@ class SageLoss(nn.Module):
                 # It belongs to the noise in the denominator, not to the classes that smoothing makes targets of.
                 extra = extra + self.label_smoothing * compensation.mean(dim=1) if self.label_smoothing else extra
             extra = extra + self._text_terms(entries)
+        ignored = -100 if soft else self.ignore_index
         losses = F.cross_entropy(
-            adjusted,
-            labels,
-            ignore_index=-100 if soft else self.ignore_index,
-            reduction="none",
-            label_smoothing=self.label_smoothing,
-        ) + extra.where(counted, 0)
+            adjusted, labels, ignore_index=ignored, reduction="none", label_smoothing=self.label_smoothing
+        )
+        losses = losses + extra.where(counted, 0)
         if num_items_in_batch is not None:
             return losses.sum() * (logits.shape[1] if soft else 1) / torch.as_tensor(num_items_in_batch).to(losses)
         if self.reduction == "none":
@@ -158,7 +166,7 @@ class SageLoss(nn.Module):
         """`gamma_y V_yk / 2` (B, K), through which the gradient reaches the head or the logits: detached it hurts."""
         if {"image_embeds", "class_embeds", "logit_scale"} <= entries.keys():
             self._update(entries["image_embeds"].detach(), labels.where(counted, -1))
-            weight = entries["logit_scale"] * entries["class_embeds"].to(logits.dtype)
+            weight = entries["logit_scale"] * entries["class_embeds"]
             projected = weight @ (self.scatter / self.degrees.clamp(min=1e-6)).to(logits)
             variance, covariance = (projected * weight).sum(dim=1), projected[labels] @ weight.T
         else:
@@ -170,7 +178,6 @@ class SageLoss(nn.Module):
 
     @torch.no_grad()
     def _update(self, features: torch.Tensor, labels: torch.Tensor) -> None:
-        features = features.to(torch.promote_types(features.dtype, torch.float32))
         residuals, degrees = _residuals(*_from_all_processes(features, labels))
         scatter = residuals.T @ residuals
         if self.scatter.shape != scatter.shape:
@@ -178,7 +185,7 @@ class SageLoss(nn.Module):
         # A batch that overflowed in half precision, of which the gradient scaler skips the step, leaves no trace.
         finite = scatter.isfinite().all()
         self.scatter = torch.where(finite, MEMORY * self.scatter + scatter, self.scatter)
-        self.degrees = torch.where(finite, MEMORY * self.degrees + degrees, self.degrees)
+        self.degrees = torch.where(finite, MEMORY * self.degrees + degrees.float(), self.degrees)
 
     def _text_terms(self, entries: dict[str, Any]) -> torch.Tensor | float:
         total: torch.Tensor | float = 0.0
@@ -189,7 +196,7 @@ class SageLoss(nn.Module):
             scale = torch.as_tensor(entries["logit_scale"]).detach()  # a learned scale would shrink to please the term
             texts = scale * F.normalize(entries["text_embeds"].detach(), dim=-1)
             views = [F.normalize(entries[name], dim=-1) for name in ("image_embeds", "base_image_embeds")]
-            seen, target = (F.log_softmax(view.to(texts.dtype) @ texts.T, dim=-1) for view in views)
+            seen, target = (F.log_softmax(view @ texts.T, dim=-1) for view in views)
             divergence = F.kl_div(seen, target.detach(), reduction="none", log_target=True).sum(dim=-1)
             total = total + self.text_guidance * divergence
         return total
@@ -232,6 +239,7 @@ class SageLoss(nn.Module):
                 raise ValueError(f"`{name}` must be a tensor of shape ({rows[name]}, e), got {got}.")
             if embeds.device.type == "cpu" and not torch.compiler.is_compiling() and not embeds.isfinite().all():
                 raise ValueError(f"`{name}` must be finite, got NaN or infinity.")
+            entries[name] = embeds.to(logits)
         widths = {name: entries[name].shape[1] for name in sorted(rows.keys() & entries.keys())}
         if len(set(widths.values())) > 1:
             raise ValueError(f"`outputs` must hold embeddings of one width, got {widths}.")
@@ -279,9 +287,9 @@ def _logits(outputs: torch.Tensor | Mapping[str, Any] | Sequence[Any]) -> tuple[
     entries: dict[str, Any] = {}
     if isinstance(outputs, Mapping):
         entries = {name: value for name, value in outputs.items() if value is not None}
-        if "logits" not in entries:
-            raise ValueError(f"`outputs` must have `logits`, got only {sorted(entries)}.")
-        outputs = entries["logits"]
+        if "logits" not in outputs:
+            raise ValueError(f"`outputs` must have `logits`, got only {sorted(outputs)}.")
+        outputs = outputs["logits"]
     elif isinstance(outputs, (tuple, list)) and outputs:
         outputs = outputs[0]
     if not isinstance(outputs, torch.Tensor) or not outputs.is_floating_point():

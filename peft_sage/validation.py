@@ -54,7 +54,9 @@ def check_class_counts(class_counts: Sequence[int] | torch.Tensor) -> torch.Tens
     """Read numbers of training images as (K,) int64 on the CPU; TypeError or ValueError says what is wrong."""
     counts = as_numbers(class_counts, "class_counts").cpu()
     if counts.ndim != 1 or len(counts) == 0:
-        raise ValueError(f"`class_counts` must have shape (K,), one number per class, got {tuple(counts.shape)}.")
+        raise ValueError(
+            f"`class_counts` must have shape (K,), one number per class, got shape {tuple(counts.shape)}."
+        )
     counts = counts.double()
     wrong = ~((counts >= 0) & (counts == counts.round()) & counts.isfinite())
     if wrong.any():

@@ -4,6 +4,7 @@
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from peft_sage import SageClassifier, SageConfig, SageLoss
+from peft_sage import loss as loss_module
 from tests.conftest import VISION, tiny_clip
 
 
@@ -46,6 +48,14 @@ def make_vision_model() -> PeftModel:
     return get_peft_model(SageClassifier(vision, torch.randn(3, 16)), config)
 
 
+class LossOfOneProcess(SageLoss):
+    """The reference, which each process computes for itself."""
+
+    def forward(self, *args):
+        with mock.patch.object(loss_module, "_from_all_processes", lambda *batch: batch):
+            return super().forward(*args)
+
+
 def train(folder: Path) -> None:
     """The same global batches whatever the number of processes; then a state round trip."""
     accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=False)])
@@ -54,6 +64,7 @@ def train(folder: Path) -> None:
     loader = DataLoader(make_data(32), batch_size=GLOBAL_BATCH // accelerator.num_processes)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     loss = SageLoss(COUNTS)
+    accelerator.register_for_checkpointing(loss)
 
     def epoch() -> None:
         for batch in loader:
@@ -89,6 +100,27 @@ def gather(folder: Path) -> None:
         torch.save({"index": torch.cat(seen), "logits": torch.cat(logits)}, folder / "gathered.pt")
 
 
+def loss_outputs(step: int) -> tuple[dict, torch.Tensor]:
+    """A batch of 13 images of 3 classes, as a classifier in training mode returns it, in float64."""
+    generator = torch.Generator().manual_seed(step)
+    images, rows = (torch.randn(n, 4, generator=generator, dtype=torch.float64) for n in (13, 3))
+    labels = torch.randint(0, 3, (13,), generator=generator)
+    return {"logits": images @ rows.T, "image_embeds": images, "class_embeds": rows, "logit_scale": 1.0}, labels
+
+
+def loss_of_parts(folder: Path) -> None:
+    """The losses of each image, with 7 images in one process and 6 in the other."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    function, losses = SageLoss(COUNTS, reduction="none"), []
+    for step in range(3):
+        outputs, labels = loss_outputs(step)
+        part = {name: outputs[name][rank::processes] for name in ("logits", "image_embeds")}
+        losses.append(function(outputs | part, labels[rank::processes]))
+    torch.save((losses, function.state_dict()), folder / f"loss{rank}.pt")
+
+
 def disagree(folder: Path) -> None:
     """Each process has guidance of its own: training must not start."""
     accelerator = Accelerator(cpu=True)
@@ -112,13 +144,13 @@ def fsdp2(folder: Path) -> None:
         fully_shard(layer, mesh=mesh)
     # It takes no scalars, and CLIP has one.
     fully_shard(sharded, mesh=mesh, ignored_params={p for p in sharded.parameters() if p.ndim == 0})
-    loss, data = SageLoss(COUNTS), make_data(32)
+    loss, alone, data = SageLoss(COUNTS), LossOfOneProcess(COUNTS), make_data(32)
     optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2) for m in (sharded, whole)]
     for start in range(0, len(data), GLOBAL_BATCH):
         images = torch.stack([item["pixel_values"] for item in data[start : start + GLOBAL_BATCH]])
         labels = torch.tensor([item["labels"] for item in data[start : start + GLOBAL_BATCH]])
         loss(sharded(pixel_values=images[rank::processes]), labels[rank::processes]).backward()
-        loss(whole(pixel_values=images), labels).backward()
+        alone(whole(pixel_values=images), labels).backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -144,13 +176,13 @@ def deepspeed(folder: Path) -> None:
         "gradient_clipping": 0.0,
     }
     engine, *_ = initialize(model=spread, optimizer=optimizers[0], config=settings)
-    loss, data = SageLoss(COUNTS), make_data(32)
+    loss, alone, data = SageLoss(COUNTS), LossOfOneProcess(COUNTS), make_data(32)
     for start in range(0, len(data), GLOBAL_BATCH):
         images = torch.stack([item["pixel_values"] for item in data[start : start + GLOBAL_BATCH]])
         labels = torch.tensor([item["labels"] for item in data[start : start + GLOBAL_BATCH]])
         engine.backward(loss(engine(pixel_values=images[rank::processes]), labels[rank::processes]))
         engine.step()
-        loss(whole(pixel_values=images), labels).backward()
+        alone(whole(pixel_values=images), labels).backward()
         optimizers[1].step()
         optimizers[1].zero_grad()
     if rank == 0:
@@ -159,7 +191,14 @@ def deepspeed(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    jobs = {"train": train, "gather": gather, "disagree": disagree, "fsdp2": fsdp2, "deepspeed": deepspeed}
+    jobs = {
+        "train": train,
+        "gather": gather,
+        "disagree": disagree,
+        "loss": loss_of_parts,
+        "fsdp2": fsdp2,
+        "deepspeed": deepspeed,
+    }
     for job in sys.argv[2:]:
         jobs[job](Path(sys.argv[1]))
     if dist.is_initialized():

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed_job import make_data, make_model
+from peft_sage import SageLoss
+from tests.distributed_job import COUNTS, loss_outputs, make_data, make_model
 
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +41,7 @@ def test_one_and_two_processes_give_the_same_weights(tmp_path):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    run(folder, 2, "gather", "disagree", "fsdp2")
+    run(folder, 2, "gather", "disagree", "loss", "fsdp2")
     return folder
 
 
@@ -56,6 +57,15 @@ def test_uneven_last_batch_counts_each_image_once(folder):
 def test_processes_with_different_guidance_are_told(folder):
     for rank in range(2):
         assert f"differs from that of ranks [{1 - rank}]" in (folder / f"error{rank}").read_text()
+
+
+def test_the_loss_of_two_processes_is_that_of_one(folder):
+    one = SageLoss(COUNTS, reduction="none")
+    whole = [one(*loss_outputs(step)) for step in range(3)]
+    for rank in range(2):
+        losses, state = torch.load(folder / f"loss{rank}.pt")
+        torch.testing.assert_close(state, dict(one.state_dict()))
+        torch.testing.assert_close(losses, [part[rank::2] for part in whole])
 
 
 def test_fsdp2_gives_the_weights_of_one_process(folder):

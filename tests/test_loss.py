@@ -8,9 +8,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from peft_sage import loss as loss_module
 from peft_sage.loss import SageLoss
-from peft_sage.mismatch import mismatch_from_counts
 
 
 COUNTS = [400, 60, 9, 1, 0]
@@ -59,39 +57,187 @@ def test_without_compensation_is_logit_adjustment(batch, tau):
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
 
 
-def test_adjustment_is_the_documented_formula():
-    delta, prior = torch.tensor([0.1, 0.2, 0.5, 1.0, 3.0]), [0.5, 0.2, 0.1, 0.1, 0.1]
-    loss = SageLoss(COUNTS, tau=0.7, compensation=1.5, mismatch=delta, target_prior=prior)
-    pi = torch.tensor([400.0, 60, 9, 1, 1]) / 471
-    torch.testing.assert_close(loss.adjustment, 0.7 * (pi.log() - torch.tensor(prior).log()))
-    torch.testing.assert_close(loss.mismatch, 2 + delta)
-    from_counts = SageLoss(COUNTS, effective_dim=6, base_mismatch=0.5).mismatch
-    torch.testing.assert_close(from_counts, 0.5 + mismatch_from_counts(COUNTS, 6))
+def features_of_batch(labels: torch.Tensor, width: int = 4) -> dict[str, torch.Tensor]:
+    """An output of a classifier in training mode, in float64."""
+    generator = torch.Generator().manual_seed(1)
+
+    def unit(rows: int) -> torch.Tensor:
+        return F.normalize(torch.randn(rows, width, generator=generator, dtype=torch.float64), dim=-1)
+
+    embeds = {"image_embeds": unit(len(labels)), "class_embeds": unit(K), "text_embeds": unit(K)}
+    embeds |= {"base_image_embeds": unit(len(labels)), "logit_scale": 5.0}
+    return with_logits(embeds)
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_compensation_takes_the_mismatch_from_the_right_logit(batch, dtype, smoothing, compiled):
-    logits, labels = batch[0].to(dtype), batch[1]
-    loss = SageLoss(COUNTS, compensation=1.5, label_smoothing=smoothing)
-
-    def formula(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        z = z.float() + loss.adjustment - 1.5 * loss.mismatch * F.one_hot(y, K)
-        return F.cross_entropy(z, y, label_smoothing=smoothing)
-
-    expected = value_and_grad(formula, logits, labels)
-    got = value_and_grad(torch.compile(loss, fullgraph=True) if compiled else loss, logits, labels)
-    torch.testing.assert_close(got[0], expected[0])
-    torch.testing.assert_close(got[1], expected[1], rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+def with_logits(outputs: dict) -> dict:
+    return outputs | {"logits": outputs["logit_scale"] * outputs["image_embeds"] @ outputs["class_embeds"].T}
 
 
-def test_compensation_is_the_loss_of_logits_without_the_optimism(batch):
-    """Training logits whose right entry is too high by the mismatch, as those of seen images are."""
-    logits, labels = batch
+def pooled_covariance(values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Class by class, as one would write it down."""
+    total = torch.zeros(values.shape[1], values.shape[1], dtype=values.dtype)
+    for label in labels.unique():
+        own = values[labels == label]
+        total += sum(torch.outer(x, x) for x in own - own.mean(dim=0))
+    return total / (len(labels) - len(labels.unique()))
+
+
+def compensated(logits: torch.Tensor, labels: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
+    """The documented loss of each image, entry by entry; `covariance` (K, K) is that of the logits."""
+    counts = torch.tensor([400.0, 60, 9, 1, 1], dtype=torch.float64)
+    losses = []
+    for z, y in zip(logits, labels.tolist(), strict=True):
+        spread = [covariance[k, k] + covariance[y, y] - 2 * covariance[k, y] for k in range(K)]
+        gamma = 0.4 + 8 / counts[y]
+        terms = [z[k] - z[y] + (counts[k] / counts[y]).log() + gamma / 2 * spread[k] for k in range(K)]
+        losses.append(torch.stack(terms).logsumexp(0))
+    return torch.stack(losses)
+
+
+def test_of_logits_it_is_the_documented_formula_with_its_gradient(batch):
+    logits, labels = batch[0].double(), batch[1]
+    got = value_and_grad(SageLoss(COUNTS, reduction="none"), logits, labels)
+    want = value_and_grad(lambda z, y: compensated(z, y, pooled_covariance(z, y)), logits, labels)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_of_features_it_is_the_documented_formula_with_the_gradient_of_the_head(batch):
+    outputs, labels = features_of_batch(batch[1]), batch[1]
+    covariance = pooled_covariance(outputs["image_embeds"], labels)
+
+    def of(loss):
+        rows = outputs["class_embeds"].clone().requires_grad_()
+        images = outputs["image_embeds"].clone().requires_grad_()
+        losses = loss(with_logits(outputs | {"class_embeds": rows, "image_embeds": images}))
+        losses.sum().backward()
+        return losses.detach(), rows.grad, images.grad
+
+    got = of(lambda out: SageLoss(COUNTS, reduction="none")(out, labels))
+    of_logits = lambda out: 25 * out["class_embeds"] @ covariance @ out["class_embeds"].T  # noqa: E731 - scale 5
+    want = of(lambda out: compensated(out["logits"], labels, of_logits(out)))
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_the_first_batch_is_the_same_of_features_and_of_logits(batch):
+    outputs = features_of_batch(batch[1])
+    got, want = (SageLoss(COUNTS)(given, batch[1]) for given in (outputs, outputs["logits"]))
+    torch.testing.assert_close(got, want)
+
+
+def test_it_bounds_the_expected_loss_of_new_images(batch):
+    """Monte Carlo over the noise that the compensation stands for."""
+    outputs, labels = features_of_batch(batch[1]), batch[1]
+    loss, adjusted = (SageLoss(COUNTS, compensation=factor, reduction="none") for factor in (1, 0))
+    noise = torch.randn(4000, 1, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    noise = noise @ torch.linalg.cholesky(pooled_covariance(outputs["image_embeds"], labels)).T
+    images = outputs["image_embeds"] + loss.gamma[labels, None].sqrt() * noise
+    logits = (5.0 * images @ outputs["class_embeds"].T).flatten(0, 1)
+    expected = adjusted(logits, labels.repeat(4000)).view(4000, -1).mean(dim=0)
+    bound = loss(outputs, labels)
+    assert (bound > expected).all() and (expected > adjusted(outputs, labels)).all()
+
+
+def test_the_covariance_is_a_moving_average_in_which_batches_count_by_their_pairs(batch):
+    labels = batch[1]
     loss = SageLoss(COUNTS)
-    seen = logits + loss.mismatch * F.one_hot(labels, K)
-    torch.testing.assert_close(loss(seen, labels), SageLoss(COUNTS, compensation=0)(logits, labels))
+    first, second = features_of_batch(labels), features_of_batch(labels[:6])
+    loss(first, labels)
+    loss(second, labels[:6])
+    sizes = [len(part) - len(part.unique()) for part in (labels, labels[:6])]
+    parts = [pooled_covariance(out["image_embeds"], part) for out, part in ((first, labels), (second, labels[:6]))]
+    want = (0.95 * sizes[0] * parts[0] + sizes[1] * parts[1]) / (0.95 * sizes[0] + sizes[1])
+    torch.testing.assert_close(loss.scatter / loss.degrees, want)
+    # A batch without pairs says nothing, and takes nothing away.
+    loss(features_of_batch(torch.arange(K)), torch.arange(K))
+    torch.testing.assert_close(loss.scatter / loss.degrees, want)
+
+
+def test_an_overflown_batch_leaves_no_trace(batch):
+    loss = SageLoss(COUNTS)
+    loss(features_of_batch(batch[1]), batch[1])
+    before = loss.scatter.clone()
+    loss._update(torch.full((4, 4), torch.inf, dtype=torch.float64), torch.tensor([0, 0, 1, 1]))
+    assert torch.equal(loss.scatter, before)
+
+
+def test_where_there_is_nothing_to_compensate_it_is_logit_adjustment(batch):
+    logits, labels = batch
+    adjusted, loss = SageLoss(COUNTS, compensation=0), SageLoss(COUNTS, text_prior=1.0, text_guidance=1.0)
+    one_each = torch.arange(K)
+    torch.testing.assert_close(SageLoss(COUNTS)(logits[:K], one_each), adjusted(logits[:K], one_each))
+    torch.testing.assert_close(SageLoss(COUNTS)(logits, soft(labels)), adjusted(logits, soft(labels)))
+    with torch.no_grad():  # as Trainer evaluates
+        torch.testing.assert_close(loss(logits, labels), adjusted(logits, labels))
+    torch.testing.assert_close(loss.eval()(logits, labels), adjusted(logits, labels))
+
+
+def test_smoothing_shares_the_target_but_not_the_noise(batch):
+    """The noise has mean zero in the logits of whatever the target is; it stays in the denominator."""
+    logits, labels = batch
+    loss = SageLoss(COUNTS, label_smoothing=0.1, reduction="none")
+    adjusted = logits + loss.adjustment
+    hard = SageLoss(COUNTS, reduction="none")(logits, labels)
+    target = adjusted.gather(1, labels[:, None])[:, 0]
+    torch.testing.assert_close(loss(logits, labels), hard + 0.1 * (target - adjusted.mean(dim=1)))
+
+
+def test_the_text_terms_are_the_documented_formulas(batch):
+    outputs, labels = features_of_batch(batch[1]), batch[1]
+    plain = SageLoss(COUNTS, reduction="none")(outputs, labels)
+    prior = SageLoss(COUNTS, text_prior=0.3, reduction="none")(outputs, labels)
+    distance = 1 - F.cosine_similarity(outputs["class_embeds"], outputs["text_embeds"])
+    torch.testing.assert_close(prior, plain + 0.3 * distance.mean())
+    guided = SageLoss(COUNTS, text_guidance=0.2, reduction="none")(outputs, labels)
+    frozen, seen = (
+        torch.distributions.Categorical(logits=5 * outputs[name] @ outputs["text_embeds"].T)
+        for name in ("base_image_embeds", "image_embeds")
+    )
+    torch.testing.assert_close(guided, plain + 0.2 * torch.distributions.kl_divergence(frozen, seen))
+    same = outputs | {"base_image_embeds": outputs["image_embeds"], "class_embeds": outputs["text_embeds"]}
+    same = with_logits(same)
+    both = SageLoss(COUNTS, text_prior=2.0, text_guidance=3.0)
+    torch.testing.assert_close(both(same, labels), SageLoss(COUNTS)(same, labels))
+
+
+def test_the_text_terms_count_once_whatever_the_accumulation(batch):
+    outputs, labels = features_of_batch(batch[1]), batch[1]
+    loss = SageLoss(COUNTS, compensation=0, text_prior=0.3, text_guidance=0.2)
+
+    def part(rows: slice) -> dict:
+        names = ("logits", "image_embeds", "base_image_embeds")
+        return {name: value[rows] if name in names else value for name, value in outputs.items()}
+
+    parts = [loss(part(rows), labels[rows], num_items_in_batch=16) for rows in (slice(0, 5), slice(5, 16))]
+    torch.testing.assert_close(sum(parts), loss(outputs, labels))
+
+
+@pytest.mark.parametrize(
+    ("settings", "missing", "message"),
+    [
+        ({"text_prior": 1.0}, "text_embeds", "`text_prior` needs `text_embeds`"),
+        ({"text_prior": 1.0}, "class_embeds", "`text_prior` needs `class_embeds`"),
+        ({"text_guidance": 1.0}, "base_image_embeds", "`text_guidance` needs `base_image_embeds`"),
+        ({"text_guidance": 1.0}, "image_embeds", "`text_guidance` needs `image_embeds`"),
+    ],
+)
+def test_a_text_term_without_what_it_needs_is_refused(batch, settings, missing, message):
+    outputs = features_of_batch(batch[1])
+    with pytest.raises(ValueError, match=message):
+        SageLoss(COUNTS, **settings)(outputs | {missing: None}, batch[1])
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        SageLoss(COUNTS, **settings)(outputs["logits"], batch[1])
+
+
+@pytest.mark.parametrize("name", ["image_embeds", "class_embeds", "text_embeds", "base_image_embeds"])
+def test_embeddings_are_checked(batch, name):
+    outputs = features_of_batch(batch[1])
+    for wrong in (outputs[name][:-1], outputs[name][:, 0], outputs[name] * torch.nan, outputs[name].tolist()):
+        loss = SageLoss(COUNTS)
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            loss(outputs | {name: wrong}, batch[1])
+        assert loss.scatter.numel() == 0
+    with pytest.raises(ValueError, match="one width"):
+        SageLoss(COUNTS)(outputs | {name: outputs[name][:, 1:]}, batch[1])
 
 
 def test_a_target_like_the_training_data_needs_no_prior_correction():
@@ -99,60 +245,6 @@ def test_a_target_like_the_training_data_needs_no_prior_correction():
     torch.testing.assert_close(
         SageLoss(counts, compensation=0, target_prior=counts / 100).adjustment, torch.zeros(3), atol=1e-6, rtol=0
     )
-
-
-def test_gradient_is_the_closed_form(batch):
-    logits, labels = batch[0].double(), batch[1]
-    loss = SageLoss(COUNTS, label_smoothing=0.1)
-    value, grad = value_and_grad(loss, logits, labels)
-    assert value.dtype == torch.float64
-    one_hot = F.one_hot(labels, K)
-    softmax = (logits + loss.adjustment - loss.mismatch * one_hot).softmax(1)
-    torch.testing.assert_close(grad, (softmax - 0.9 * one_hot - 0.1 / K) / len(labels))
-    assert torch.autograd.gradcheck(lambda z: loss(z, labels), logits.requires_grad_())
-
-
-def test_logits_learned_with_compensation_end_higher_for_the_tail():
-    """Two classes, one binary feature x; a logit for each (x, k), so that the optimum is known in closed form.
-
-    With w = exp(z_1 - z_0) n_1 / n_0, a = exp(lambda delta_0), b = exp(lambda delta_1) and m_k images of (x, k), the
-    derivative of the loss is zero where m_0 a w / (1 + a w) = m_1 b / (w + b), a quadratic equation in w.
-    """
-    counts = torch.tensor([900, 100])
-    likelihood = torch.tensor([[0.8, 0.3], [0.2, 0.7]])  # P_s(x|k), rows x
-    images = (likelihood * counts).round().long()  # images of each (x, k): 720, 30, 180, 70
-    delta = torch.tensor([0.05, 0.6])
-
-    def learned_margin(compensation: float) -> torch.Tensor:
-        loss = SageLoss(counts, compensation=compensation, mismatch=delta, base_mismatch=0, reduction="none")
-        z = torch.zeros(2, 2, requires_grad=True)
-        optimizer = torch.optim.LBFGS([z], max_iter=200, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
-
-        def step() -> torch.Tensor:
-            optimizer.zero_grad()
-            each = loss(z.repeat_interleave(2, dim=0), torch.tensor([0, 1, 0, 1]))
-            total = (each * images.flatten()).sum() / images.sum()
-            total.backward()
-            return total
-
-        optimizer.step(step)
-        return z.detach()[:, 1] - z.detach()[:, 0]
-
-    def optimum(compensation: float) -> torch.Tensor:
-        a, b = (compensation * delta).exp()
-        m0, m1 = images.T
-        p, q = m0 * a, a * b * (m0 - m1)
-        w = (-q + (q**2 + 4 * p * m1 * b).sqrt()) / (2 * p)
-        return w.log() - (counts[1] / counts[0]).log()
-
-    log_ratio = likelihood[:, 1].log() - likelihood[:, 0].log()
-    torch.testing.assert_close(learned_margin(0.0), log_ratio, atol=1e-3, rtol=0)
-    for compensation in (1.0, 2.0):
-        torch.testing.assert_close(learned_margin(compensation), optimum(compensation), atol=1e-3, rtol=0)
-    # The tail's logit rises on images like its own, and not on those of the head.
-    _, on_its_own = zip(*(learned_margin(c).tolist() for c in (0.0, 1.0, 2.0)), strict=True)
-    assert on_its_own[0] < on_its_own[1] < on_its_own[2]
-    assert learned_margin(2.0)[0] < learned_margin(0.0)[0]
 
 
 def test_ignored_images_do_not_count(batch):
@@ -167,8 +259,9 @@ def test_ignored_images_do_not_count(batch):
 
 def test_one_hot_probabilities_equal_indices(batch):
     logits, labels = batch
-    loss = SageLoss(COUNTS, label_smoothing=0.1, ignore_index=2)  # an index to ignore has no meaning for probabilities
-    plain = SageLoss(COUNTS, label_smoothing=0.1)
+    settings = {"compensation": 0, "label_smoothing": 0.1}
+    loss = SageLoss(COUNTS, **settings, ignore_index=2)  # an index to ignore has no meaning for probabilities
+    plain = SageLoss(COUNTS, **settings)
     torch.testing.assert_close(loss(logits, F.one_hot(labels, K).half()), plain(logits, labels))
 
 
@@ -185,113 +278,59 @@ def test_low_precision_logits_are_computed_in_float32(batch, dtype):
     assert loss(extreme, torch.tensor([3])).isfinite()
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("chunk", [1, 2 * K, 2**18])
-def test_half_precision_in_chunks_is_the_formula_in_float32(batch, reduction, chunk, monkeypatch):
-    monkeypatch.setattr(loss_module, "_CHUNK_ELEMENTS", chunk)
-    logits, labels = batch[0].bfloat16(), batch[1].clone()
-    labels[3] = 2
-    loss = SageLoss(COUNTS, reduction=reduction, ignore_index=2)
-    exact = logits.double().requires_grad_()
-    compensated = exact + loss.adjustment - loss.mismatch * F.one_hot(labels, K)
-    want = F.cross_entropy(compensated, labels, reduction=reduction, ignore_index=2)
-    (want_grad,) = torch.autograd.grad(want.sum(), exact)
-    value, grad = value_and_grad(loss, logits, labels)
-    torch.testing.assert_close(value, want.float())
-    # Rounded where it is kept and where it is returned, and not where softmax - onehot cancels.
-    torch.testing.assert_close(grad.double(), want_grad, rtol=2**-7, atol=0)
-    with torch.no_grad():
-        assert torch.equal(loss(logits, labels), value)
-
-
-def test_half_precision_takes_masked_classes_and_weights_of_the_images():
-    logits = torch.tensor([[0.0, -torch.inf, 1, 2, 3], [-torch.inf, 0, 1, 2, 3]]).bfloat16()
-    labels, weights = torch.tensor([0, 1]), torch.tensor([2.0, -3.0])
-    loss = SageLoss(COUNTS, reduction="none")
-    exact = logits.double().requires_grad_()
-    compensated = exact + loss.adjustment - loss.mismatch * F.one_hot(labels, K)
-    (F.cross_entropy(compensated, labels, reduction="none") * weights).sum().backward()
-    _, grad = value_and_grad(lambda z: loss(z, labels) * weights, logits)
-    torch.testing.assert_close(grad.double(), exact.grad, rtol=2**-7, atol=0)
-
-
-def test_half_precision_keeps_no_float32_copy_for_the_backward_pass(batch):
-    kept = []
-
-    def keep(tensor):
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        SageLoss(COUNTS)(batch[0].bfloat16().requires_grad_(), batch[1])
-    of_logits_size = [tensor for tensor in kept if tensor.numel() >= batch[0].numel()]
-    assert [tensor.dtype for tensor in of_logits_size] == [torch.bfloat16]
-
-
-def test_half_precision_says_that_it_has_no_second_derivative(batch):
-    logits = batch[0].bfloat16().requires_grad_()
-    with pytest.raises(RuntimeError, match="second derivative"):
-        torch.autograd.grad(SageLoss(COUNTS)(logits, batch[1]), logits, create_graph=True)
-    twice = torch.autograd.functional.hessian(lambda z: SageLoss(COUNTS)(z, batch[1]), batch[0])
-    assert twice.abs().sum() > 0
-
-
 def test_buffers_keep_float32_and_their_values():
     loss = SageLoss(COUNTS)
-    want = loss.adjustment.clone(), loss.mismatch.clone()
+    want = loss.adjustment.clone(), loss.gamma.clone()
     for cast in (nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to(torch.bfloat16)):
         model = cast(nn.ModuleList([copy.deepcopy(loss), nn.Linear(2, 2)]))
         assert model[1].weight.dtype != torch.float32
-        for buffer, value in zip((model[0].adjustment, model[0].mismatch), want, strict=True):
+        for buffer, value in zip((model[0].adjustment, model[0].gamma), want, strict=True):
             assert buffer.dtype == torch.float32
             assert torch.equal(buffer, value)
 
 
-def test_autocast(batch):
-    logits, labels = batch
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(SageLoss(COUNTS)(logits, labels), SageLoss(COUNTS)(logits, labels).float())
-        got = SageLoss(COUNTS)(logits.bfloat16(), labels)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got, SageLoss(COUNTS)(logits.bfloat16(), labels))
+def test_under_autocast_it_is_computed_in_float32(batch):
+    outputs, labels = features_of_batch(batch[1]), batch[1]
+    halves = {name: v.bfloat16() if isinstance(v, torch.Tensor) else v for name, v in outputs.items()}
+    for given in (halves, halves["logits"]):
+        want = SageLoss(COUNTS)(given, labels)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = SageLoss(COUNTS)(given, labels)
+        assert got.dtype == torch.float32 and torch.equal(got, want)
 
 
 @pytest.mark.slow
 def test_compiles_to_one_graph(batch):
-    logits, labels = batch
-    loss = SageLoss(COUNTS, label_smoothing=0.1)
-    compiled = torch.compile(loss, fullgraph=True)
-    torch.testing.assert_close(value_and_grad(compiled, logits, labels), value_and_grad(loss, logits, labels))
-    loss.set_mismatch(torch.arange(K))  # seen by the compiled loss as well
-    torch.testing.assert_close(compiled(logits, labels), loss(logits, labels))
+    outputs, labels = features_of_batch(batch[1]), batch[1]
+    settings = {"label_smoothing": 0.1, "text_prior": 0.3, "text_guidance": 0.2}
+    for given in (outputs, batch[0]):
+        loss, twin = (SageLoss(COUNTS, **(settings if given is outputs else {})) for _ in range(2))
+        compiled = torch.compile(twin, fullgraph=True)
+        for _ in range(2):
+            torch.testing.assert_close(compiled(given, labels), loss(given, labels))
+        torch.testing.assert_close(twin.state_dict(), loss.state_dict())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
 def test_follows_the_logits_to_their_device(batch):
-    logits, labels = batch
+    outputs, labels = features_of_batch(batch[1]), batch[1]
     loss = SageLoss(COUNTS)
-    want = loss(logits, labels)
-    torch.testing.assert_close(loss(logits.cuda(), labels).cpu(), want)
-    assert loss.adjustment.is_cuda
-    loss.set_mismatch(mismatch_from_counts(COUNTS))
-    torch.testing.assert_close(loss(logits, labels), want)
+    want = loss(outputs, labels)
+    moved = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in outputs.items()}
+    torch.testing.assert_close(loss(moved, labels).cpu(), want)
+    assert loss.adjustment.is_cuda and loss.scatter.is_cuda
 
 
-def test_set_mismatch_equals_a_new_loss():
-    delta = torch.tensor([0.0, 0.1, 0.4, 2.0, 2.0])
-    loss = SageLoss(COUNTS, tau=0.5, compensation=2.0)
-    loss.set_mismatch(torch.ones(K))
-    loss.set_mismatch(delta)  # replaces, does not add up
-    assert torch.equal(loss.mismatch, SageLoss(COUNTS, tau=0.5, compensation=2.0, mismatch=delta).mismatch)
-
-
-def test_state_dict_brings_a_measured_mismatch_back():
+def test_the_moving_average_is_saved_copied_and_resumed(batch):
+    outputs, labels = features_of_batch(batch[1]), batch[1]
     trained = SageLoss(COUNTS)
-    trained.set_mismatch(torch.arange(K).float())
+    trained(outputs, labels)
     resumed = SageLoss(COUNTS)
     resumed.load_state_dict(trained.state_dict())
-    assert torch.equal(resumed.mismatch, trained.mismatch)
-    assert set(resumed.state_dict()) == {"mismatch"} and not list(resumed.parameters())
+    assert set(resumed.state_dict()) == {"scatter", "degrees"} and not list(resumed.parameters())
+    want = copy.deepcopy(trained)(outputs, labels)
+    for loss in (trained, resumed):
+        assert torch.equal(loss(outputs, labels), want)
 
 
 def test_from_labels_counts():
@@ -346,10 +385,12 @@ def test_trainer_with_gradient_accumulation_takes_the_step_of_the_whole_batch(tm
     )
     model = TinyClassifier()
     dataset = [{"x": x, "labels": y} for x, y in zip(images, labels, strict=True)]
-    Trainer(model, arguments, train_dataset=dataset, compute_loss_func=SageLoss(COUNTS)).train()
+    # Not the compensation: each micro-batch measures its own.
+    loss = SageLoss(COUNTS, compensation=0)
+    Trainer(model, arguments, train_dataset=dataset, compute_loss_func=loss).train()
 
     reference = TinyClassifier()
-    SageLoss(COUNTS)(reference(images), labels).backward()
+    loss(reference(images), labels).backward()
     for got, start in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(got.detach(), start.detach() - 0.5 * start.grad, atol=1e-6, rtol=1e-5)
 
@@ -367,18 +408,15 @@ def test_trainer_with_gradient_accumulation_takes_the_step_of_the_whole_batch(tm
         ({"class_counts": 5}, r"shape \(\)"),
         ({"tau": float("nan")}, "`tau`"),
         ({"compensation": float("inf")}, "`compensation`"),
+        ({"compensation": -0.5}, "`compensation`"),
+        ({"text_prior": -1}, "`text_prior`"),
+        ({"text_guidance": "auto"}, "`text_guidance`"),
         ({"label_smoothing": 1.5}, "`label_smoothing`"),
         ({"reduction": "average"}, "'average'"),
-        ({"mismatch": "features"}, "'features'"),
-        ({"mismatch": torch.zeros(3)}, r"\(3,\)"),
-        ({"mismatch": torch.tensor([0.1, -0.1])}, "`mismatch`"),
-        ({"mismatch": torch.tensor([0.1, float("nan")])}, "`mismatch`"),
         ({"target_prior": [0.5, 0.4]}, "sum of 0.9"),
         ({"target_prior": [1.2, -0.2]}, "`target_prior`"),
         ({"target_prior": [float("nan"), 0.5]}, "`target_prior`"),
         ({"target_prior": [1.0]}, r"\(1,\)"),
-        ({"effective_dim": 0.0}, "`effective_dim`"),
-        ({"base_mismatch": -1.0}, "`base_mismatch`"),
     ],
 )
 def test_wrong_settings(arguments, match):
@@ -392,7 +430,6 @@ def test_wrong_settings(arguments, match):
         {"class_counts": {"cat": 3, "dog": 1}},
         {"class_counts": None},
         {"class_counts": [True, False]},
-        {"mismatch": None},
         {"target_prior": "uniform"},
     ],
 )
@@ -404,14 +441,6 @@ def test_settings_of_a_wrong_type(arguments):
 @pytest.mark.parametrize("counts", [range(1, 4), (1, 2, 3), torch.tensor([1.0, 2, 3], dtype=torch.float16)])
 def test_counts_come_in_any_form(counts):
     assert torch.equal(SageLoss(counts).adjustment, SageLoss([1, 2, 3]).adjustment)
-
-
-def test_a_refused_mismatch_changes_nothing():
-    loss = SageLoss(COUNTS)
-    want = loss.mismatch.clone()
-    with pytest.raises(ValueError, match="`mismatch`"):
-        loss.set_mismatch(torch.full((K,), -1.0))
-    assert torch.equal(loss.mismatch, want)
 
 
 LABELS = torch.tensor([0, 1])

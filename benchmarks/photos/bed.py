@@ -1,0 +1,112 @@
+"""What a run of the photograph test bed reads: its tasks and the upper half of its towers."""
+
+import ctypes
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionModelWithProjection
+
+
+TASKS = {"A": "A", "B": "B", "tiny": "A"}  # The tower of each task.
+FROZEN = 2  # Blocks of a tower that no adapter is in: what they give is computed once.
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images of a task, as what its tower's lower half makes of them."""
+
+    tokens: np.ndarray  # (n, views, 10, 192) float16, on disk: the plain view first, then random crops.
+    labels: Tensor  # (n,) int64
+    embeds: Tensor  # (n, 192) float32: the frozen tower's embeddings of the plain view, not normalised.
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task's images and texts; all text embeddings have unit length."""
+
+    train: Split  # The pool that long-tailed training sets are drawn from.
+    validation: Split
+    test: Split
+    class_names: list[str]
+    text_embeds: Tensor  # (K, 192) float32
+    description_embeds: Tensor  # (K, 2, 192)
+    other_embeds: Tensor  # (M, 192): captions of what is no class of the task.
+    logit_scale: float  # At which the tower was pretrained.
+
+
+def keep_memory() -> None:
+    """Let glibc keep the memory that tensors leave, as asking the system for it again can take most of the time."""
+    if not sys.platform.startswith("linux"):
+        return
+    trim_threshold, mmap_max = -1, -4  # Names of the options in malloc.h.
+    libc = ctypes.CDLL(None)
+    libc.mallopt(mmap_max, 0)
+    libc.mallopt(trim_threshold, -1)
+
+
+def load_split(folder: Path, split: str) -> Split:
+    """One split of a task, whose tokens stay on disk until they are read."""
+    tokens = np.load(folder / f"{split}_tokens.npy", mmap_mode="r")
+    labels, embeds = (torch.from_numpy(np.load(folder / f"{split}_{kind}.npy")) for kind in ("labels", "embeds"))
+    return Split(tokens, labels, embeds)
+
+
+def load_task(work: Path, name: str) -> Task:
+    """A task of the bed: "A", "B" or "tiny"."""
+    folder = Path(work) / "tasks" / name
+    splits = {split: load_split(folder, split) for split in ("train", "validation", "test")}
+    with np.load(folder / "texts.npz") as texts:
+        embeds = {key: torch.from_numpy(texts[key]) for key in ("text_embeds", "description_embeds", "other_embeds")}
+        scale = float(texts["logit_scale"])
+    names = json.loads((folder / "class_names.json").read_text())
+    return Task(**splits, class_names=names, **embeds, logit_scale=scale)
+
+
+def load_tower(work: Path, name: str) -> tuple[CLIPVisionModelWithProjection, dict[str, Tensor]]:
+    """A pretrained tower, "A" or "B", and what stands beside it.
+
+    The tower's pixels are the stem's maps (B, 320, 3, 3), less `mean`, over `std`. `weight` and `bias` map MiniLM's
+    embeddings to the tower's, `log_scale` is the temperature.
+    """
+    folder = Path(work) / "towers" / name
+    with np.load(folder / "beside.npz") as beside:
+        numbers = {key: torch.from_numpy(beside[key]) for key in beside.files}
+    return CLIPVisionModelWithProjection.from_pretrained(folder).eval(), numbers
+
+
+class Tokens(nn.Module):
+    """Stands for the embeddings of a tower whose pixels are tokens already."""
+
+    def forward(self, tokens: Tensor, **unused: object) -> Tensor:
+        """The tokens."""
+        return tokens
+
+
+def load_upper_tower(work: Path, name: str) -> CLIPVisionModelWithProjection:
+    """The blocks of a task's tower that come after the frozen ones: its pixels are a split's tokens (B, 10, 192)."""
+    tower, _ = load_tower(work, TASKS[name])
+    vision = tower.vision_model
+    vision.embeddings, vision.pre_layrnorm = Tokens(), nn.Identity()
+    vision.encoder.layers = vision.encoder.layers[FROZEN:]
+    tower.config.num_hidden_layers = len(vision.encoder.layers)
+    return tower
+
+
+def long_tailed(labels: Tensor, ratio: float, seed: int, largest: int) -> Tensor:
+    """Images of a long-tailed training set, whose largest class has `ratio` times the images of its smallest.
+
+    The seed chooses the order of the classes, so that another seed has another tail, and the images of each class.
+    """
+    generator = np.random.default_rng(seed)
+    classes = generator.permutation(int(labels.max()) + 1)
+    chosen = []
+    for rank, label in enumerate(classes):
+        size = max(int(largest * ratio ** (-rank / (len(classes) - 1))), 1)
+        images = np.flatnonzero(labels.numpy() == label)
+        chosen.append(generator.permutation(images)[:size])
+    return torch.from_numpy(np.sort(np.concatenate(chosen)))

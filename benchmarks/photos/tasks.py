@@ -1,0 +1,99 @@
+"""The tasks of the photograph test bed: images as tokens of a tower's lower half, and texts as embeddings."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from bed import FROZEN, TASKS, load_tower
+from captions import Encoder, class_captions, other_captions
+from stem import device
+from torch import Tensor
+
+
+BATCH = 200
+
+# Splits of the images that each split of a task has. In A the model has seen none of CIFAR-100, in B one half.
+CIFAR100 = {"train": ["cifar100-pool"], "validation": ["cifar100-validation"], "test": ["cifar100-test"]}
+SPLITS = {
+    "A": {**CIFAR100, "train": ["cifar100-pretrain", "cifar100-pool"]},
+    "B": CIFAR100,
+    "tiny": {"train": ["tiny-pool"], "validation": ["tiny-validation"], "test": ["tiny-test"]},
+}
+
+
+def read_chunks(work: Path, split: str, kind: str) -> Tensor:
+    """The maps (n, views, 320, 3, 3) or guesses (n, 5) of a split."""
+    arrays = [np.load(path)[kind] for path in sorted((work / "stem" / split).glob("*.npz"))]
+    return torch.from_numpy(np.concatenate(arrays))
+
+
+def read_maps(work: Path, split: str) -> Tensor:
+    """The stem's maps (n, views, 320, 3, 3) of a split, in float16."""
+    return read_chunks(work, split, "maps")
+
+
+def read_guesses(work: Path, split: str) -> Tensor:
+    """The stem's best guesses (n, 5) at the ImageNet classes of a split, the best first."""
+    return read_chunks(work, split, "guesses").long()
+
+
+def read_labels(work: Path, split: str) -> Tensor:
+    """The labels of a split."""
+    with np.load(work / "splits.npz") as arrays:
+        return torch.from_numpy(arrays[f"{split}.labels"])
+
+
+@torch.inference_mode()
+def write_images(work: Path, folder: Path, name: str, split: str) -> None:
+    """Write the tokens, labels and embeddings of one split of a task."""
+    tower, beside = load_tower(work, TASKS[name])
+    tower.to(device())
+    vision = tower.vision_model
+    mean, std = (beside[key].view(-1, 1, 1) for key in ("mean", "std"))
+    parts = SPLITS[name][split]
+    maps = torch.cat([read_maps(work, part) for part in parts])
+    tokens, embeds = [], []
+    for part in maps.split(BATCH):
+        pixels = (part.flatten(0, 1).float() - mean) / std
+        hidden = vision.pre_layrnorm(vision.embeddings(pixels.to(device())))
+        for block in vision.encoder.layers[:FROZEN]:
+            hidden = block(hidden, None)
+        hidden = hidden.unflatten(0, part.shape[:2])
+        tokens.append(hidden.half().cpu())
+        plain = hidden[:, 0]
+        for block in vision.encoder.layers[FROZEN:]:
+            plain = block(plain, None)
+        embeds.append(tower.visual_projection(vision.post_layernorm(plain[:, 0])).cpu())
+    np.save(folder / f"{split}_tokens.npy", torch.cat(tokens).numpy())
+    np.save(folder / f"{split}_embeds.npy", torch.cat(embeds).numpy())
+    np.save(folder / f"{split}_labels.npy", torch.cat([read_labels(work, part) for part in parts]).numpy())
+
+
+def write_texts(data: Path, work: Path, folder: Path, name: str, encoder: Encoder) -> None:
+    """Write a task's class names and the embeddings of its texts."""
+    _, beside = load_tower(work, TASKS[name])
+
+    def embed(captions: list[str]) -> Tensor:
+        return F.normalize(F.linear(encoder(captions), beside["weight"], beside["bias"]), dim=-1)
+
+    names, captions, descriptions = class_captions(data, name)
+    classes = F.normalize(torch.stack([embed(texts).mean(0) for texts in captions]), dim=-1)
+    np.savez(
+        folder / "texts.npz",
+        text_embeds=classes.numpy(),
+        description_embeds=torch.stack([embed(texts) for texts in descriptions]).numpy(),
+        other_embeds=embed(other_captions(data, name)).numpy(),
+        logit_scale=beside["log_scale"].exp().numpy(),
+    )
+    (folder / "class_names.json").write_text(json.dumps(names))
+
+
+def write_task(data: Path, work: Path, name: str, encoder: Encoder) -> None:
+    """Write all that the runs of a task read."""
+    folder = work / "tasks" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in SPLITS[name]:
+        write_images(work, folder, name, split)
+    write_texts(data, work, folder, name, encoder)
