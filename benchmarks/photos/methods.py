@@ -125,7 +125,7 @@ def load_tower(work: Path, name: str, remembering: bool = False) -> nn.Module:
 
 
 @functools.lru_cache(maxsize=1)
-def load_data(work: Path, name: str, ratio: float, seed: int) -> Data:
+def load_data(work: Path, name: str, ratio: int, seed: int) -> Data:
     """The training set of a seed."""
     task = load_task(work, name)
     images = long_tailed(task.train.labels, ratio, seed, LARGEST[name])

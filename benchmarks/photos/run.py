@@ -48,7 +48,7 @@ class Run:
     group: str  # The arm as the experiment names it,
     arm: str  # and with what varies in it.
     task: str
-    ratio: float
+    ratio: int
     seed: int
     settings: Settings
 
@@ -124,10 +124,11 @@ def main() -> None:
     parser.add_argument("experiment", type=Path, help="YAML file of the runs")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the results")
     parser.add_argument("--tasks", nargs="+", help="only these tasks")
+    parser.add_argument("--ratios", nargs="+", type=int, help="only these ratios of the largest to the smallest class")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     arguments = parser.parse_args()
     experiment = yaml.safe_load(arguments.experiment.read_text())
-    experiment["tasks"] = arguments.tasks or experiment["tasks"]
+    experiment |= {name: getattr(arguments, name) for name in ("tasks", "ratios") if getattr(arguments, name)}
     arguments.results.mkdir(parents=True, exist_ok=True)
     file = arguments.results / f"{arguments.experiment.stem}.jsonl"
     runs = list(plan(experiment, arguments.results))
