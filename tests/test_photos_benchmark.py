@@ -3,7 +3,6 @@
 
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -57,33 +56,37 @@ def bed(tmp_path_factory):
     return work
 
 
-def run(bed, experiment, results):
-    command = [sys.executable, str(FOLDER / "run.py"), str(bed), str(experiment), "--results", str(results)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+@pytest.fixture
+def script(methods, monkeypatch, capsys):
+    """Calls a script of the test bed in this process and returns the lines that it prints."""
+    threads = torch.get_num_threads()
+
+    def call(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        importlib.import_module(name).main()
+        return capsys.readouterr().out.splitlines()
+
+    yield call
+    torch.set_num_threads(threads)
 
 
-def test_runs_are_done_once_and_reported(bed, tmp_path):
-    grids = {"tasks": ["A"], "ratios": [10], "seeds": [10]}
-    grids["arms"] = {"LIFT": {"rows": "none", "compensation": 0, "text_prior": 0, "vary": {"tau": [0.5, 1.0]}}}
-    experiment = {"tasks": ["A"], "ratios": [10], "seeds": [0, 1]}
-    experiment["arms"] = {
-        "Sage": {},
-        "LIFT's recipe": {"choose": "LIFT"},
-        "cosine": {"target": "cosine", "view": "same"},
-    }
-    experiment["arms"] |= {name: {"method": name} for name in ("zero-shot", "head", "lora", "block", "clap", "gda")}
-    experiment["arms"]["cache"] = {"method": "tip-adapter", "rates": [0, 0.001]}
-    for name, content in {"grid-lift": grids, "trial": experiment}.items():
+def test_runs_are_done_once_and_reported(bed, tmp_path, script):
+    grid = {"tasks": ["A"], "ratios": [10], "seeds": [10]}
+    grid["arms"] = {"LIFT": {"rows": "none", "compensation": 0, "text_prior": 0, "vary": {"tau": [0.5, 1.0]}}}
+    trial = {"tasks": ["A"], "ratios": [10], "seeds": [0, 1]}
+    trial["arms"] = {"Sage": {}, "LIFT's recipe": {"choose": "LIFT"}, "cosine": {"target": "cosine", "view": "same"}}
+    trial["arms"] |= {name: {"method": name} for name in ("zero-shot", "head", "lora", "block", "clap", "gda")}
+    trial["arms"]["cache"] = {"method": "tip-adapter", "rates": [0, 0.001]}
+    for name, content in {"grid-lift": grid, "trial": trial}.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
-        assert run(bed, tmp_path / f"{name}.yaml", tmp_path)
-    assert run(bed, tmp_path / "trial.yaml", tmp_path) == []
+        assert script("run", bed, tmp_path / f"{name}.yaml", "--results", tmp_path)
+    assert script("run", bed, tmp_path / "trial.yaml", "--results", tmp_path) == []
     lines = [json.loads(line) for line in (tmp_path / "trial.jsonl").read_text().splitlines()]
     assert len(lines) == 20
     assert {line["seed"] for line in lines} == {0, 1}
     assert all(0 <= line[split]["macro"] <= 100 for line in lines for split in ("validation", "test"))
-    command = [sys.executable, str(FOLDER / "report.py"), str(tmp_path / "trial.jsonl"), "--baseline", "Sage"]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert printed.count("\n|") == 12
+    printed = script("report", tmp_path / "trial.jsonl", "--baseline", "Sage")
+    assert sum(line.startswith("|") for line in printed) == 12
 
 
 def test_the_faster_blocks_compute_the_same(methods, bed):

@@ -140,9 +140,8 @@ def main() -> None:
         new = [(run, arguments.work) for run in missing if run.key not in known]
         for line in itertools.chain(copied, map_runs(do, new)):
             print(json.dumps(line), file=lines, flush=True)
-            print(
-                *(line[name] for name in ("task", "seed", "arm", "seconds")), line["validation"]["macro"], flush=True
-            )
+            told = [line[name] for name in ("task", "ratio", "seed", "arm", "seconds")]
+            print(*told, line["validation"]["macro"], flush=True)
 
 
 if __name__ == "__main__":
