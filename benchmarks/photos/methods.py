@@ -37,7 +37,7 @@ class Settings:
     tau: float = 1.0
     compensation: float = 1.0
     form: str = "features"  # Of the compensation: features, logits or detached.
-    text_prior: float | str = "chosen"  # A strength, chosen (`choose_text_prior`) or best (in held-out accuracy).
+    text_prior: float | str = "best"  # A strength, chosen (`choose_text_prior`) or best (in held-out accuracy).
     text_guidance: float = 0.4  # As a share of the text prior.
     target: str = "texts"  # Of the guidance: the distribution over texts or over random rows, or the cosine.
     view: str = "plain"  # That the target is taken from: plain, or the same that the tower sees.

@@ -16,7 +16,7 @@ from torch import Tensor
 from peft_sage import SageLoss
 
 
-CACHE_EPOCHS = 5
+CACHE_EPOCHS, SHOTS = 5, 16
 
 
 def zero_shot(settings: Settings, data: Data, seed: int) -> dict[str, Tensor]:
@@ -57,11 +57,12 @@ def best_on_validation(data: Data, candidates: Iterable[dict[str, Tensor]]) -> d
 def tip_adapter(settings: Settings, data: Data, seed: int) -> dict[str, Tensor]:
     """Tip-Adapter-F (arXiv 2111.03930): a cache of all training images, whose keys are trained.
 
-    Its weight and sharpness are searched on the validation split after training, as in the paper.
+    Every class weighs as much as one of 16 images does in the paper, where all have as many. The weight and sharpness
+    of the cache are searched on the validation split after training, as there.
     """
     texts, scale = data.task.text_embeds, data.task.logit_scale
     keys = F.normalize(data.embeds.mean(dim=1), dim=-1).requires_grad_()
-    values = F.one_hot(data.labels, len(texts)).float()
+    values = SHOTS * F.one_hot(data.labels, len(texts)) / data.counts[data.labels, None]
     loss = SageLoss(data.counts, tau=settings.tau, compensation=0)
 
     def logits(features: Tensor, alpha: float = 1.0, beta: float = 5.5) -> Tensor:
