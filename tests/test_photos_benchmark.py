@@ -70,7 +70,10 @@ def script(methods, monkeypatch, capsys):
     torch.set_num_threads(threads)
 
 
-def test_runs_are_done_once_and_reported(bed, tmp_path, script):
+def test_runs_are_done_once_and_reported(methods, bed, tmp_path, script, monkeypatch):
+    for module in (methods, importlib.import_module("rivals")):
+        monkeypatch.setattr(module, "HEAD_STEPS", 20)
+    monkeypatch.setattr(methods, "EPOCHS", 1)
     grid = {"tasks": ["A"], "ratios": [10], "seeds": [10]}
     grid["arms"] = {"LIFT": {"rows": "none", "compensation": 0, "text_prior": 0, "vary": {"tau": [0.5, 1.0]}}}
     trial = {"tasks": ["A"], "ratios": [10], "seeds": [0, 1]}

@@ -85,9 +85,9 @@ def gda(settings: Settings, data: Data, seed: int) -> dict[str, Tensor]:
     The weight of the two is searched on the validation split, as in the paper.
     """
     texts, scale = data.task.text_embeds, data.task.logit_scale
-    features = data.embeds[:, 0]
-    means = torch.zeros_like(texts).index_add_(0, data.labels, features) / data.counts.clamp(min=1)[:, None]
-    covariance = (features - means[data.labels]).T.cov()
+    features, labels = data.embeds.flatten(0, 1), data.labels.repeat_interleave(data.embeds.shape[1])
+    means = torch.zeros_like(texts).index_add_(0, labels, features) / labels.bincount(minlength=len(texts))[:, None]
+    covariance = (features - means[labels]).T.cov()
     images, width = features.shape
     precision = width * torch.linalg.inv((images - 1) * covariance + covariance.trace() * torch.eye(width))
     weight = means @ precision
@@ -96,5 +96,5 @@ def gda(settings: Settings, data: Data, seed: int) -> dict[str, Tensor]:
     def logits(seen: Tensor, alpha: float) -> Tensor:
         return scale * seen @ texts.T + alpha * (seen @ weight.T + bias)
 
-    tried = (each_split(data, functools.partial(logits, alpha=alpha)) for alpha in (0.1, 1.0, 10.0))
+    tried = (each_split(data, functools.partial(logits, alpha=alpha)) for alpha in (3, 30, 300))
     return best_on_validation(data, tried)
