@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The photograph test bed's runs and report, on a bed of random numbers."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from peft_sage import SageLoss
+
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "photos"
+CLASSES, WIDTH, TOKENS = 6, 32, 10
+
+
+@pytest.fixture(scope="module")
+def methods():
+    sys.path.insert(0, str(FOLDER))
+    yield importlib.import_module("methods")
+    sys.path.remove(str(FOLDER))
+
+
+@pytest.fixture(scope="module")
+def report(methods):
+    return importlib.import_module("report")
+
+
+@pytest.fixture(scope="module")
+def bed(tmp_path_factory):
+    """A folder with a tower of random weights and a task of random tokens."""
+    work = tmp_path_factory.mktemp("bed")
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "projection_dim": WIDTH, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(num_channels=3, image_size=3, patch_size=1, num_hidden_layers=4, **sizes)
+    CLIPVisionModelWithProjection(config).save_pretrained(work / "towers" / "A")
+    np.savez(work / "towers" / "A" / "beside.npz", log_scale=np.float32(3))
+    folder, generator = work / "tasks" / "A", np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for split, images, views in (("train", 20, 3), ("validation", 5, 1), ("test", 5, 1)):
+        shape = (CLASSES * images, views, TOKENS, WIDTH)
+        np.save(folder / f"{split}_tokens.npy", generator.standard_normal(shape).astype(np.float16))
+        np.save(folder / f"{split}_labels.npy", np.repeat(np.arange(CLASSES), images))
+        np.save(folder / f"{split}_embeds.npy", generator.standard_normal((shape[0], WIDTH), dtype=np.float32))
+    texts = generator.standard_normal((CLASSES, WIDTH), dtype=np.float32)
+    texts /= np.linalg.norm(texts, axis=1, keepdims=True)
+    embeds = {"text_embeds": texts, "description_embeds": texts[:, None], "other_embeds": texts}
+    np.savez(folder / "texts.npz", logit_scale=np.float32(20), **embeds)
+    (folder / "class_names.json").write_text(json.dumps([str(k) for k in range(CLASSES)]))
+    return work
+
+
+@pytest.fixture
+def script(methods, monkeypatch, capsys):
+    """Calls a script of the test bed in this process and returns the lines that it prints."""
+    threads = torch.get_num_threads()
+
+    def call(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        importlib.import_module(name).main()
+        return capsys.readouterr().out.splitlines()
+
+    yield call
+    torch.set_num_threads(threads)
+
+
+def test_runs_are_done_once_and_reported(methods, bed, tmp_path, script, monkeypatch):
+    for module in (methods, importlib.import_module("rivals")):
+        monkeypatch.setattr(module, "HEAD_STEPS", 20)
+    monkeypatch.setattr(methods, "EPOCHS", 1)
+    grid = {"tasks": ["A"], "ratios": [10], "seeds": [10]}
+    grid["arms"] = {"LIFT": {"rows": "none", "compensation": 0, "text_prior": 0, "vary": {"tau": [0.5, 1.0]}}}
+    trial = {"tasks": ["A"], "ratios": [10], "seeds": [0, 1]}
+    trial["arms"] = {"Sage": {}, "LIFT's recipe": {"choose": "LIFT"}, "cosine": {"target": "cosine", "view": "same"}}
+    trial["arms"] |= {name: {"method": name} for name in ("zero-shot", "head", "lora", "block", "clap", "gda")}
+    trial["arms"]["cache"] = {"method": "tip-adapter", "rates": [0, 0.001]}
+    for name, content in {"grid-lift": grid, "trial": trial}.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+        assert script("run", bed, tmp_path / f"{name}.yaml", "--results", tmp_path)
+    assert script("run", bed, tmp_path / "trial.yaml", "--results", tmp_path) == []
+    lines = [json.loads(line) for line in (tmp_path / "trial.jsonl").read_text().splitlines()]
+    assert len(lines) == 20
+    assert {line["seed"] for line in lines} == {0, 1}
+    assert all(0 <= line[split]["macro"] <= 100 for line in lines for split in ("validation", "test"))
+    printed = script("report", tmp_path / "trial.jsonl", "--baseline", "Sage")
+    assert sum(line.startswith("|") for line in printed) == 12
+
+
+def test_the_faster_blocks_compute_the_same(methods, bed):
+    tokens = torch.randn(4, 3, TOKENS, WIDTH).half()
+    plain = methods.load_upper_tower(bed, "A")
+    remembered = methods.remember(plain.vision_model.encoder.layers[0], tokens)
+    with torch.no_grad():
+        expected = plain(pixel_values=tokens[:, 0].float()).image_embeds
+        fast = methods.load_tower(bed, "A")(pixel_values=tokens[:, 0].float()).image_embeds
+        tower = methods.load_tower(bed, "A", remembering=True)
+        faster = tower(pixel_values=remembered[:, 0].float()).image_embeds
+    torch.testing.assert_close(fast, expected)
+    torch.testing.assert_close(faster, expected, atol=1e-2, rtol=1e-2)
+
+
+def test_divergence_over_texts_is_that_of_the_loss(methods):
+    outputs = {name: F.normalize(torch.randn(8, WIDTH), dim=1) for name in ("image_embeds", "base_image_embeds")}
+    texts = F.normalize(torch.randn(CLASSES, WIDTH, requires_grad=True), dim=1)
+    outputs |= {"text_embeds": texts, "class_embeds": texts, "logit_scale": 25.0}
+    outputs["logits"] = 25 * outputs["image_embeds"] @ texts.T
+    labels = torch.zeros(8, dtype=torch.long)
+    without, guided = (SageLoss([5] * CLASSES, text_guidance=share)(outputs, labels) for share in (0, 1))
+    torch.testing.assert_close(methods.departure(outputs, texts), guided - without)
+
+
+def test_batches_are_paired(methods):
+    first, second = (list(methods.batches(10, 3, 4, 7, seed=5)) for _ in range(2))
+    assert len(first) == 7
+    for ours, theirs in zip(first, second, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert sorted(torch.cat([images for images, _ in first[:3]]).tolist()) == list(range(10))
+
+
+@pytest.mark.parametrize(("t", "degrees", "p"), [(2.776445, 4, 0.05), (4.604095, 4, 0.01), (2.262157, 9, 0.05)])
+def test_p_value(report, t, degrees, p):
+    assert report.p_value(t, degrees) == pytest.approx(p, abs=1e-5)
+
+
+def test_settings_are_chosen_on_the_validation_split(report):
+    lines = [
+        {"task": "A", "group": "g", "arm": arm, "seed": seed, "validation": {"macro": v}, "test": {"macro": 100 - v}}
+        for arm, v in (("worse", 1), ("better", 2))
+        for seed in (0, 1)
+    ]
+    assert report.best_arm(lines, "A", "g")["arm"] == "better"
+
+
+@pytest.mark.parametrize("file", sorted((FOLDER / "experiments").glob("*.yaml")), ids=lambda file: file.stem)
+def test_experiments_have_known_settings(methods, file):
+    known = set(methods.Settings.__dataclass_fields__) | {"choose", "vary"}
+    for arm in yaml.safe_load(file.read_text())["arms"].values():
+        assert set(arm) <= known
+        assert set(arm.get("vary", {})) <= known
