@@ -37,7 +37,7 @@ class Settings:
     tau: float = 1.0
     compensation: float = 1.0
     form: str = "features"  # Of the compensation: features, logits or detached.
-    text_prior: float | str = "best"  # A strength, chosen (`choose_text_prior`) or best (in held-out accuracy).
+    text_prior: float | str = "chosen"  # A strength, or chosen by `choose_text_prior`.
     text_guidance: float = 0.4  # As a share of the text prior.
     target: str = "texts"  # Of the guidance: the distribution over texts or over random rows, or the cosine.
     view: str = "plain"  # That the target is taken from: plain, or the same that the tower sees.
@@ -230,12 +230,8 @@ def departure(outputs: Mapping[str, Any], rows: Tensor | None) -> Tensor:
 
 
 def prior_strength(text_prior: float | str, data: Data) -> float:
-    """The strength of the text prior that settings ask for."""
-    if text_prior == "chosen":
-        return data.text_prior.strength
-    if text_prior == "best":
-        return max(data.text_prior.scores, key=data.text_prior.scores.__getitem__)
-    return float(text_prior)
+    """The strength of the text prior."""
+    return data.text_prior.strength if text_prior == "chosen" else float(text_prior)
 
 
 def fit(optimizer: torch.optim.Optimizer, losses: Iterator[Tensor], steps: int) -> None:

@@ -92,12 +92,12 @@ def table(lines: Sequence[Line], baseline: str, split: str, every: bool) -> list
 def main() -> None:
     """Print a table for each task and ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, help="file of the results")
+    parser.add_argument("results", type=Path, nargs="+", help="files of the results")
     parser.add_argument("--baseline", required=True, help="arm that differences are taken to")
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--every", action="store_true", help="show all variants, not the best on validation")
     arguments = parser.parse_args()
-    results = read_results(arguments.results)
+    results = [line for file in arguments.results for line in read_results(file)]
     for task, ratio in dict.fromkeys((line["task"], line["ratio"]) for line in results):
         lines = [line for line in results if (line["task"], line["ratio"]) == (task, ratio)]
         print(f"\nTask {task}, ratio {ratio:g}\n")
