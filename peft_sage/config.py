@@ -156,7 +156,8 @@ class SageConfig(PeftConfig):
                 raise ValueError(f"`r` must be None or an integer from 1 to 65536, got {self.r!r}.")
             if self.r % self.num_heads:
                 raise ValueError(f"`r` must be divisible by `num_heads`, got r={self.r}, num_heads={self.num_heads}.")
-        check_number("scaling", self.scaling)
+        check_number("scaling", self.scaling, -1e6, 1e6)
+        self.scaling = float(self.scaling)
         check_number("dropout", self.dropout, 0, 1)
         if self.dropout == 1:
             raise ValueError(f"`dropout` must be in [0, 1), got {self.dropout}, which would leave nothing.")

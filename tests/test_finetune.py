@@ -564,16 +564,18 @@ def test_random_crops_do_not_depend_on_workers_and_change_every_epoch(command, m
 
 def test_sgd_with_momentum_is_the_textbooks():
     args = finetune.parse_args(["--optimizer", "sgd", "--lr", "0.1", "--momentum", "0.5", "--weight-decay", "0.2"])
-    weight = torch.nn.Parameter(torch.tensor([2.0]))
-    optimizer = finetune.make_optimizer(args, [weight])
+    model = torch.nn.Linear(1, 1, bias=False)
+    weight = model.weight
+    torch.nn.init.constant_(weight, 2.0)
+    optimizer = finetune.make_optimizer(args, model)
     expected, velocity = 2.0, 0.0
     for gradient in (1.0, -3.0, 0.5):
-        weight.grad = torch.tensor([gradient])
+        weight.grad = torch.tensor([[gradient]])
         optimizer.step()
         velocity = 0.5 * velocity + gradient + 0.2 * expected
         expected -= 0.1 * velocity
     assert weight.item() == pytest.approx(expected)
-    assert isinstance(finetune.make_optimizer(finetune.parse_args([]), [weight]), torch.optim.AdamW)
+    assert isinstance(finetune.make_optimizer(finetune.parse_args([]), model), torch.optim.AdamW)
 
 
 @pytest.mark.parametrize("decay", ["step", "epoch"])
@@ -583,7 +585,7 @@ def test_the_learning_rate_falls_as_a_cosine(command, monkeypatch, decay):
     monkeypatch.setattr(
         torch.optim.SGD, "step", lambda self, *_: (rates.append(self.param_groups[0]["lr"]), step(self))
     )
-    finetune.main([*command, *f"--method head --optimizer sgd --epochs 4 --lr 0.1 --lr-decay {decay}".split()])
+    finetune.main([*command, *f"--method head --optimizer sgd --epochs 4 --head-lr 0.1 --lr-decay {decay}".split()])
     done = np.arange(20) // 5 / 4 if decay == "epoch" else np.arange(20) / 20
     np.testing.assert_allclose(rates, 0.05 * (1 + np.cos(np.pi * done)))
 

@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from peft_sage import SageClassifier, SageConfig, SageLoss
+from peft_sage import LongTailCallback, SageClassifier, SageConfig, SageLoss
 from tests.conftest import tiny_clip
 
 
@@ -49,12 +49,14 @@ def make_trainer(model, folder, data, **kwargs):
         "disable_tqdm": True,
         **kwargs,
     }
+    loss = SageLoss(COUNTS)
     return Trainer(
         model,
         TrainingArguments(str(folder), **arguments),
         train_dataset=data,
         eval_dataset=data,
-        compute_loss_func=SageLoss(COUNTS),
+        compute_loss_func=loss,
+        callbacks=[LongTailCallback(loss, COUNTS)],
         compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
     )
 
@@ -152,7 +154,7 @@ def test_accelerate_state_round_trip(accelerator, data, tmp_path):
 
 
 def test_gradient_accumulation_equals_the_whole_batch(accelerator, data):
-    loss = SageLoss(COUNTS)
+    loss = SageLoss(COUNTS, compensation=0)  # which each micro-batch measures for itself
     halves, whole = make_model().eval(), make_model().eval()
     for model, size in ((halves, 4), (whole, 8)):
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
