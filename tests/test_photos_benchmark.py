@@ -74,6 +74,7 @@ def test_runs_are_done_once_and_reported(methods, bed, tmp_path, script, monkeyp
     for module in (methods, importlib.import_module("rivals")):
         monkeypatch.setattr(module, "HEAD_STEPS", 20)
     monkeypatch.setattr(methods, "EPOCHS", 1)
+    monkeypatch.setitem(methods.LARGEST, "A", 20)
     grid = {"tasks": ["A"], "ratios": [10], "seeds": [10]}
     grid["arms"] = {"LIFT": {"rows": "none", "compensation": 0, "text_prior": 0, "vary": {"tau": [0.5, 1.0]}}}
     trial = {"tasks": ["A"], "ratios": [10], "seeds": [0, 1]}
@@ -113,6 +114,16 @@ def test_divergence_over_texts_is_that_of_the_loss(methods):
     labels = torch.zeros(8, dtype=torch.long)
     without, guided = (SageLoss([5] * CLASSES, text_guidance=share)(outputs, labels) for share in (0, 1))
     torch.testing.assert_close(methods.departure(outputs, texts), guided - without)
+
+
+@pytest.mark.parametrize(("rows", "attends"), [("none", False), ("random", True), ("texts", True)])
+def test_without_rows_the_adapter_does_not_attend(methods, bed, rows, attends):
+    texts = F.normalize(torch.randn(CLASSES, WIDTH), dim=1)
+    classifier = methods.SageClassifier(methods.load_tower(bed, "A", remembering=True), texts)
+    model = methods.adapt(methods.Settings(rows=rows), classifier, texts, seed=0)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert any("peft_sage_key" in name for name in trained) == attends
+    assert any("class_head" in name for name in trained)
 
 
 def test_batches_are_paired(methods):

@@ -163,7 +163,8 @@ def adapt(settings: Settings, classifier: SageClassifier, texts: Tensor, seed: i
     torch.manual_seed(seed)
     if settings.method == "adapter":
         rows = guidance_rows(settings.rows, texts, seed)
-        return get_peft_model(classifier, SageConfig(r=RANK, guidance=rows, modules_to_save=["class_head"]))
+        limit = 0 if rows is None else None  # Without rows of its own, a classifier's adapter attends to its texts.
+        return get_peft_model(classifier, SageConfig(r=RANK, guidance=rows, guidance_rows=limit))
     if settings.method == "lora":
         config = LoraConfig(
             r=RANK, lora_alpha=RANK, target_modules=["q_proj", "v_proj"], modules_to_save=["class_head"]
