@@ -140,7 +140,7 @@ def test_the_site_has_every_public_name(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     page = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
-    for name in set(peft_sage.__all__) - {"__version__"}:
+    for name in set(peft_sage.__all__) - {"__version__", "templates"}:  # a module, with a heading of its own
         assert f'id="peft_sage.{name}"' in page, name
 
 

@@ -28,8 +28,8 @@ def methods():
 
 
 @pytest.fixture(scope="module")
-def report(methods):
-    return importlib.import_module("report")
+def tables(methods):
+    return importlib.import_module("tables")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_runs_are_done_once_and_reported(methods, bed, tmp_path, script, monkeyp
     assert len(lines) == 20
     assert {line["seed"] for line in lines} == {0, 1}
     assert all(0 <= line[split]["macro"] <= 100 for line in lines for split in ("validation", "test"))
-    printed = script("report", tmp_path / "trial.jsonl", "--baseline", "Sage")
+    printed = script("tables", tmp_path / "trial.jsonl", "--baseline", "Sage")
     assert sum(line.startswith("|") for line in printed) == 12
 
 
@@ -135,17 +135,17 @@ def test_batches_are_paired(methods):
 
 
 @pytest.mark.parametrize(("t", "degrees", "p"), [(2.776445, 4, 0.05), (4.604095, 4, 0.01), (2.262157, 9, 0.05)])
-def test_p_value(report, t, degrees, p):
-    assert report.p_value(t, degrees) == pytest.approx(p, abs=1e-5)
+def test_p_value(tables, t, degrees, p):
+    assert tables.p_value(t, degrees) == pytest.approx(p, abs=1e-5)
 
 
-def test_settings_are_chosen_on_the_validation_split(report):
+def test_settings_are_chosen_on_the_validation_split(tables):
     lines = [
         {"task": "A", "group": "g", "arm": arm, "seed": seed, "validation": {"macro": v}, "test": {"macro": 100 - v}}
         for arm, v in (("worse", 1), ("better", 2))
         for seed in (0, 1)
     ]
-    assert report.best_arm(lines, "A", "g")["arm"] == "better"
+    assert tables.best_arm(lines, "A", "g")["arm"] == "better"
 
 
 @pytest.mark.parametrize("file", sorted((FOLDER / "experiments").glob("*.yaml")), ids=lambda file: file.stem)

@@ -14,8 +14,8 @@ import torch
 from bed import keep_memory
 from matplotlib.figure import Figure
 from methods import LARGEST, Settings, load_data, train_tower
-from report import best_arm, read_results
 from rivals import zero_shot
+from tables import best_arm, read_results
 
 
 TITLES = {"A": "A: classes that the model hardly knows by name", "B": "B: classes that it knows by name"}

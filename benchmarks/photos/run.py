@@ -28,7 +28,7 @@ import torch
 import yaml
 from bed import keep_memory
 from methods import Settings, accuracies, load_data, prior_strength, train_head, train_tower
-from report import best_arm, read_results
+from tables import best_arm, read_results
 
 
 HERE = Path(__file__).parent

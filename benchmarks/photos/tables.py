@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fourth step of the photograph test bed: tables of results, in Markdown.
 
-python report.py results/methods.jsonl --baseline "Sage"
+python tables.py results/methods.jsonl --baseline "Sage"
 
 Of an arm in which something varies, the variant with the best macro accuracy on the validation split is shown, task by
 task. Differences to the baseline are paired over seeds: mean, standard error, and p of a two-sided t test.
