@@ -393,6 +393,33 @@ def test_two_processes_agree_with_one(command, tmp_path):
         torch.testing.assert_close(first[name], second[name], atol=1e-4, rtol=1e-3, msg=name)
 
 
+def test_a_run_goes_on_with_another_number_of_processes(command, tmp_path, monkeypatch):
+    command = [*command, "--augmentation", "none", "--lr", "0.001", "--epochs", "4", "--method", "head"]
+    whole = finetune.main([*command, "--batch-size", "8", "--output-dir", str(tmp_path / "whole")])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    record = TrainingProgress.record
+
+    def interrupted(self, *args):
+        if self.epoch == 3:
+            raise KeyboardInterrupt
+        record(self, *args)
+
+    monkeypatch.setattr(TrainingProgress, "record", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.main([*command, "--batch-size", "8"])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
+    launched = [*launch, str(EXAMPLES / "finetune.py"), *command, "--batch-size", "4"]
+    done = subprocess.run([*launched, "--resume-from-checkpoint", "latest"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Going on from" in done.stdout
+    resumed = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [entry["epoch"] for entry in resumed["validation"]] == [1, 2, 3, 4]
+    assert resumed["trained"] == whole["trained"]
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "out"))
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], atol=1e-4, rtol=1e-3, msg=name)
+
+
 def test_tracking_bf16_imbalance_and_push(command, tmp_path, monkeypatch):
     pushed = []
     monkeypatch.setattr(finetune, "create_repo", lambda repo, exist_ok: pushed.append(repo))
