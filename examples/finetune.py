@@ -358,6 +358,8 @@ def training_function(args: argparse.Namespace) -> dict[str, Any]:
         project_dir=args.output_dir,
         step_scheduler_with_optimizer=False,
     )
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
+        raise ValueError("`--mixed-precision` fp16 needs a GPU; use bf16 or no.")
     if accelerator.device.type == "cpu":
         # `accelerate launch` leaves a CPU process one thread unless told otherwise.
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

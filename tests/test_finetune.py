@@ -312,6 +312,11 @@ def test_batches_fit_the_data(command, capsys):
         finetune.main([*command, "--imbalance-ratio", "12"])
 
 
+def test_fp16_needs_a_gpu(command):
+    with pytest.raises(ValueError, match="`--mixed-precision` fp16 needs a GPU"):
+        finetune.main([*command, "--mixed-precision", "fp16"])
+
+
 def test_a_full_disk_leaves_earlier_checkpoints_alone(command, tmp_path, monkeypatch):
     save = finetune.Accelerator.save_state
 
