@@ -95,9 +95,11 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="+", help="files of the results")
     parser.add_argument("--baseline", required=True, help="arm that differences are taken to")
     parser.add_argument("--split", choices=("validation", "test"), default="test")
+    parser.add_argument("--below-seed", type=int, default=10**9, help="only runs with a seed below this")
     parser.add_argument("--every", action="store_true", help="show all variants, not the best on validation")
     arguments = parser.parse_args()
     results = [line for file in arguments.results for line in read_results(file)]
+    results = [line for line in results if line["seed"] < arguments.below_seed]
     for task, ratio in dict.fromkeys((line["task"], line["ratio"]) for line in results):
         lines = [line for line in results if (line["task"], line["ratio"]) == (task, ratio)]
         print(f"\nTask {task}, ratio {ratio:g}\n")
