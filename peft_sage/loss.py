@@ -97,9 +97,7 @@ class SageLoss(nn.Module):
     def from_labels(cls, labels: Sequence[int] | Tensor, num_classes: int, **kwargs: Any) -> SageLoss:
         """The loss for the class counts of the training labels (N,), with the further arguments of [`SageLoss`]."""
         labels = as_numbers(labels, "labels")
-        if labels.ndim != 1:
-            raise ValueError(f"`labels` must have shape (N,), got {tuple(labels.shape)}.")
-        check_labels(labels, num_classes)
+        check_labels(labels, labels.numel(), num_classes)
         return cls(torch.bincount(labels, minlength=num_classes), **kwargs)
 
     def forward(self, outputs: Outputs, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -118,54 +116,60 @@ class SageLoss(nn.Module):
         shape, num_classes = tuple(logits.shape), len(self.adjustment)
         if shape[1:] != (num_classes,):
             raise ValueError(f"`logits` must have shape (B, {num_classes}), got {shape}.")
-        if not isinstance(labels, Tensor):
-            raise TypeError(f"`labels` must be a tensor, got {type(labels).__name__}.")
-        soft = labels.is_floating_point() and labels.shape == shape
+        soft = isinstance(labels, Tensor) and labels.ndim == 2
+        if soft and (labels.shape != shape or not labels.is_floating_point()):
+            got = f"{labels.dtype} of shape {tuple(labels.shape)}"
+            raise ValueError(f"`labels` must be class indices (B,) or probabilities {shape}, got {got}.")
         if not soft:
-            if labels.shape != shape[:1]:
-                got = f"{labels.dtype} of shape {tuple(labels.shape)}"
-                raise ValueError(f"`labels` must be {len(logits)} class indices or probabilities {shape}, got {got}.")
-            check_labels(labels, num_classes, self.ignore_index)
+            check_labels(labels, len(logits), num_classes, self.ignore_index)
         if self.adjustment.device != logits.device and not torch.compiler.is_compiling():
             self.to(logits.device)  # Trainer moves the model, but not its loss
+        labels = labels.to(logits.device)
+        counted = torch.ones_like(labels[:, 0], dtype=torch.bool) if soft else labels != self.ignore_index
+        labels = labels.to(logits) if soft else labels.long().where(counted, -1)
         with torch.autocast(logits.device.type, enabled=False):
-            losses, counted = self._losses(logits, entries, labels.to(logits.device), soft)
+            losses = self._losses(logits, entries, labels, soft).where(counted, 0)
         if num_items_in_batch is not None:
             return losses.sum() * (num_classes if soft else 1) / torch.as_tensor(num_items_in_batch).to(losses)
         if self.reduction == "none":
             return losses
         return losses.sum() / (counted.sum() if self.reduction == "mean" else 1)
 
-    def _losses(self, logits: Tensor, entries: dict[str, Any], labels: Tensor, soft: bool) -> tuple[Tensor, Tensor]:
-        """The loss (B,) of each image, and whether it counts."""
+    def _losses(self, logits: Tensor, entries: dict[str, Any], labels: Tensor, soft: bool) -> Tensor:
+        """The loss (B,) of each image, where the label -1 does not count."""
         logits, smoothing = logits.to(torch.promote_types(logits.dtype, torch.float32)), self.label_smoothing
-        counted = torch.ones_like(labels[:, 0], dtype=torch.bool) if soft else labels != self.ignore_index
-        labels = labels.to(logits) if soft else labels.long().where(counted, -1)
-        adjusted, extra = logits + self.adjustment.to(logits), logits.new_zeros(len(logits))
+        adjusted = compensated = logits + self.adjustment.to(logits)
+        extra: Tensor | int = 0
         if self.training and torch.is_grad_enabled():
             self._check_entries(entries, logits)
-            extra = self._text_terms(entries, extra)
+            extra = self._text_terms(entries)
             if self.compensation and not soft:
-                compensation = self._compensation(logits, entries, labels)
-                adjusted = adjusted + compensation
-                # It belongs to the noise in the denominator, not to the classes that smoothing makes targets of.
-                extra = extra + smoothing * compensation.mean(dim=1)
-        losses = F.cross_entropy(adjusted, labels, ignore_index=-1, reduction="none", label_smoothing=smoothing)
-        return losses + extra.where(counted, 0), counted
+                own = labels.clamp(min=0)
+                compensated = self._compensate(adjusted, entries, labels, own)
+                if smoothing:  # The noise belongs to the denominator, not to the classes that smoothing aims at.
+                    noise = compensated - adjusted
+                    extra = extra + smoothing * (noise.mean(dim=1) - noise.gather(1, own[:, None])[:, 0])
+        losses = F.cross_entropy(compensated, labels, ignore_index=-1, reduction="none", label_smoothing=smoothing)
+        return losses + extra
 
-    def _compensation(self, logits: Tensor, entries: dict[str, Any], labels: Tensor) -> Tensor:
-        """`gamma_y V_yk / 2` (B, K), through which the gradient reaches the head or the logits: detached it hurts."""
-        own = labels.clamp(min=0)
+    def _compensate(self, logits: Tensor, entries: dict[str, Any], labels: Tensor, own: Tensor) -> Tensor:
+        """Logits (B, K) with `gamma_y V_yk / 2` less the variance of `z_y`, which is the same for all classes.
+
+        The gradient reaches the head or the logits through it: detached it hurts.
+        """
         if {"image_embeds", "class_embeds", "logit_scale"} <= entries.keys():
             self._update(entries["image_embeds"].detach(), labels)
-            weight = entries["logit_scale"] * entries["class_embeds"]
-            projected = weight @ (self.scatter / self.degrees.clamp(min=1e-6)).to(logits)
-            variance, covariance = (projected * weight).sum(dim=1), projected[own] @ weight.T
+            rows = entries["logit_scale"] * entries["class_embeds"]
+            covariance = (self.scatter / self.degrees.clamp(min=1e-6)).to(logits)
+            # Twice the gradient of one factor is that of the square, without a second product of the head's size.
+            once = (rows * (rows.detach() @ covariance)).sum(dim=1)
+            variance, factor = 2 * once - once.detach(), rows[own] @ covariance
         else:
             residuals, degrees = _residuals(logits, labels)
-            residuals = residuals / degrees.clamp(min=1).sqrt()
-            variance, covariance = residuals.square().sum(dim=0), residuals[:, own].T @ residuals
-        return self.gamma.to(logits)[own, None] / 2 * (variance + variance[own, None] - 2 * covariance)
+            rows = (residuals / degrees.clamp(min=1).sqrt()).T
+            variance, factor = rows.square().sum(dim=1), rows[own]
+        gamma = self.gamma.to(logits)[own]
+        return torch.addr(logits, gamma / 2, variance).addmm_(gamma[:, None] * factor, rows.T, alpha=-1)
 
     @torch.no_grad()
     def _update(self, features: Tensor, labels: Tensor) -> None:
@@ -178,17 +182,22 @@ class SageLoss(nn.Module):
         self.scatter = torch.where(finite, MEMORY * self.scatter + scatter, self.scatter)
         self.degrees = torch.where(finite, MEMORY * self.degrees + degrees.float(), self.degrees)
 
-    def _text_terms(self, entries: dict[str, Any], total: Tensor) -> Tensor:
+    def _text_terms(self, entries: dict[str, Any]) -> Tensor | int:
+        """The prior, which is one number, and the guidance (B,)."""
+        total: Tensor | int = 0
         if self.text_prior:
-            cosine = F.cosine_similarity(entries["class_embeds"], entries["text_embeds"].detach(), dim=-1)
-            total = total + self.text_prior * (1 - cosine).mean()
+            rows, texts = entries["class_embeds"], entries["text_embeds"].detach()
+            cosine = (rows * texts).sum(dim=1) / (rows.norm(dim=1) * texts.norm(dim=1)).clamp(min=1e-8)
+            total = self.text_prior * (1 - cosine).mean()
         if self.text_guidance:
             # Detached, as a learned scale would shrink to please the term.
             texts = (entries["logit_scale"] * F.normalize(entries["text_embeds"], dim=-1)).detach()
-            views = (F.normalize(entries[name], dim=-1) @ texts.T for name in EMBEDS[:2])
-            seen, target = (F.log_softmax(view, dim=-1) for view in views)
-            divergence = F.kl_div(seen, target.detach(), reduction="none", log_target=True)
-            total = total + self.text_guidance * divergence.sum(dim=-1)
+            seen, frozen = (F.normalize(entries[name], dim=-1) for name in EMBEDS[:2])
+            # The divergence of two softmaxes, as the Bregman divergence of their log-normaliser.
+            view = (frozen @ texts.T).detach()
+            slope = view.softmax(dim=-1) @ texts
+            divergence = (seen @ texts.T).logsumexp(dim=-1) - view.logsumexp(dim=-1)
+            total = total + self.text_guidance * (divergence - ((seen - frozen.detach()) * slope).sum(dim=-1))
         return total
 
     def _check_entries(self, entries: dict[str, Any], logits: Tensor) -> None:
@@ -200,7 +209,7 @@ class SageLoss(nn.Module):
                 raise ValueError(f"`{term}` needs {missing} beside the logits, as in the output of {source}.")
         widths = {}
         rows = dict(zip(EMBEDS, [len(logits), len(logits), logits.shape[1], logits.shape[1]], strict=True))
-        for name in [name for name in EMBEDS if name in entries]:
+        for name in entries.keys() & rows.keys():
             embeds = entries[name]
             if not isinstance(embeds, Tensor) or embeds.ndim != 2 or len(embeds) != rows[name]:
                 raise ValueError(f"`{name}` must be a tensor of shape ({rows[name]}, e), got {shape_of(embeds)}.")

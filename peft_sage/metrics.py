@@ -66,11 +66,8 @@ class LongTailAccuracy(Metric):
             if preds.shape[1] != num_classes:
                 raise ValueError(f"`preds` must have {num_classes} classes, got shape {tuple(preds.shape)}.")
             preds = preds.argmax(dim=1)
-        if labels.ndim != 1 or preds.shape != labels.shape:
-            shapes = f"{tuple(preds.shape)} and {tuple(labels.shape)}"
-            raise ValueError(f"`preds` must have shape (B, {num_classes}) or (B,) and `labels` (B,), got {shapes}.")
-        check_labels(labels, num_classes)
-        check_labels(preds, num_classes, name="preds")
+        check_labels(preds, len(labels), num_classes, name="preds")
+        check_labels(labels, len(preds), num_classes)
         labels = labels.long()
         self.total.index_add_(0, labels, torch.ones_like(labels))
         self.correct.index_add_(0, labels, (preds == labels).long())

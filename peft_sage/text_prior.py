@@ -5,14 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from .loss import SageLoss
-from .validation import check_class_counts, check_embeddings, check_integer, check_labels, check_number, shape_of
+from .validation import as_numbers, check_class_counts, check_embeddings, check_integer, check_labels, check_number
 
 
 #: The heads that are tried: optimizer steps, images per step, learning rate, and the scale of their cosines.
@@ -43,14 +42,14 @@ class TextPrior:
 
 def choose_text_prior(
     features: Tensor,
-    labels: Tensor,
+    labels: Sequence[int] | Tensor,
     text_embeds: Tensor,
     *,
     class_counts: Sequence[int] | Tensor | None = None,
     strengths: Sequence[float] = (0, 0.1, 0.3, 1, 3, 10),
     folds: int = 3,
     seed: int = 0,
-    groups: Tensor | None = None,
+    groups: Sequence[int] | Tensor | None = None,
 ) -> TextPrior:
     """Choose the strength of the text prior by stratified cross-validation on the training images.
 
@@ -70,25 +69,27 @@ def choose_text_prior(
     Raises:
         TypeError, ValueError: An argument does not fit, or no class has two images (or groups).
     """
-    strengths = _check(features, labels, text_embeds, strengths, folds, groups)
-    labels, rng = labels.cpu(), Generator().manual_seed(seed)
+    labels = as_numbers(labels, "labels")
+    groups = None if groups is None else as_numbers(groups, "groups")
+    strengths, rng = _check(features, labels, text_embeds, strengths, folds, groups), Generator().manual_seed(seed)
     given = torch.bincount(labels, minlength=len(text_embeds)) if class_counts is None else class_counts
     counts = check_class_counts(given, len(text_embeds))
     images = _part(labels, rng)
     classes, own = labels[images].unique(return_inverse=True)
-    fold = _folds(own, None if groups is None else groups.cpu()[images], folds, rng)
-    if not (fold >= 0).any():
+    fold = _folds(own, None if groups is None else groups[images], folds, rng)
+    held_out = own[fold >= 0].unique()
+    if not len(held_out):
         what = "two images" if groups is None else "images of two groups"
         raise ValueError(f"`labels` must have a class with {what} to hold out; give the text prior as a number.")
-    features, texts = (F.normalize(x.float(), dim=-1) for x in (features[images], text_embeds[classes]))
-    pulls = torch.tensor(strengths).to(features)
-    probability, correct = _cross_validate(features, own, texts.to(features), counts[classes], fold, pulls, rng)
-    # (strengths, classes that have held-out images)
-    accuracy = torch.stack([correct[:, (fold >= 0) & (own == k)].mean(dim=1) for k in own[fold >= 0].unique()], dim=1)
-    chosen = int(accuracy.mean(dim=1).argmax())
+    features, texts = (
+        F.normalize(x.to(features.device, torch.float32), dim=-1)[part]
+        for x, part in ((features, images), (text_embeds, classes))
+    )
+    probability, correct = _cross_validate(features, own, texts, counts[classes], fold, torch.tensor(strengths), rng)
+    scores = torch.stack([correct[:, (fold >= 0) & (own == k)].mean(dim=1) for k in held_out]).mean(dim=0)
+    chosen = int(scores.argmax())
     label_probability = torch.full(labels.shape, torch.nan).index_copy(0, images, probability[chosen])
-    scores = dict(zip(strengths, accuracy.mean(dim=1).tolist(), strict=True))
-    return TextPrior(strengths[chosen], scores, label_probability)
+    return TextPrior(strengths[chosen], dict(zip(strengths, scores.tolist(), strict=True)), label_probability)
 
 
 def _cross_validate(
@@ -100,25 +101,26 @@ def _cross_validate(
         kept, out = (fold != k).nonzero()[:, 0], (fold == k).nonzero()[:, 0]
         share = torch.bincount(labels[kept], minlength=len(texts)) / torch.bincount(labels)
         loss = SageLoss((counts * share).round()).to(features.device)
-        for row, head in enumerate(_train_heads(features[kept], labels[kept], texts, loss, pulls, rng)):
-            logits = (SCALE * features[out] @ head.T).cpu()
-            results[0, row, out] = logits.softmax(dim=1).gather(1, labels[out, None])[:, 0]
-            results[1, row, out] = (logits.argmax(dim=1) == labels[out]).float()
+        heads = _train_heads(features[kept], labels[kept], texts, loss, pulls.to(texts), rng)
+        logits = (SCALE * features[out] @ heads.mT).cpu()
+        results[0][:, out] = logits.softmax(dim=2)[:, range(len(out)), labels[out]]
+        results[1][:, out] = (logits.argmax(dim=2) == labels[out]).float()
     return results
 
 
 def _check(
-    features: Tensor, labels: Any, text_embeds: Tensor, strengths: Sequence[float], folds: int, groups: Any
+    features: Tensor,
+    labels: Tensor,
+    text_embeds: Tensor,
+    strengths: Sequence[float],
+    folds: int,
+    groups: Tensor | None,
 ) -> list[float]:
     check_embeddings(features, "features")
-    check_embeddings(text_embeds, "text_embeds")
-    width, other = features.shape[1], text_embeds.shape[1]
-    if width != other:
-        raise ValueError(f"`features` and `text_embeds` must have one width, got {width} and {other}.")
-    for name, indices in {"labels": labels, "groups": labels if groups is None else groups}.items():
-        if shape_of(indices) != (len(features),):
-            raise ValueError(f"`{name}` must be a tensor of shape ({len(features)},), got {shape_of(indices)}.")
-        check_labels(indices.cpu(), len(text_embeds) if name == "labels" else None, name=name)
+    check_embeddings(text_embeds, "text_embeds", features.shape[1])
+    check_labels(labels, len(features), len(text_embeds))
+    if groups is not None:
+        check_labels(groups, len(features), None, name="groups")
     check_integer("folds", folds, 2)
     if len(strengths) == 0:
         raise ValueError("`strengths` is empty; give at least one number.")

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
 def is_int(value: Any) -> TypeGuard[int]:
     """Whether a value is an integer and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
@@ -23,11 +26,11 @@ def check_number(name: str, value: Any, low: float = -inf, high: float = inf) ->
         raise ValueError(f"`{name}` must be a finite number{bounds}, got {value!r}.")
 
 
-def check_integer(name: str, value: Any, low: int) -> None:
-    """Raise ValueError unless `value` is an integer, at least `low`."""
-    if not is_int(value) or value < low:
-        what = "a positive integer" if low == 1 else f"an integer, at least {low}"
-        raise ValueError(f"`{name}` must be {what}, got {value!r}.")
+def check_integer(name: str, value: Any, low: int, high: float = inf) -> None:
+    """Raise ValueError unless `value` is an integer in [low, high]."""
+    if not is_int(value) or not low <= value <= high:
+        bounds = f", at least {low}" + f", at most {high:g}" * (high < inf)
+        raise ValueError(f"`{name}` must be an integer{bounds}, got {value!r}.")
 
 
 def shape_of(value: Any) -> Any:
@@ -35,13 +38,13 @@ def shape_of(value: Any) -> Any:
     return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
-def check_embeddings(embeddings: Tensor, name: str) -> None:
+def check_embeddings(embeddings: Tensor, name: str, width: int | None = None) -> None:
     """Raise unless they are rows (M, e): TypeError for their type, ValueError for shape, NaN, infinity or zeros."""
     if not isinstance(embeddings, Tensor) or not embeddings.is_floating_point():
         kind = getattr(embeddings, "dtype", type(embeddings).__name__)
         raise TypeError(f"`{name}` must be a floating-point tensor (M, e), got {kind}.")
-    if embeddings.ndim != 2 or embeddings.shape[1] == 0:
-        raise ValueError(f"`{name}` must have the shape (M, e), got {tuple(embeddings.shape)}.")
+    if embeddings.ndim != 2 or embeddings.shape[1] == 0 or width not in (None, embeddings.shape[1]):
+        raise ValueError(f"`{name}` must have the shape (M, {width or 'e'}), got {tuple(embeddings.shape)}.")
     wrong = {"be finite, got NaN or infinity": ~embeddings.isfinite().all(dim=1)}
     wrong["have no rows of zeros, got them"] = (embeddings == 0).all(dim=1)
     for what, rows in wrong.items():
@@ -76,20 +79,21 @@ def check_class_counts(class_counts: Sequence[int] | Tensor, num_classes: int | 
 
 
 def check_labels(
-    labels: Tensor, num_classes: int | None, ignore_index: int | None = None, name: str = "labels"
+    labels: Tensor, num_images: int, num_classes: int | None, ignore_index: int = 0, name: str = "labels"
 ) -> None:
-    """Raise unless class indices are integers (TypeError) in [0, num_classes) or `ignore_index` (ValueError).
+    """Raise unless class indices are integers (TypeError), (num_images,) in [0, num_classes) or `ignore_index`.
 
     The range is checked on the CPU only: elsewhere the host would wait for the device at every step, and the kernels
     that use the labels there assert it themselves. Without `num_classes` it is not checked.
     """
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"`{name}` must be integer class indices, got {labels.dtype}.")
+    if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
+        kind = getattr(labels, "dtype", type(labels).__name__)
+        raise TypeError(f"`{name}` must be a tensor of integer class indices, got {kind}.")
+    if labels.shape != (num_images,):
+        raise ValueError(f"`{name}` must have the shape ({num_images},), got {tuple(labels.shape)}.")
     if num_classes is None or labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    wrong = (labels < 0) | (labels >= num_classes)
-    if ignore_index is not None:
-        wrong &= labels != ignore_index
+    wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     if wrong.any():
         where = int(wrong.nonzero()[0])
         raise ValueError(f"`{name}` must lie in [0, {num_classes}), got {labels[where].item()} at {where}.")

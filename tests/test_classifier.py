@@ -204,7 +204,7 @@ def test_predict_names_what_it_cannot_read(folder, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             classifier.predict(given)
-    with pytest.raises(ValueError, match="`top_k` must be a positive integer, got 0"):
+    with pytest.raises(ValueError, match="`top_k` must be an integer, at least 1, got 0"):
         classifier.predict(pictures(), top_k=0)
     with pytest.raises(ValueError, match="`batch_size`"):
         classifier.predict(pictures(), batch_size=0)

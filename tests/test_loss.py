@@ -453,7 +453,7 @@ LABELS = torch.tensor([0, 1])
         (torch.zeros(K), LABELS, ValueError, r"\(B, 5\)"),
         (torch.zeros(2, K), torch.tensor([0, K]), ValueError, r"got 5 at 1"),
         (torch.zeros(2, K), torch.tensor([0, -1]), ValueError, r"got -1 at 1"),
-        (torch.zeros(2, K), torch.tensor([0, 1, 2]), ValueError, "2 class indices"),
+        (torch.zeros(2, K), torch.tensor([0, 1, 2]), ValueError, r"shape \(2,\), got \(3,\)"),
         (torch.zeros(2, K), torch.zeros(2, 4), ValueError, r"\(2, 5\)"),
         (torch.zeros(2, K), torch.zeros(2, K, dtype=torch.long), ValueError, "torch.int64"),
         (torch.zeros(2, K), torch.zeros(2), TypeError, "torch.float32"),

@@ -99,8 +99,8 @@ def test_two_processes_see_all_images(tmp_path):
     ("preds", "labels", "error", "match"),
     [
         (torch.zeros(2, 5), torch.tensor([0, 1]), ValueError, r"6 classes, got shape \(2, 5\)"),
-        (torch.zeros(3, dtype=torch.long), torch.tensor([0, 1]), ValueError, r"\(3,\) and \(2,\)"),
-        (torch.zeros(2, 6), torch.zeros(2, 6), ValueError, r"\(2, 6\)"),
+        (torch.zeros(3, dtype=torch.long), torch.tensor([0, 1]), ValueError, r"`preds` .* \(2,\), got \(3,\)"),
+        (torch.zeros(2, 6), torch.zeros(2, 6).long(), ValueError, r"`labels` .* \(2,\), got \(2, 6\)"),
         (torch.zeros(2, 6), torch.tensor([0, 6]), ValueError, "`labels` .* got 6 at 1"),
         (torch.tensor([0, -1]), torch.tensor([0, 1]), ValueError, "`preds` .* got -1 at 1"),
         (torch.zeros(2), torch.tensor([0, 1]), TypeError, "`preds` .* torch.float32"),

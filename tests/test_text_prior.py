@@ -101,15 +101,15 @@ FEATURES, LABELS, TEXTS = make_bed([4, 4], "true")
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"features": FEATURES[:, :5]}, ValueError, "`features` and `text_embeds` must have one width, got 5 and 16"),
+        ({"features": FEATURES[:, :5]}, ValueError, r"`text_embeds` must have the shape \(M, 5\), got \(2, 16\)"),
         ({"features": FEATURES.long()}, TypeError, "`features` must be a floating-point tensor"),
         ({"features": FEATURES * torch.nan}, ValueError, "`features` must be finite"),
         ({"features": FEATURES * 0}, ValueError, "`features` must have no rows of zeros"),
         ({"text_embeds": TEXTS[0]}, ValueError, "`text_embeds`"),
-        ({"labels": LABELS[1:]}, ValueError, r"`labels` must be a tensor of shape \(8,\), got \(7,\)"),
+        ({"labels": LABELS[1:]}, ValueError, r"`labels` must have the shape \(8,\), got \(7,\)"),
         ({"labels": LABELS + 1}, ValueError, r"`labels` must lie in \[0, 2\), got 2"),
         ({"labels": LABELS.float()}, TypeError, "`labels`"),
-        ({"labels": LABELS.tolist()}, ValueError, "`labels`"),
+        ({"labels": ["owl", "owl"]}, TypeError, "`labels`"),
         ({"labels": torch.arange(2), "features": FEATURES[:2]}, ValueError, "a class with two images"),
         ({"class_counts": [1, 2, 3]}, ValueError, "`class_counts` must have 2 classes, got 3"),
         ({"class_counts": [-1, 2]}, ValueError, "`class_counts`"),
