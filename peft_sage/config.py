@@ -120,8 +120,7 @@ class SageConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Return what goes into the configuration file: everything but the tensor `guidance`."""
-        names = [entry.name for entry in fields(self) if entry.name != "guidance"]
-        config = {name: copy.deepcopy(getattr(self, name)) for name in names}
+        config = {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(self) if f.name != "guidance"}
         return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
 
     def _check_classes(self) -> None:
@@ -132,8 +131,8 @@ class SageConfig(PeftConfig):
             self.class_names = names if self.class_names is None else self.class_names
         if self.text_templates is not None:
             self.text_templates = check_templates(self.text_templates)
-        if self.guidance_rows is not None and (not is_int(self.guidance_rows) or self.guidance_rows < 0):
-            raise ValueError(f"`guidance_rows` must be None or an integer of at least 0, got {self.guidance_rows!r}.")
+        if self.guidance_rows is not None:
+            check_integer("guidance_rows", self.guidance_rows, 0)
         shape = self.guidance_shape
         if shape is not None:
             if not _is_list(shape, is_int) or len(shape) != 2 or min(shape) < 0:
@@ -151,31 +150,25 @@ class SageConfig(PeftConfig):
     def _check_layer(self) -> None:
         check_integer("num_heads", self.num_heads, 1)
         if self.r is not None:
-            # A bottleneck is narrow; a damaged file must not fill the memory.
-            if not is_int(self.r) or not 1 <= self.r <= 2**16:
-                raise ValueError(f"`r` must be None or an integer from 1 to 65536, got {self.r!r}.")
+            check_integer("r", self.r, 1, 2**16)  # a damaged file must not fill the memory
             if self.r % self.num_heads:
                 raise ValueError(f"`r` must be divisible by `num_heads`, got r={self.r}, num_heads={self.num_heads}.")
         check_number("scaling", self.scaling, -1e6, 1e6)
         self.scaling = float(self.scaling)
-        check_number("dropout", self.dropout, 0, 1)
-        if self.dropout == 1:
-            raise ValueError(f"`dropout` must be in [0, 1), got {self.dropout}, which would leave nothing.")
+        check_number("dropout", self.dropout, 0, 0.999)
 
     def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
             value = getattr(self, name)
-            if value is None:
-                continue
-            is_text = isinstance(value, str) and name != "modules_to_save"
-            if not is_text and not _is_list(value, lambda entry: isinstance(entry, str)):
+            patterns = [value] if isinstance(value, str) and name != "modules_to_save" else value
+            if patterns is not None and not _is_list(patterns, lambda entry: isinstance(entry, str)):
                 raise TypeError(f"`{name}` must be a str or a list of str, got {value!r}.")
-            for pattern in [value] if is_text else value:
+            for pattern in patterns or ():
                 try:
                     re.compile(pattern)
                 except re.error as error:
                     raise ValueError(f"`{name}` must hold names or regular expressions, got {pattern!r}.") from error
-            if not is_text and name in ("target_modules", "exclude_modules"):
+            if value is not None and patterns is value and name in ("target_modules", "exclude_modules"):
                 setattr(self, name, set(value))
         layers = self.layers_to_transform
         if layers is not None:

@@ -11,7 +11,7 @@ import os
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -71,24 +71,20 @@ def normalise_descriptions(descriptions: Descriptions) -> tuple[list[str] | None
     if not descriptions:
         raise ValueError("`class_descriptions` is empty; give one entry per class, or leave it out.")
     names: Any = list(descriptions)
+    wrong = [name for name in names if not isinstance(name, str)]
     if isinstance(descriptions, Mapping):
-        wrong = [name for name in names if not isinstance(name, str)]
         if wrong:
             raise TypeError(f"`class_descriptions` must have class names as keys, got {wrong[:10]}.")
         return names, [_texts(name, texts) for name, texts in descriptions.items()]
     texts = [_texts(index, entry) for index, entry in enumerate(descriptions)]
-    if all(isinstance(name, str) for name in names):
-        return names, list(names)
-    return None, texts
+    return (None, texts) if wrong else (names, list(names))
 
 
 def check_templates(templates: str | Sequence[str]) -> list[str]:
     """Return one or more templates as a list; ValueError unless each has exactly one `{}`."""
     templates = [templates] if isinstance(templates, str) else list(templates)
-    if not templates:
-        raise ValueError("`text_templates` is empty; give at least one template with a `{}`.")
-    if not all(isinstance(template, str) and template.count("{}") == 1 for template in templates):
-        raise ValueError(f"`text_templates` must have exactly one `{{}}` in each template, got {templates!r}.")
+    if not templates or not all(isinstance(text, str) and text.count("{}") == 1 for text in templates):
+        raise ValueError(f"`text_templates` must be texts with exactly one `{{}}` in each, got {templates!r}.")
     return templates
 
 
@@ -99,8 +95,7 @@ def expand(descriptions: Descriptions, templates: Sequence[str] | None = None) -
     """
     names, texts = normalise_descriptions(descriptions)
     templates = check_templates(DEFAULT_TEMPLATES if templates is None else templates)
-    repeated = [name for name, count in Counter(names or []).items() if count > 1]
-    if repeated:
+    if repeated := _repeated(names or []):
         message = f"Class names occur more than once and get identical embeddings; describe them: {repeated[:10]}."
         warnings.warn(message, stacklevel=2)
     # `str.format` would trip over braces in a name.
@@ -108,12 +103,10 @@ def expand(descriptions: Descriptions, templates: Sequence[str] | None = None) -
 
 
 def read_text(path: Path) -> str:
-    """Read a text file in UTF-8, or in UTF-16 or UTF-32 if it begins with their mark; ValueError names it."""
+    """Read a text file in UTF-8, or in UTF-16 if it begins with its mark; ValueError names it."""
     try:
         data = path.read_bytes()
-        marks = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
-        encoding = next((encoding for mark, encoding in marks.items() if data.startswith(mark)), "utf-8-sig")
-        return data.decode(encoding)
+        return data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
     except UnicodeDecodeError as error:
         byte = f"byte {data[error.start]:#x} at {error.start}"
         raise ValueError(f"{str(path)!r} is not UTF-8 ({byte}): save it as UTF-8.") from error
@@ -126,18 +119,18 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     # By the stream and not by `splitlines`: a quoted text may hold line breaks, of which Unicode has ten.
     text = read_text(path)
     delimiter = max(",;\t", key=text.partition("\n")[0].count)  # spreadsheets of some countries write semicolons
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        header = next(rows, [])
-        if len(set(header)) < len(header):
-            raise ValueError(f"{str(path)!r} names a column twice: {header}.")
-        for row in filter(None, rows):
-            if len(row) != len(header):
-                fields = f"{len(row)} fields in line {rows.line_num} and {len(header)} columns {header}"
-                raise ValueError(f"{str(path)!r} has {fields}; a text with {delimiter!r} needs quotes.")
-            yield rows.line_num, dict(zip(header, row, strict=True))
+        columns = list(rows.fieldnames or ())
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"{str(path)!r} names a column twice: {columns}.")
+        for row in rows:
+            if None in row or None in row.values():
+                where = f"more or fewer fields in line {rows.line_num} than the columns {columns}"
+                raise ValueError(f"{str(path)!r} has {where}; a text with {delimiter!r} needs quotes.")
+            yield rows.line_num, row
     except csv.Error as error:
-        raise ValueError(f"{str(path)!r} cannot be read at line {rows.line_num}: {error}.") from error
+        raise ValueError(f"{str(path)!r} cannot be read at line {rows.reader.line_num}: {error}.") from error
 
 
 def _read_file(path: Path, where: str) -> Any:
@@ -152,28 +145,28 @@ def _read_file(path: Path, where: str) -> Any:
     for line, row in read_csv(path):
         if not {"class", "description"} <= set(row):
             raise ValueError(f"{where} must have the columns 'class' and 'description', got {list(row)}.")
-        for column in ("class", "description"):
-            if not row[column].strip():
-                raise ValueError(f"{where} has an empty {column} in line {line} (class {row['class']!r}).")
+        if empty := [column for column in ("class", "description") if not row[column].strip()]:
+            raise ValueError(f"{where} has an empty {empty[0]} in line {line} (class {row['class']!r}).")
         texts.setdefault(row["class"], []).append(row["description"])
     return texts
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    repeated = [name for name, count in Counter(_composed(name) for name, _ in pairs).items() if count > 1]
-    if repeated:
+    if repeated := _repeated(_composed(name) for name, _ in pairs):
         raise ValueError(f"it has more than one entry for {repeated[:10]}.")
     return dict(pairs)
 
 
+def _repeated(names: Iterable[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
 def _in_order(texts: dict[str, Any], class_names: Sequence[str], where: str) -> list[Any]:
     texts = {_composed(name): entry for name, entry in texts.items()}
-    missing = [name for name in class_names if _composed(name) not in texts]
-    if missing:
+    if missing := [name for name in class_names if _composed(name) not in texts]:
         known = f"it has {list(texts)[:10]}"
         raise ValueError(f"{where} has no entry for {len(missing)} of the classes: {missing[:10]}; {known}.")
-    more = texts.keys() - set(map(_composed, class_names))
-    if more:
+    if more := texts.keys() - set(map(_composed, class_names)):
         warnings.warn(f"{where} has {len(more)} classes that are not used: {sorted(more)[:10]}.", stacklevel=3)
     return [texts[_composed(name)] for name in class_names]
 

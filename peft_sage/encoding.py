@@ -36,7 +36,6 @@ def encode_class_descriptions(
     descriptions: Descriptions,
     templates: Sequence[str] | None = None,
     batch_size: int = 256,
-    progress_bar: bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Tensor:
     """Encode class descriptions with the model's own text tower.
@@ -50,8 +49,7 @@ def encode_class_descriptions(
         descriptions: A list of class names; a list with one list of texts per class; or a dictionary from class name
             to one or more texts.
         templates: For bare class names, texts with one `{}` each. Default: "a photo of a {}.".
-        batch_size: Texts per batch.
-        progress_bar: Whether to show one, on the main process. Default: with more than 20 batches.
+        batch_size: Texts per batch. More than 20 batches show a progress bar, on the main process.
         cache_dir: Folder in which the rows are kept, for the next time with the same weights and texts.
 
     Returns:
@@ -71,11 +69,10 @@ def encode_class_descriptions(
         return load_file(kept)["text_embeds"].to(device)
     unique = list(dict.fromkeys(text for texts in texts_of_class for text in texts))
     place = {text: index for index, text in enumerate(unique)}
-    embeddings = F.normalize(_encode_texts(model, tokenizer, unique, batch_size, progress_bar), dim=-1)
+    embeddings = F.normalize(_encode_texts(model, tokenizer, unique, batch_size), dim=-1)
     rows = torch.stack([embeddings[[place[text] for text in texts]].mean(dim=0) for texts in texts_of_class])
     rows = F.normalize(rows, dim=-1)
-    differ = len({tuple(texts) for texts in texts_of_class}) > 1
-    if differ and torch.allclose(rows, rows[:1].expand_as(rows), atol=1e-6):
+    if len(set(map(tuple, texts_of_class))) > 1 and torch.allclose(rows, rows[:1].expand_as(rows), atol=1e-6):
         reason = "does the tokenizer fit the tower (`eos_token_id`), or do they differ beyond its limit?"
         raise ValueError(f"All class descriptions have the same embedding: {reason}")
     if kept is not None:  # written beside and renamed, so that a kill leaves no half of it
@@ -87,44 +84,26 @@ def encode_class_descriptions(
 
 def load_tokenizer(model: nn.Module, name: str | None = None) -> Any:
     """The tokenizer `name`, or that of the folder or repository a model came from; ValueError if there is none."""
-    name = name or getattr(model, "name_or_path", None)
+    name = name or getattr(model, "name_or_path", None) or ""
     try:
-        if not name:
-            raise ValueError("the model does not say where it came from")
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         hint = "give `tokenizer` or `tokenizer_name_or_path`, or pass a tensor instead of texts"
-        raise ValueError(
-            f"Texts need a tokenizer, and none could be loaded from {name!r}: {error}; {hint}."
-        ) from error
-
-
-def first_guidance(model: nn.Module, config: SageConfig) -> tuple[Tensor | None, list[str] | None]:
-    """The guidance that a new adapter starts with, NaN where it is still to be loaded, and what its rows stand for."""
-    if config.saved:
-        num_rows, width = config.guidance_shape or (0, 0)
-        return torch.full((num_rows, width), torch.nan) if num_rows else None, config.row_names
-    source: Any = config.class_descriptions if config.guidance is None else config.guidance
-    first = own_embeddings(model) if source is None else source
-    if config.guidance_rows == 0 or first is None or not len(first):
-        return None, None
-    return make_guidance(model, config, source, config.class_names)
+        raise ValueError(f"Texts need a tokenizer, and there is none in {name!r}: {hint}.") from error
 
 
 def make_guidance(
     model: nn.Module, config: SageConfig, source: Tensor | Descriptions | None, names: list[str] | None
-) -> tuple[Tensor, list[str] | None]:
-    """Rows (M, e) from a tensor, class descriptions or (`None`) a classifier's own embeddings; and their names."""
-    most = config.guidance_rows or MOST_ROWS
+) -> tuple[Tensor | None, list[str] | None]:
+    """Rows (M, e) from a tensor, class descriptions or a classifier's own embeddings, and what each stands for."""
     embeddings = own_embeddings(model) if source is None else source
-    if embeddings is None:
-        raise ValueError(f"`guidance` must be given: {type(model).__name__} has no text embeddings of its own.")
-    if isinstance(source, Tensor):
-        most = config.guidance_rows or max(1, len(source))
+    if config.guidance_rows == 0 or embeddings is None or not len(embeddings):
+        return None, None
     if not isinstance(embeddings, Tensor):
         # Without a text tower, that is what the error is about.
         tokenizer = load_tokenizer(model, config.tokenizer_name_or_path) if towers.has_text_tower(model) else None
         embeddings = encode_class_descriptions(model, tokenizer, embeddings, config.text_templates)
+    most = config.guidance_rows or (len(embeddings) if isinstance(source, Tensor) else MOST_ROWS)
     rows = pool_guidance(embeddings, most)
     return rows, None if names is None else name_rows(rows, embeddings, names)
 
@@ -158,14 +137,12 @@ def pool_guidance(guidance: Tensor, num_rows: int = 64, iterations: int = 20, se
         return rows
     rows = rows.cpu()
     means = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:num_rows]]
-    groups: Tensor | None = None
     for _ in range(iterations):
-        before, groups = groups, nearest(rows, means)
-        if before is not None and torch.equal(before, groups):
-            break
-        sums = torch.zeros_like(means).index_add_(0, groups, rows)
+        sums = torch.zeros_like(means).index_add_(0, nearest(rows, means), rows)
         # A group without rows, or whose rows cancel out, keeps its direction.
-        means = torch.where(sums.norm(dim=1, keepdim=True) > 1e-6, F.normalize(sums, dim=-1), means)
+        before, means = means, torch.where(sums.norm(dim=1, keepdim=True) > 1e-6, F.normalize(sums, dim=-1), means)
+        if torch.equal(before, means):
+            break
     return means.to(guidance.device)
 
 
@@ -189,19 +166,15 @@ def _fingerprint(model: nn.Module, texts_of_class: list[list[str]]) -> str:
     return hashlib.sha256(json.dumps([texts_of_class, sums]).encode()).hexdigest()[:32]
 
 
-def _encode_texts(
-    model: nn.Module, tokenizer: Any, texts: list[str], batch_size: int, progress_bar: bool | None
-) -> Tensor:
+def _encode_texts(model: nn.Module, tokenizer: Any, texts: list[str], batch_size: int) -> Tensor:
     """Return raw float32 text embeddings (n, e), in the order of `texts`."""
     order, inputs_of = _tokenise(model, tokenizer, texts)
     # Texts of similar length together, so that little is padded; the longest first, as they need the most memory.
     batches = [order[start : start + batch_size] for start in range(0, len(texts), batch_size)][::-1]
-    device = next(model.parameters()).device
-    is_main = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-    show = (len(batches) > 20 if progress_bar is None else progress_bar) and is_main
-    encoded = []
+    device, encoded = next(model.parameters()).device, []
+    hidden = len(batches) <= 20 or (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0)
     with towers.eval_mode(model):
-        for batch in tqdm(batches, desc="Encoding class descriptions", disable=not show):
+        for batch in tqdm(batches, desc="Encoding class descriptions", disable=hidden):
             inputs = {name: tensor.to(device) for name, tensor in inputs_of(batch).items()}
             encoded.append(towers.encode_text(model, inputs).float())
     rows = torch.cat(encoded)

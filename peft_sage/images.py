@@ -124,8 +124,7 @@ def _from_array(array: np.ndarray[Any, Any], is_16_bit: bool = False) -> Image:
     low, high = float(array.min()), float(array.max())
     if not (low >= 0 and high <= 65535):
         raise ValueError(f"its values must lie in [0, 65535], got {low:g} to {high:g}")
+    factor = 1 / 257 if is_16_bit or array.dtype.name == "uint16" or high > 255 else 1.0
     if array.dtype.kind == "b" or (array.dtype.kind == "f" and high <= 1):
         factor = 255.0
-    else:
-        factor = 1 / 257 if is_16_bit or array.dtype.name == "uint16" or high > 255 else 1.0
     return PIL.Image.fromarray((array * factor).round().astype(np.uint8))

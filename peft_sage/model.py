@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from . import towers, weights
 from .config import SageConfig
 from .descriptions import Descriptions, normalise_descriptions
-from .encoding import first_guidance, make_guidance, own_embeddings
+from .encoding import make_guidance, own_embeddings
 from .layer import MERGE_ERROR, SageLayer, SharedGuidance, is_of_adapter
 from .registration import PREFIX
 
@@ -66,8 +66,13 @@ class SageModel(BaseTuner):
         if config.r % config.num_heads:
             raise ValueError(f"`num_heads` must divide `r`={config.r} (from the classes), got {config.num_heads}.")
         _check_base_model(model, config)
-        rows, config.row_names = first_guidance(model, config)
-        config.guidance_shape = [0, 0] if rows is None else list(rows.shape)
+        rows: Tensor | None = None
+        if not config.saved:
+            source = config.class_descriptions if config.guidance is None else config.guidance
+            rows, config.row_names = make_guidance(model, config, source, config.class_names)
+            config.guidance_shape = [0, 0] if rows is None else list(rows.shape)
+        elif config.guidance_shape[0]:
+            rows = torch.full(config.guidance_shape, torch.nan)
 
         # PEFT finds the same modules by exactly their names. Without any, only `modules_to_save` are trained.
         plan: Any = copy.copy(config)
@@ -193,9 +198,9 @@ def set_guidance(model: nn.Module, source: Tensor | Descriptions | None, adapter
     else:
         names, texts = normalise_descriptions(source)
     rows, row_names = make_guidance(model, config, source, names)
-    if not len(rows) or rows.shape[1] != shared.rows.shape[1]:
+    if rows is None or rows.shape[1] != shared.rows.shape[1]:
         shape = f"the shape (M, {shared.rows.shape[1]}) with at least one row, as in training"
-        raise ValueError(f"`guidance` must have {shape}, got {tuple(rows.shape)}.")
+        raise ValueError(f"`guidance` must have {shape}, got {None if rows is None else tuple(rows.shape)}.")
     shared.owner[adapter_name] = rows.to(shared.rows)
     config.class_names, config.class_descriptions, config.row_names = names, texts, row_names
     config.guidance, config.guidance_shape = None, list(rows.shape)

@@ -73,7 +73,7 @@ def test_template_sets_are_templates(name):
     assert check_templates(chosen) == chosen and len(set(chosen)) == len(chosen)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_texts_survive_their_file(encoding, tmp_path):
     texts = {"caf\u00e9": ["an ox\nwith horns", "a\u2028b \u0085 c"], "NA": ['so "quoted", yes']}
     (tmp_path / "texts.json").write_text(json.dumps(texts, ensure_ascii=False), encoding=encoding)
@@ -101,7 +101,7 @@ def test_texts_survive_their_file(encoding, tmp_path):
         ("a.json", "{}", "a.json': .*is empty"),
         ("a.csv", "class,description\ncow,\n", r"a.csv' has an empty description in line 2 \(class 'cow'\)"),
         ("a.csv", "class,description\n,a cow\n", "empty class in line 2"),
-        ("a.csv", "class,description\nowl,an owl, in snow\n", "3 fields in line 2 and 2 columns"),
+        ("a.csv", "class,description\nowl,an owl, in snow\n", "more or fewer fields in line 2"),
         ("a.csv", 'class,description\nowl,"an owl\n', "a.csv' cannot be read at line 2"),
         ("a.csv", "class,class\na,b\n", "names a column twice"),
         ("a.csv", "", "is empty"),

@@ -124,7 +124,7 @@ def test_choice_of_blocks(clip, kwargs, blocks):
         ({"num_heads": 3}, "`num_heads` must divide `r`=8"),
         (
             {"guidance": None, "class_descriptions": ["cat"]},
-            "does not say where it came from.*`tokenizer_name_or_path`",
+            "there is none in ''.*`tokenizer_name_or_path`",
         ),
         (
             {"guidance": None, "class_descriptions": ["cat"], "tokenizer_name_or_path": "/nowhere"},

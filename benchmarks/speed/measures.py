@@ -237,7 +237,7 @@ def text(run: SimpleNamespace) -> Run:
         kept = {"cache_dir": Path(_folder().name, "texts")} if run.path == "cached" else {}
 
         def encode() -> None:
-            encode_class_descriptions(clip, tokenizer, names, TEMPLATES, progress_bar=False, **kept)
+            encode_class_descriptions(clip, tokenizer, names, TEMPLATES, **kept)
 
         return encode
     ids = sorted(tokenizer([template.format(name) for name in names for template in TEMPLATES])["input_ids"], key=len)
