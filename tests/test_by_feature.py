@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every script of `examples/by_feature` runs, on a few of the demo's images, and does what it says."""
 
+import json
 import os
 import re
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
 from peft import get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
 
-from peft_sage import SageClassifier, SageConfig
+from peft_sage import SageClassifier, SageConfig, TextPrior
 from tests.hub_stand_in import Hub
 
 
@@ -81,6 +85,80 @@ def test_several_gpus(run):
     weights = [load_file(f"{folder}/adapter_model.safetensors") for folder in ("two", "several_gpus")]
     assert one["accelerator"].num_processes == 1 and weights[0].keys() == weights[1].keys()
     assert any(weight.any() for name, weight in weights[0].items() if name.endswith("peft_sage_up.weight"))
+
+
+def write_stream(folder, *sizes):
+    """Parquet files of images of one colour each, which are told apart by their red; labels go round."""
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["owl", "cow", "ant"])})
+    first = 0
+    for k, size in enumerate(sizes):
+        images = range(first, first := first + size)
+        rows = {
+            "image": [Image.new("RGB", (48, 48), (10 * i, 80 * (i % 3), 0)) for i in images],
+            "label": [i % 3 for i in images],
+        }
+        folder.mkdir(exist_ok=True)
+        Dataset.from_dict(rows, features=features).to_parquet(folder / f"train-{k}.parquet")
+    return first
+
+
+def launch_on_two_machines(environment, *arguments):
+    """As the page says, but for the addresses: both are this machine, with one CPU process each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    config = str(EXAMPLES / "accelerate_configs" / "ddp.yaml")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--mixed_precision", "no"]
+    command += ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "localhost"]
+    command += ["--main_process_port", str(port), "--machine_rank"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    machines = [subprocess.Popen([*command, str(k), *arguments], env=environment, **pipes) for k in range(2)]
+    try:
+        printed = [machine.communicate(timeout=300)[0] for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
+    assert [machine.returncode for machine in machines] == [0, 0], "\n".join(printed)[-5000:]
+
+
+def test_streaming(run, tmp_path, monkeypatch):
+    """Every image of an epoch is trained on once, by one process, whatever the files and the batches; both processes
+    end with the same weights, which are those of one process on the same batches, also after a break."""
+    number = write_stream(tmp_path / "uneven", 9, 4)
+    assert write_stream(tmp_path / "three", 5, 5, 3) == number
+    common = ["--buffer-size", 6, "--lr", 0.01, "--epochs"]
+    runs = {
+        "files": ["--dataset", "uneven", "--batch-size", 2, "--num-workers", 0, *common, 2],
+        "images": ["--dataset", "three", "--batch-size", 2, "--num-workers", 1, *common, 1],
+        "whole": ["--dataset", "uneven", "--batch-size", 9, "--num-workers", 0, *common, 3],
+    }
+    runs["resumed"] = [*runs["files"], "--resume", "files/epoch-1"]
+    runs = {name: [*map(str, flags), "--output-dir", name] for name, flags in runs.items()}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(EXAMPLES.parent)
+    job = Path(__file__).with_name("streaming_job.py")
+    launch_on_two_machines(environment, str(job), json.dumps(list(runs.values())))
+    ended = {}
+    for name, epochs in {"files": 2, "images": 1, "whole": 3, "resumed": 1}.items():
+        (seen, ended[name], counts, prior), (others, same, *_) = (torch.load(f"{name}/seen{k}.pt") for k in range(2))
+        torch.testing.assert_close(same, ended[name], atol=0, rtol=0)
+        assert counts.tolist() == [5, 4, 4] and len(seen) == epochs
+        for parts in zip(seen, others, strict=True):
+            assert len(parts[0]) == len(parts[1])  # as many steps
+            trained = [pair for part in parts for batch in part for pair in batch if pair[1] >= 0]
+            assert sorted(trained) == [[10 * i, i % 3] for i in range(number)]
+            shares = [sum(label >= 0 for batch in part for _, label in batch) for part in parts]
+            assert sorted(shares) == ([6, 7] if name == "images" else [4, 9])
+        if name == "whole":
+            strength = prior
+    torch.testing.assert_close(ended["resumed"], ended["files"])
+
+    monkeypatch.setattr("peft_sage.choose_text_prior", lambda *_, **__: TextPrior(strength, {}, torch.zeros(0)))
+    one = run("streaming", *runs["whole"], "--batch-size", 13, "--output-dir", "one")["classifier"]
+    weights = {name: weight.detach() for name, weight in one.named_parameters() if weight.requires_grad}
+    torch.testing.assert_close(weights, ended["whole"], atol=1e-4, rtol=1e-4)  # a hundredth of one of the steps
+    [[best]] = SageClassifier.from_pretrained("files").predict([Image.new("RGB", (48, 48), "red")])
+    assert best["label"] in ("owl", "cow", "ant")
 
 
 def test_predict(run, saved, tmp_path, capsys):
