@@ -1,22 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where in an image an adapter attends to, as numbers and as a picture."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import towers
 from .layer import SageLayer
+from .towers.embeddings import encode_image
 from .validation import check_integer
-
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @torch.no_grad()
@@ -47,11 +41,10 @@ def attention_maps(model: nn.Module, pixel_values: Tensor, layer: int = -1, adap
         raise ValueError(f"`adapter_name`={name!r} is no Sage adapter with guidance in `model`.")
     if not -len(layers) <= layer < len(layers):
         raise ValueError(f"`layer` must lie in [{-len(layers)}, {len(layers)}), got {layer}.")
-    seen: list[Tensor] = []
-    block = layers[layer]
+    block, seen = layers[layer], list[Tensor]()
     handle = block.register_forward_pre_hook(lambda _, args, kw: seen.append(block.tokens(args, kw)), with_kwargs=True)
     try:
-        towers.encode_image(model, pixel_values)
+        encode_image(model, pixel_values)
     finally:
         handle.remove()
     weights = attention_weights(block, seen[0], name).mean(dim=0).float()
@@ -67,7 +60,7 @@ def attention_weights(layer: SageLayer, x: Tensor, adapter_name: str) -> Tensor:
     return weights[0].reshape(-1, *x.shape[:-1], len(keys))
 
 
-def plot_attention(image: Any, attention: Tensor, class_names: Sequence[str] | None = None, top: int = 4) -> Figure:
+def plot_attention(image: Any, attention: Tensor, class_names: Sequence[str] | None = None, top: int = 4) -> Any:
     """Lay attention maps over the image.
 
     Args:
@@ -77,7 +70,7 @@ def plot_attention(image: Any, attention: Tensor, class_names: Sequence[str] | N
         top: How many maps to show: those that reach the highest weight.
 
     Returns:
-        The image, and the image under each map, whose colours go from its least to its greatest weight.
+        A matplotlib `Figure`: the image, and the image under each map, coloured from its least to its greatest weight.
     """
     from matplotlib.figure import Figure
 

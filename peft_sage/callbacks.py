@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `transformers.Trainer` needs beside the loss."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Sequence
@@ -10,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import EvalPrediction, TrainerCallback, TrainerState, TrainingArguments
+from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from .loss import SageLoss
@@ -35,10 +33,7 @@ class LongTailCallback(TrainerCallback, ExportableState):
 
     def __init__(self, loss: SageLoss, class_counts: Sequence[int] | Tensor) -> None:
         self.loss = loss
-        self.class_counts = check_class_counts(class_counts)
-        expected, got = len(loss.adjustment), len(self.class_counts)
-        if got != expected:
-            raise ValueError(f"`class_counts` must have the {expected} classes of `loss`, got {got}.")
+        self.class_counts = check_class_counts(class_counts, len(loss.adjustment))
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Accuracies as fractions, for Trainer's `compute_metrics`; groups without a class are left out."""
@@ -47,18 +42,15 @@ class LongTailCallback(TrainerCallback, ExportableState):
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
         # Trainer has gathered the predictions of all processes.
         metric = LongTailAccuracy(self.class_counts, sync_on_compute=False)
-        metric.update(torch.as_tensor(logits), torch.as_tensor(prediction.label_ids))
-        scores = metric.compute()
+        scores = metric(torch.as_tensor(logits), torch.as_tensor(prediction.label_ids))
         named = {name: scores[name].item() for name in ("overall", "macro", "many", "medium", "few", "worst")}
         return {name: score for name, score in named.items() if score == score}
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: Any, *_: Any, **kwargs: Any) -> None:
         """Refuse label smoothing by Trainer, and give the loss what a checkpoint kept of it."""
         if args.label_smoothing_factor:
-            got = f"got {args.label_smoothing_factor}, which Trainer ignores beside `compute_loss_func`"
-            raise ValueError(f"`label_smoothing_factor` must be 0, {got}: use `SageLoss(label_smoothing=...)`.")
-        saved: Any = state.stateful_callbacks or {}
-        kept = saved.get(type(self).__name__)
+            raise ValueError("`label_smoothing_factor` is ignored by Trainer: use `SageLoss(label_smoothing=...)`.")
+        kept = (state.stateful_callbacks or {}).get(type(self).__name__)
         if state.global_step and kept:
             file = io.BytesIO(base64.b64decode(kept["attributes"]["loss"]))
             self.loss.load_state_dict(torch.load(file, weights_only=True))

@@ -1,33 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """One object from texts to predictions: the image tower of a CLIP-style model with a cosine head."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import CONFIG_NAME, ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel
 from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.utils.peft_utils import find_adapter_config_file
 
-from . import towers
 from .config import SageConfig
 from .descriptions import Descriptions, read_class_descriptions
 from .encoding import encode_class_descriptions, load_tokenizer
 from .images import decoding_side, find_images, read_image
 from .model import set_guidance
+from .towers.embeddings import encode_image, eval_mode
 from .validation import check_embeddings, check_integer, check_number
 
 
@@ -74,9 +72,6 @@ class CosineHead(nn.Linear):
         if not self.out_features and rows is not None:
             self.set_rows(torch.empty_like(rows, device=self.weight.device, dtype=self.weight.dtype), None)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, scale={self.scale}"
 
 
 @dataclass
@@ -128,7 +123,6 @@ class SageClassifier(nn.Module):
 
     model: Any
     class_head: Any
-    tokenizer: Any
 
     def __init__(
         self,
@@ -141,13 +135,13 @@ class SageClassifier(nn.Module):
     ) -> None:
         super().__init__()
         check_number("scale", scale, 1e-6)
-        rows = _unit_rows(text_embeds, "text_embeds") if text_embeds is not None else torch.empty(0, 0)
+        rows = torch.empty(0, 0) if text_embeds is None else _unit_rows(text_embeds, "text_embeds")
         names = None if class_names is None else list(class_names)
         if names is not None and len(names) != len(rows):
             raise ValueError(f"`class_names` must have {len(rows)} names, one per row, got {len(names)}.")
-        self.model = clip
-        self.class_head = CosineHead(rows.to(next(clip.parameters()).device), names, scale)
-        self.image_processor, self.tokenizer = image_processor, None
+        self.model, self.class_head = clip, CosineHead(rows.to(next(clip.parameters()).device), names, scale)
+        self.image_processor: Any = image_processor
+        self.tokenizer: Any = None
         self.name_or_path = getattr(clip, "name_or_path", "")  # where PEFT looks for the base model's name
 
     @classmethod
@@ -161,7 +155,7 @@ class SageClassifier(nn.Module):
         image_processor: Any = None,
         scale: float = 25.0,
         cache_dir: str | os.PathLike[str] | None = None,
-    ) -> SageClassifier:
+    ) -> "SageClassifier":
         """Make a classifier whose head starts from texts, which the model's own text tower encodes once, here.
 
         Args:
@@ -188,7 +182,7 @@ class SageClassifier(nn.Module):
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], clip: nn.Module | None = None, **kwargs: Any
-    ) -> SageClassifier:
+    ) -> "SageClassifier":
         """Load what `save_pretrained` or Trainer left, or `push_to_hub` uploaded, whatever the PEFT method.
 
         Of a model without an adapter it makes a classifier with a blank head, for an adapter to be loaded into.
@@ -203,18 +197,17 @@ class SageClassifier(nn.Module):
             OSError, ValueError: There is none, its adapter names no base model, or it does not fit.
         """
         source, device = os.fspath(pretrained_model_name_or_path), kwargs.pop("device", None)
-        names = ("token", "cache_dir", "local_files_only")
-        hub: dict[str, Any] = {name: kwargs.pop(name) for name in names if name in kwargs}
+        hub: dict[str, Any] = {k: kwargs.pop(k) for k in ("token", "cache_dir", "local_files_only") if k in kwargs}
         own = hub | {"revision": kwargs.pop("revision", None)}
-        config = _adapter_config(source, own)
+        config = PeftConfig.from_pretrained(source, **own) if find_adapter_config_file(source, **own) else None
         # The configuration says which base model, and which revision of it.
-        base = source if config is None else config.base_model_name_or_path or ""
-        if clip is None and not base:
-            raise ValueError(f"The adapter in {source!r} does not name its base model: give it as `clip`.")
+        base, revision = source, own["revision"]
+        if config is not None:
+            base, revision = config.base_model_name_or_path or "", config.revision
         if clip is None:
-            revision = own["revision"] if config is None else config.revision
-            options: dict[str, Any] = {"dtype": torch.float32, "revision": revision, **hub, **kwargs}
-            clip = AutoModel.from_pretrained(base, **options)
+            if not base:
+                raise ValueError(f"The adapter in {source!r} does not name its base model: give it as `clip`.")
+            clip = AutoModel.from_pretrained(base, **({"dtype": torch.float32, "revision": revision} | hub | kwargs))
         processor = _load(AutoImageProcessor, source, hub) or _load(AutoImageProcessor, base, hub)
         classifier = cls(clip, None, image_processor=processor)
         if config is not None:
@@ -241,15 +234,15 @@ class SageClassifier(nn.Module):
         if getattr(self, "_is_replica", False):  # it would concatenate what belongs to the classes
             raise RuntimeError("`nn.DataParallel` cannot train a SageClassifier: use `accelerate launch`.")
         head = self._head
-        features = towers.encode_image(self.model, pixel_values, **kwargs).to(head.weight.dtype)
+        features = encode_image(self.model, pixel_values, **kwargs).to(head.weight.dtype)
         logits = self.class_head(features)
         loss = None if labels is None else F.cross_entropy(logits, labels)
-        embeds: dict[str, Any] = {}
+        output = SageClassifierOutput(loss, logits)
         if self.training:
-            embeds = {"image_embeds": F.normalize(features, dim=-1), "class_embeds": F.normalize(head.weight, dim=-1)}
-            embeds |= {"text_embeds": head.text_embeds, "base_image_embeds": base_image_embeds}
-            embeds["logit_scale"] = head.scale
-        return SageClassifierOutput(loss, logits, **embeds)
+            output["image_embeds"], output["class_embeds"] = (F.normalize(x, dim=-1) for x in (features, head.weight))
+            output["text_embeds"], output["base_image_embeds"] = head.text_embeds, base_image_embeds
+            output["logit_scale"] = head.scale
+        return output
 
     @torch.no_grad()
     def embed(self, images: Any, batch_size: int = 32) -> Tensor:
@@ -263,9 +256,9 @@ class SageClassifier(nn.Module):
         Returns:
             (n, e) float32 on the CPU, of unit length.
         """
-        with towers.eval_mode(self), self._adapters_off():
+        with eval_mode(self), self._adapters_off():
             batches = self._batches(images, batch_size, "embedding images")
-            embeds = [towers.encode_image(self.model, **batch).float().cpu() for batch in batches]
+            embeds = [encode_image(self.model, **batch).float().cpu() for batch in batches]
         if not embeds:
             raise ValueError("`images` is empty; give at least one.")
         return F.normalize(torch.cat(embeds), dim=-1)
@@ -287,12 +280,11 @@ class SageClassifier(nn.Module):
         """
         check_integer("top_k", top_k, 1)
         names, answers = self.config.id2label, []
-        with towers.eval_mode(self):
+        with eval_mode(self):
             for batch in self._batches(images, batch_size, "predicting"):
                 best = self(**batch).logits.float().softmax(dim=-1).topk(min(top_k, len(names)))
-                for scores, classes in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-                    pairs = zip(classes, scores, strict=True)
-                    answers.append([{"label": names[k], "score": score} for k, score in pairs])
+                pairs = torch.stack([best.indices.double(), best.values.double()], dim=-1).tolist()
+                answers += [[{"label": names[int(k)], "score": score} for k, score in image] for image in pairs]
         return answers
 
     def set_classes(self, classes: Tensor | Descriptions | Any, templates: Sequence[str] | None = None) -> None:
@@ -308,14 +300,11 @@ class SageClassifier(nn.Module):
             texts = read_class_descriptions(classes)
             names, tokenizer = list(texts), self.tokenizer or load_tokenizer(self.model)
             classes = encode_class_descriptions(self.model, tokenizer, texts, templates)
-        rows, head = _unit_rows(classes, "classes"), self._head
-        if rows.shape[1] != head.in_features:
-            raise ValueError(f"`classes` must have the shape (K, {head.in_features}), got {tuple(rows.shape)}.")
-        head.set_rows(rows.to(head.weight), names)
-        configs = getattr(self, "peft_config", {})
-        for name in configs.keys() & getattr(self.class_head, "active_adapters", configs):
-            config = configs[name]
-            if isinstance(config, SageConfig) and (config.guidance_shape or [0, 0])[1] == head.in_features:
+        head = self._head
+        head.set_rows(_unit_rows(classes, "classes", head.in_features).to(head.weight), names)
+        for name, config in getattr(self, "peft_config", {}).items():
+            follows = isinstance(config, SageConfig) and (config.guidance_shape or [0, 0])[1] == head.in_features
+            if follows and name in getattr(self.class_head, "active_adapters", [name]):
                 set_guidance(self, None, name)
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
@@ -357,12 +346,11 @@ class SageClassifier(nn.Module):
 
     @contextmanager
     def _adapters_off(self) -> Iterator[None]:
-        layers: list[Any] = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
-        layers = [layer for layer in layers if not layer.disable_adapters]
+        layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters]
+        # Not by `enable_adapters`, which also changes what is trained.
+        for layer in layers:
+            layer._disable_adapters = True
         try:
-            # Not by `enable_adapters`, which also changes what is trained.
-            for layer in layers:
-                layer._disable_adapters = True
             yield
         finally:
             for layer in layers:
@@ -373,12 +361,10 @@ class SageClassifier(nn.Module):
         check_integer("batch_size", batch_size, 1)
         images = [images] if isinstance(images, (str, os.PathLike)) else images
         if isinstance(images, (list, tuple)):
-            paths = [find_images(i) if isinstance(i, (str, os.PathLike)) else [i] for i in images]
-            images = [image for part in paths for image in part]
+            images = [x for i in images for x in (find_images(i) if isinstance(i, (str, os.PathLike)) else [i])]
         if hasattr(images, "__getitem__"):
             images = DataLoader(images, batch_size=batch_size, collate_fn=self._collate)
-        total = len(images) if hasattr(images, "__len__") else None
-        for batch in tqdm(images, desc=title, total=total, leave=False, disable=total is None or total < 10):
+        for batch in tqdm(images, desc=title, leave=False, delay=1):
             inputs = {name: value for name, value in batch.items() if name not in ("labels", "base_image_embeds")}
             yield {k: v.to(self.device, self.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
 
@@ -392,8 +378,8 @@ class SageClassifier(nn.Module):
         return dict(self.image_processor(images=pictures, return_tensors="pt"))
 
 
-def _unit_rows(embeds: Tensor, name: str) -> Tensor:
-    check_embeddings(embeds, name)
+def _unit_rows(embeds: Tensor, name: str, width: int | None = None) -> Tensor:
+    check_embeddings(embeds, name, width)
     return F.normalize(embeds.detach().float(), dim=-1)
 
 
@@ -402,14 +388,4 @@ def _load(auto_class: Any, name: str, hub: dict[str, Any]) -> Any:
     try:
         return auto_class.from_pretrained(name, **hub) if name else None
     except (OSError, ValueError):
-        return None
-
-
-def _adapter_config(source: str, hub: dict[str, Any]) -> PeftConfig | None:
-    """The configuration of an adapter; None for the folder or repository of a model."""
-    try:
-        return PeftConfig.from_pretrained(source, **hub)
-    except ValueError as error:
-        if Path(source, CONFIG_NAME).is_file() or f"Can't find '{CONFIG_NAME}'" not in str(error):
-            raise
         return None

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a user may say about a Sage adapter."""
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Callable, Mapping
@@ -137,6 +135,8 @@ class SageConfig(PeftConfig):
         if shape is not None:
             if not _is_list(shape, is_int) or len(shape) != 2 or min(shape) < 0:
                 raise ValueError(f"`guidance_shape` must be a list of two integers (M, e), got {shape!r}.")
+            if self.num_classes < shape[0]:
+                raise ValueError(f"`guidance_shape` has {shape[0]} rows, but there are {self.num_classes} classes.")
             self.guidance_shape = list(shape)
         if self.guidance is not None:
             check_embeddings(self.guidance, "guidance")
@@ -144,8 +144,6 @@ class SageConfig(PeftConfig):
             classes = getattr(self, name)
             if classes is not None and len(classes) != self.num_classes:
                 raise ValueError(f"`{name}` has {len(classes)} entries, but there are {self.num_classes} classes.")
-        if shape is not None and self.num_classes < shape[0]:
-            raise ValueError(f"`guidance_shape` has {shape[0]} rows, but there are {self.num_classes} classes.")
 
     def _check_layer(self) -> None:
         check_integer("num_heads", self.num_heads, 1)
@@ -154,7 +152,6 @@ class SageConfig(PeftConfig):
             if self.r % self.num_heads:
                 raise ValueError(f"`r` must be divisible by `num_heads`, got r={self.r}, num_heads={self.num_heads}.")
         check_number("scaling", self.scaling, -1e6, 1e6)
-        self.scaling = float(self.scaling)
         check_number("dropout", self.dropout, 0, 0.999)
 
     def _check_targets(self) -> None:
@@ -168,11 +165,10 @@ class SageConfig(PeftConfig):
                     re.compile(pattern)
                 except re.error as error:
                     raise ValueError(f"`{name}` must hold names or regular expressions, got {pattern!r}.") from error
-            if value is not None and patterns is value and name in ("target_modules", "exclude_modules"):
+            if isinstance(value, (list, tuple, set)) and name in ("target_modules", "exclude_modules"):
                 setattr(self, name, set(value))
-        layers = self.layers_to_transform
+        layers: Any = [self.layers_to_transform] if is_int(self.layers_to_transform) else self.layers_to_transform
         if layers is not None:
-            layers = [layers] if is_int(layers) else layers
             if not layers or not _is_list(layers, is_int):
                 raise ValueError(f"`layers_to_transform` must be an integer or a list of them, got {layers!r}.")
             if isinstance(self.target_modules, str):

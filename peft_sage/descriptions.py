@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Class descriptions as texts: the shapes and files people keep them in, and the templates for bare names."""
 
-from __future__ import annotations
-
 import codecs
 import csv
 import io
@@ -66,8 +64,7 @@ def normalise_descriptions(descriptions: Descriptions) -> tuple[list[str] | None
         TypeError, ValueError: It has none of the three shapes; or it, a class or a text is empty.
     """
     if isinstance(descriptions, str) or not isinstance(descriptions, (Mapping, Sequence)):
-        shapes = "a list of str, a list of lists of str, or a dict from class name to str or list of str"
-        raise TypeError(f"`class_descriptions` must be {shapes}, got {type(descriptions).__name__}.")
+        raise TypeError(f"`class_descriptions` must be a list or a dict, got {type(descriptions).__name__}.")
     if not descriptions:
         raise ValueError("`class_descriptions` is empty; give one entry per class, or leave it out.")
     names: Any = list(descriptions)
@@ -96,22 +93,18 @@ def expand(descriptions: Descriptions, templates: Sequence[str] | None = None) -
     names, texts = normalise_descriptions(descriptions)
     templates = check_templates(DEFAULT_TEMPLATES if templates is None else templates)
     if repeated := _repeated(names or []):
-        message = f"Class names occur more than once and get identical embeddings; describe them: {repeated[:10]}."
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(f"Class names that occur twice get the same embedding: {repeated[:10]}.", stacklevel=2)
     # `str.format` would trip over braces in a name.
     return [[t.replace("{}", e.replace("_", " ")) for t in templates] if isinstance(e, str) else e for e in texts]
 
 
 def read_text(path: Path) -> str:
-    """Read a text file in UTF-8, or in UTF-16 if it begins with its mark; ValueError names it."""
+    """Read a text file in UTF-8, or in UTF-16 if it begins with its mark; ValueError and OSError name it."""
     try:
         data = path.read_bytes()
         return data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
     except UnicodeDecodeError as error:
-        byte = f"byte {data[error.start]:#x} at {error.start}"
-        raise ValueError(f"{str(path)!r} is not UTF-8 ({byte}): save it as UTF-8.") from error
-    except OSError as error:
-        raise ValueError(f"{str(path)!r} cannot be read: {error.strerror or error}.") from error
+        raise ValueError(f"{str(path)!r} is not UTF-8 (byte {error.start}): save it as UTF-8.") from error
 
 
 def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -126,8 +119,7 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             raise ValueError(f"{str(path)!r} names a column twice: {columns}.")
         for row in rows:
             if None in row or None in row.values():
-                where = f"more or fewer fields in line {rows.line_num} than the columns {columns}"
-                raise ValueError(f"{str(path)!r} has {where}; a text with {delimiter!r} needs quotes.")
+                raise ValueError(f"{str(path)!r} has fields beside {columns} in line {rows.line_num}, or too few.")
             yield rows.line_num, row
     except csv.Error as error:
         raise ValueError(f"{str(path)!r} cannot be read at line {rows.reader.line_num}: {error}.") from error
@@ -164,8 +156,7 @@ def _repeated(names: Iterable[str]) -> list[str]:
 def _in_order(texts: dict[str, Any], class_names: Sequence[str], where: str) -> list[Any]:
     texts = {_composed(name): entry for name, entry in texts.items()}
     if missing := [name for name in class_names if _composed(name) not in texts]:
-        known = f"it has {list(texts)[:10]}"
-        raise ValueError(f"{where} has no entry for {len(missing)} of the classes: {missing[:10]}; {known}.")
+        raise ValueError(f"{where} has no entry for the classes {missing[:10]}; it has {list(texts)[:10]}.")
     if more := texts.keys() - set(map(_composed, class_names)):
         warnings.warn(f"{where} has {len(more)} classes that are not used: {sorted(more)[:10]}.", stacklevel=3)
     return [texts[_composed(name)] for name in class_names]
@@ -180,8 +171,6 @@ def _texts(name: str | int, texts: str | Sequence[str]) -> list[str]:
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
         raise TypeError(f"`class_descriptions` of class {name!r} must be a str or a list of str, got {texts!r}.")
-    if not texts:
-        raise ValueError(f"`class_descriptions` of class {name!r} is an empty list; give at least one text.")
-    if not all(map(str.strip, texts)):
-        raise ValueError(f"`class_descriptions` of class {name!r} has an empty text.")
+    if not texts or not all(map(str.strip, texts)):
+        raise ValueError(f"`class_descriptions` of class {name!r} must not be empty or have an empty text.")
     return list(texts)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """From texts to rows: tokenise, encode, pool."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -19,9 +17,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from . import towers
 from .config import SageConfig
 from .descriptions import Descriptions, expand
+from .towers import embeddings as towers
 from .validation import check_embeddings, check_integer
 
 
@@ -61,8 +59,7 @@ def encode_class_descriptions(
     check_integer("batch_size", batch_size, 1)
     texts_of_class = expand(descriptions, templates)
     if not towers.has_text_tower(model):
-        hint = "wrap the full model, such as CLIPModel, or pass embeddings from elsewhere as `guidance`"
-        raise ValueError(f"{type(model).__name__} has no text tower to encode class descriptions with: {hint}.")
+        raise ValueError(f"{type(model).__name__} has no text tower: wrap the full model, or pass embeddings.")
     device = next(model.parameters()).device
     kept = None if cache_dir is None else Path(cache_dir, f"{_fingerprint(model, texts_of_class)}.safetensors")
     if kept is not None and kept.is_file():
@@ -73,8 +70,7 @@ def encode_class_descriptions(
     rows = torch.stack([embeddings[[place[text] for text in texts]].mean(dim=0) for texts in texts_of_class])
     rows = F.normalize(rows, dim=-1)
     if len(set(map(tuple, texts_of_class))) > 1 and torch.allclose(rows, rows[:1].expand_as(rows), atol=1e-6):
-        reason = "does the tokenizer fit the tower (`eos_token_id`), or do they differ beyond its limit?"
-        raise ValueError(f"All class descriptions have the same embedding: {reason}")
+        raise ValueError("All class descriptions have the same embedding: does the tokenizer fit (`eos_token_id`)?")
     if kept is not None:  # written beside and renamed, so that a kill leaves no half of it
         kept.parent.mkdir(parents=True, exist_ok=True)
         save_file({"text_embeds": rows.cpu()}, part := kept.with_suffix(f".{os.getpid()}"))
@@ -88,8 +84,7 @@ def load_tokenizer(model: nn.Module, name: str | None = None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        hint = "give `tokenizer` or `tokenizer_name_or_path`, or pass a tensor instead of texts"
-        raise ValueError(f"Texts need a tokenizer, and there is none in {name!r}: {hint}.") from error
+        raise ValueError(f"Texts need a `tokenizer` or `tokenizer_name_or_path`, none in {name!r}.") from error
 
 
 def make_guidance(
@@ -190,8 +185,7 @@ def _tokenise(model: nn.Module, tokenizer: Any, texts: list[str]) -> tuple[list[
     limit = min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
     ids = tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
     if cut := sum(len(text) > limit for text in ids):
-        which = f"{cut} of {len(texts)} class descriptions are longer than the tower's {limit} tokens"
-        warnings.warn(f"{which} and were cut; write several shorter ones per class.", stacklevel=4)
+        warnings.warn(f"{cut} of {len(texts)} class descriptions were cut to {limit} tokens.", stacklevel=4)
         ids = tokenizer(texts, padding=False, truncation=True, max_length=limit)["input_ids"]
     padding: dict[str, Any] = {"padding": "longest"}
     if str(getattr(config, "model_type", "")).startswith("siglip"):

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One picture from whatever holds it, alike in training and in prediction. Needs pillow."""
-
-from __future__ import annotations
+"""One picture from whatever holds it, alike in training and in prediction."""
 
 import io
 import os
@@ -9,13 +7,13 @@ import re
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import PIL.ExifTags
+import PIL.ImageOps
+from PIL.Image import Image
 
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 _ENDINGS = "a?png|avif|bmp|dib|gif|heic|heif|j2k|jfif|jp2|jpe|jpe?g|jxl|p[bgnp]m|tga|tiff?|webp"
 
@@ -35,13 +33,9 @@ def read_image(source: Any, name: str | None = None, min_side: int | None = None
     Raises:
         ValueError: If it cannot be read. The message holds the name.
     """
-    import PIL.Image
-
     if isinstance(source, dict):
         source = source.get("path") if source.get("bytes") is None else source["bytes"]
-    if name is None and isinstance(source, (str, os.PathLike)):
-        name = repr(os.fspath(source))
-    label = "Image" if name is None else f"Image {name}"
+    name = name or (repr(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else "")
     try:
         if isinstance(source, PIL.Image.Image):
             return _upright_rgb(source)
@@ -58,7 +52,7 @@ def read_image(source: Any, name: str | None = None, min_side: int | None = None
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, PIL.UnidentifiedImageError):
             reason = "empty, or no format that pillow knows (HEIC: pillow-heif)"
-        raise ValueError(f"{label} cannot be read: {reason}") from error
+        raise ValueError(f"{f'Image {name}'.strip()} cannot be read: {reason}") from error
 
 
 def decoding_side(image_processor: Any) -> int | None:
@@ -92,10 +86,6 @@ def is_image_name(name: str) -> bool:
 
 
 def _upright_rgb(image: Image) -> Image:
-    import PIL.ExifTags
-    import PIL.Image
-    import PIL.ImageOps
-
     image.load()
     # A damaged EXIF block says nothing about the pixels.
     with suppress(Exception):
@@ -111,16 +101,13 @@ def _upright_rgb(image: Image) -> Image:
 
 def _from_array(array: np.ndarray[Any, Any], is_16_bit: bool = False) -> Image:
     """Scale an array to 8 bits."""
-    import PIL.Image
-
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
-    if array.size == 0 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
-        raise ValueError(f"an array must have the shape (H, W) or (H, W, 1, 3 or 4), got {array.shape}")
+    is_picture = array.size and (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4)))
+    if not is_picture or array.dtype.kind not in "buif":
+        raise ValueError(f"an array must hold numbers (H, W) or (H, W, 1, 3 or 4), got {array.dtype} {array.shape}")
     if array.dtype == np.uint8:
         return PIL.Image.fromarray(array)
-    if array.dtype.kind not in "buif":
-        raise ValueError(f"an array must hold numbers, got {array.dtype}")
     low, high = float(array.min()), float(array.max())
     if not (low >= 0 and high <= 65535):
         raise ValueError(f"its values must lie in [0, 65535], got {low:g} to {high:g}")

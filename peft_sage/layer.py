@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The arithmetic of the semantic-guided adapter."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -11,8 +9,8 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from . import towers
 from .registration import PREFIX
+from .towers.mlps import mlp_input, mlp_widths
 
 
 class SharedGuidance:
@@ -30,12 +28,6 @@ class SharedGuidance:
     def rows(self) -> Tensor:
         """The tensor (M, e), with L2-normalised rows."""
         return self.owner[self.adapter_name]
-
-    def attach(self, buffers: BufferDict) -> None:
-        """Become a buffer of a block, if it is none yet."""
-        if not isinstance(self.owner, BufferDict):
-            buffers[self.adapter_name] = self.rows
-            self.owner = buffers
 
 
 class SageLayer(nn.Module, BaseTunerLayer):
@@ -56,12 +48,13 @@ class SageLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = tuple(f"{PREFIX}{part}" for part in ("norm", "down", "key", "value", "up", "scaling"))
+    other_param_names = ("peft_sage_dropout", "peft_sage_guidance", "shared", "fixed_scaling", "num_heads", "unloaded")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.in_features, self.out_features = towers.mlp_widths(base_layer)
-        self.input_index, self.input_name = towers.mlp_input(base_layer)
+        self.in_features, self.out_features = mlp_widths(base_layer)
+        self.input_index, self.input_name = mlp_input(base_layer)
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict() if name == "peft_sage_scaling" else nn.ModuleDict())
         self.peft_sage_dropout = nn.ModuleDict()
@@ -70,7 +63,7 @@ class SageLayer(nn.Module, BaseTunerLayer):
         self.num_heads: dict[str, int] = {}
         self.shared: dict[str, SharedGuidance] = {}
         # Adapters whose weights are still to be loaded.
-        self.unloaded: set[str] = set()
+        self.unloaded: dict[str, bool] = {}
 
     def update_layer(self, adapter_name: str, config: Any, guidance: SharedGuidance | None, scaling: float) -> None:
         """Add an adapter, by a [`SageConfig`] with `r` set; `scaling` is where a learnable one starts."""
@@ -88,21 +81,19 @@ class SageLayer(nn.Module, BaseTunerLayer):
             self.fixed_scaling[adapter_name] = scaling
         if guidance is not None:
             self.shared[adapter_name] = guidance
-            guidance.attach(self.peft_sage_guidance)
+            if not isinstance(guidance.owner, BufferDict):
+                self.peft_sage_guidance[adapter_name] = guidance.rows
+                guidance.owner = self.peft_sage_guidance
             for projections in (self.peft_sage_key, self.peft_sage_value):
                 projections[adapter_name] = projection = nn.Linear(guidance.rows.shape[1], config.r, bias=False)
                 # A unit row of the guidance becomes a key and a value with components of unit variance.
                 nn.init.normal_(projection.weight)
         if config.saved:
-            self.unloaded.add(adapter_name)
+            self.unloaded[adapter_name] = True
             for tensor in self.adapter_tensors(adapter_name):
                 nn.init.constant_(tensor, torch.nan)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
-
-    def guidance(self, adapter_name: str) -> Tensor | None:
-        """Return the guidance (M, e) that an adapter attends to, `None` without."""
-        return self.shared[adapter_name].rows if adapter_name in self.shared else None
 
     def adapter_tensors(self, adapter_name: str) -> list[Tensor]:
         """Return the weights of an adapter in this block, and the guidance if it is a buffer of this block."""
@@ -174,26 +165,8 @@ class SageLayer(nn.Module, BaseTunerLayer):
     def _check_loaded(self, adapter_name: str) -> None:
         # PEFT's loaders refuse what is incomplete; transformers' own only warns.
         if not all(tensor.isfinite().all() for tensor in self.adapter_tensors(adapter_name)):
-            hint = "load it with `PeftModel.from_pretrained`, or set `config.guidance_shape = None` to start anew"
-            raise RuntimeError(f"The weights of the saved adapter {adapter_name!r} were not loaded: {hint}.")
-        self.unloaded.discard(adapter_name)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter from the layer, with the guidance where it is a buffer of this one."""
-        super().delete_adapter(adapter_name)
-        self.unloaded.discard(adapter_name)
-        entries: list[Any] = [self.shared, self.fixed_scaling, self.num_heads]
-        for entry in (*entries, self.peft_sage_guidance, self.peft_sage_dropout):
-            if adapter_name in entry:
-                del entry[adapter_name]
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse with NotImplementedError: the adapter is not linear in the MLP's input."""
-        raise NotImplementedError(MERGE_ERROR)
-
-    def unmerge(self) -> None:
-        """Refuse with NotImplementedError: nothing was merged."""
-        raise NotImplementedError(MERGE_ERROR)
+            raise RuntimeError(f"The weights of the adapter {adapter_name!r} were not loaded, or are not finite.")
+        self.unloaded.pop(adapter_name, None)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
         # An MLP has no `weight` of its own; quantised ones hold integers beside the floats that tell the precision.
@@ -203,11 +176,10 @@ class SageLayer(nn.Module, BaseTunerLayer):
         return device, next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        kept = dict(self.peft_sage_guidance.items())
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         # The guidance is data and keeps its precision: only the device follows.
-        device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
-        if device is not None and adapter_name in self.peft_sage_guidance:
-            self.peft_sage_guidance[adapter_name] = self.peft_sage_guidance[adapter_name].to(device)
+        self.peft_sage_guidance.update({k: rows.to(self.peft_sage_guidance[k].device) for k, rows in kept.items()})
 
     def __getattr__(self, name: str) -> Any:
         # Some models look into a block from outside, as open_clip does at `mlp.c_fc.weight`.
@@ -222,6 +194,3 @@ class SageLayer(nn.Module, BaseTunerLayer):
 def is_of_adapter(key: str, adapter_name: str) -> bool:
     """Whether a key of a state dict, such as `mlp.peft_sage_up.default.weight`, is one of an adapter."""
     return key.partition(f".{PREFIX}")[2].split(".")[1:2] == [adapter_name]
-
-
-MERGE_ERROR = "Sage adapters cannot be merged, because they are not linear; `unload()` gives the base model back."

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loss of Sage (arXiv 2507.12807): logit adjustment, compensation of the mismatch, and a pull to the texts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .validation import as_numbers, check_class_counts, check_labels, check_number, shape_of
+from .validation import as_numbers, check_class_counts, check_labels, check_number
 
 
 #: How much of what was seen of the covariance before stays after a batch.
@@ -19,8 +17,6 @@ MEMORY = 0.95
 
 EMBEDS = ("image_embeds", "base_image_embeds", "class_embeds", "text_embeds")
 NEEDS = {"text_prior": EMBEDS[2:], "text_guidance": (*EMBEDS[:2], "text_embeds", "logit_scale")}
-
-Outputs = Tensor | Mapping[str, Any] | Sequence[Any]
 
 
 class SageLoss(nn.Module):
@@ -77,13 +73,12 @@ class SageLoss(nn.Module):
         super().__init__()
         check_number("tau", tau)
         check_number("label_smoothing", label_smoothing, 0, 1)
-        strengths = {"compensation": compensation, "text_prior": text_prior, "text_guidance": text_guidance}
-        for name, value in strengths.items():
-            check_number(name, value, 0)
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f'`reduction` must be "mean", "sum" or "none", got {reduction!r}.')
         self.tau, self.compensation, self.text_prior, self.text_guidance = tau, compensation, text_prior, text_guidance
         self.label_smoothing, self.ignore_index, self.reduction = label_smoothing, ignore_index, reduction
+        for name in ("compensation", "text_prior", "text_guidance"):
+            check_number(name, getattr(self, name), 0)
         counts = check_class_counts(class_counts).double().clamp(min=1)
         target = torch.ones_like(counts) if target_prior is None else _check_target_prior(target_prior, len(counts))
         adjustment = tau * (counts / counts.sum() / target * target.sum()).log()
@@ -94,13 +89,13 @@ class SageLoss(nn.Module):
         self.register_buffer("degrees", torch.zeros(()))
 
     @classmethod
-    def from_labels(cls, labels: Sequence[int] | Tensor, num_classes: int, **kwargs: Any) -> SageLoss:
+    def from_labels(cls, labels: Sequence[int] | Tensor, num_classes: int, **kwargs: Any) -> "SageLoss":
         """The loss for the class counts of the training labels (N,), with the further arguments of [`SageLoss`]."""
         labels = as_numbers(labels, "labels")
         check_labels(labels, labels.numel(), num_classes)
         return cls(torch.bincount(labels, minlength=num_classes), **kwargs)
 
-    def forward(self, outputs: Outputs, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    def forward(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Compute the loss.
 
         Args:
@@ -118,8 +113,7 @@ class SageLoss(nn.Module):
             raise ValueError(f"`logits` must have shape (B, {num_classes}), got {shape}.")
         soft = isinstance(labels, Tensor) and labels.ndim == 2
         if soft and (labels.shape != shape or not labels.is_floating_point()):
-            got = f"{labels.dtype} of shape {tuple(labels.shape)}"
-            raise ValueError(f"`labels` must be class indices (B,) or probabilities {shape}, got {got}.")
+            raise ValueError(f"`labels` must be indices (B,) or probabilities {shape}, got {tuple(labels.shape)}.")
         if not soft:
             check_labels(labels, len(logits), num_classes, self.ignore_index)
         if self.adjustment.device != logits.device and not torch.compiler.is_compiling():
@@ -205,14 +199,13 @@ class SageLoss(nn.Module):
         for term, names in NEEDS.items():
             missing = ", ".join(f"`{name}`" for name in names if name not in entries)
             if getattr(self, term) and missing:
-                source = "a `SageClassifier` in training mode (with `base_image_embeds` in its batches)"
-                raise ValueError(f"`{term}` needs {missing} beside the logits, as in the output of {source}.")
+                raise ValueError(f"`{term}` needs {missing} in `outputs`, as a training `SageClassifier` gives.")
         widths = {}
         rows = dict(zip(EMBEDS, [len(logits), len(logits), logits.shape[1], logits.shape[1]], strict=True))
-        for name in entries.keys() & rows.keys():
+        for name in [name for name in EMBEDS if name in entries]:
             embeds = entries[name]
             if not isinstance(embeds, Tensor) or embeds.ndim != 2 or len(embeds) != rows[name]:
-                raise ValueError(f"`{name}` must be a tensor of shape ({rows[name]}, e), got {shape_of(embeds)}.")
+                raise ValueError(f"`{name}` must be ({rows[name]}, e), got {getattr(embeds, 'shape', type(embeds))}.")
             if embeds.device.type == "cpu" and not torch.compiler.is_compiling() and not embeds.isfinite().all():
                 raise ValueError(f"`{name}` must be finite, got NaN or infinity.")
             entries[name], widths[name] = embeds.to(logits), embeds.shape[1]
@@ -224,13 +217,9 @@ class SageLoss(nn.Module):
             self.scatter = torch.zeros_like(state_dict[f"{prefix}scatter"], device=self.scatter.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SageLoss:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SageLoss":
         # Follow `.to(device)`, but keep float32: rounding the adjustment would bias every logit of a class alike.
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
-
-    def extra_repr(self) -> str:
-        names = ("tau", "compensation", "text_prior", "text_guidance", "label_smoothing", "ignore_index", "reduction")
-        return ", ".join([f"num_classes={len(self.gamma)}", *(f"{name}={getattr(self, name)!r}" for name in names)])
 
 
 def _residuals(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,7 +244,7 @@ def _from_all_processes(features: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
     return torch.cat(parts)[:, :-1], torch.cat(parts)[:, -1]
 
 
-def _logits(outputs: Outputs) -> tuple[Tensor, dict[str, Any]]:
+def _logits(outputs: Any) -> tuple[Tensor, dict[str, Any]]:
     """The logits of what a model returned, and what else it holds."""
     entries: dict[str, Any] = {}
     if isinstance(outputs, Mapping):
@@ -266,16 +255,12 @@ def _logits(outputs: Outputs) -> tuple[Tensor, dict[str, Any]]:
     elif isinstance(outputs, (tuple, list)) and outputs:
         outputs = outputs[0]
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
-        kind = getattr(outputs, "dtype", type(outputs).__name__)
-        raise TypeError(f"`logits` must be a floating-point tensor, got {kind}.")
+        raise TypeError(f"`logits` must be a floating-point tensor, got {getattr(outputs, 'dtype', type(outputs))}.")
     return outputs, entries
 
 
 def _check_target_prior(target_prior: Sequence[float] | Tensor, num_classes: int) -> Tensor:
     prior = as_numbers(target_prior, "target_prior").double()
-    if prior.shape != (num_classes,):
-        raise ValueError(f"`target_prior` must have shape ({num_classes},), got {tuple(prior.shape)}.")
-    if not (prior > 0).all() or abs(prior.sum() - 1) > 1e-4:
-        got = f"a sum of {prior.sum():.6g} and a smallest value of {prior.min():.6g}"
-        raise ValueError(f"`target_prior` must be positive probabilities that sum to 1, got {got}.")
+    if prior.shape != (num_classes,) or not (prior > 0).all() or abs(prior.sum() - 1) > 1e-4:
+        raise ValueError(f"`target_prior` must be {num_classes} positive numbers with the sum 1, got {prior}.")
     return prior

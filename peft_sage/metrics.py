@@ -1,21 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Accuracy as long-tailed recognition reports it. Needs torchmetrics: `pip install peft_sage[examples]`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from .validation import check_class_counts, check_labels
-
-
-try:
-    from torchmetrics import Metric
-except ImportError as error:
-    raise ImportError("`LongTailAccuracy` needs torchmetrics: pip install peft_sage[examples]") from error
 
 
 class LongTailAccuracy(Metric):
@@ -33,10 +26,7 @@ class LongTailAccuracy(Metric):
 
     """
 
-    is_differentiable = False
-    higher_is_better = True
     full_state_update = False
-
     class_counts: Tensor
     correct: Tensor
     total: Tensor
@@ -75,14 +65,13 @@ class LongTailAccuracy(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Return the accuracies of all batches so far.
 
-        They are `overall` (over images), `macro` (over classes), `many`, `medium`, `few`, `worst` (class),
-        `harmonic_mean` (over classes) and `per_class` (K,), NaN where there is nothing to average; and the numbers of
-        evaluated classes in the groups, `num_many`, `num_medium` and `num_few`.
+        They are `overall` (over images), `macro` (over classes), `many`, `medium`, `few`, `worst` (class) and
+        `per_class` (K,), NaN where there is nothing to average; and how many classes the groups have in the
+        evaluation, `num_many`, `num_medium` and `num_few`.
         """
         seen = self.total > 0
         per_class = self.correct / self.total  # 0 / 0 is NaN: the class did not occur
-        accuracy = per_class[seen]
-        counts = self.class_counts[seen]
+        accuracy, counts = per_class[seen], self.class_counts[seen]
         groups = {"many": counts > self.many, "few": counts < self.few}
         groups["medium"] = ~(groups["many"] | groups["few"])
         return {
@@ -90,7 +79,6 @@ class LongTailAccuracy(Metric):
             "macro": accuracy.mean(),
             **{name: accuracy[groups[name]].mean() for name in ("many", "medium", "few")},
             "worst": accuracy.min() if len(accuracy) else accuracy.mean(),
-            "harmonic_mean": 1 / (1 / accuracy).mean(),
             "per_class": per_class,
             **{f"num_{name}": groups[name].sum() for name in ("many", "medium", "few")},
         }

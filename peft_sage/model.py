@@ -1,16 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the adapter is injected, what it attends to, and how it is saved and loaded."""
 
-from __future__ import annotations
-
 import copy
 import math
-import os
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,12 +15,13 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
-from . import towers, weights
+from . import weights
 from .config import SageConfig
 from .descriptions import Descriptions, normalise_descriptions
 from .encoding import make_guidance, own_embeddings
-from .layer import MERGE_ERROR, SageLayer, SharedGuidance, is_of_adapter
+from .layer import SageLayer, SharedGuidance, is_of_adapter
 from .registration import PREFIX
+from .towers import mlps
 
 
 class SageModel(BaseTuner):
@@ -42,11 +38,13 @@ class SageModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = SageLayer
-    target_module_mapping: dict[str, list[str]] = {}
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # Here and not in `inject_adapter`: PEFT replaces the other adapter's configuration before that.
-        _check_name_is_free(model, adapter_name)
+        # Here and not in `inject_adapter`, as PEFT replaces the other adapter's configuration before that: two methods
+        # of one name would be saved as one of them.
+        others = (m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, SageLayer))
+        if any(adapter_name in other._all_available_adapter_names() for other in others):
+            raise ValueError(f"`adapter_name` must not be that of another method's adapter, got {adapter_name!r}.")
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -61,11 +59,11 @@ class SageModel(BaseTuner):
         targets = find_targets(model, config, kwargs.get("state_dict"))
         if not (config.num_classes or config.saved):
             config.class_names = getattr(model, "class_names", None)
-        num_classes = config.num_classes or (0 if own is None else len(own))
-        config.r = config.r or default_r(num_classes, max(1, len(targets)))
-        if config.r % config.num_heads:
-            raise ValueError(f"`num_heads` must divide `r`={config.r} (from the classes), got {config.num_heads}.")
-        _check_base_model(model, config)
+        classes = 0 if own is None else len(own)
+        if config.class_descriptions is not None and config.num_classes < classes:
+            raise ValueError(f"`class_descriptions` has {config.num_classes} classes, but the head has {classes}.")
+        r = config.r or default_r(config.num_classes or classes, max(1, len(targets)))
+        config.r = -(-r // config.num_heads) * config.num_heads
         rows: Tensor | None = None
         if not config.saved:
             source = config.class_descriptions if config.guidance is None else config.guidance
@@ -101,7 +99,7 @@ class SageModel(BaseTuner):
         self, config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: str
     ) -> None:
         layer = target if isinstance(target, SageLayer) else SageLayer(target)
-        scaling, scale = config.scaling, towers.layer_scale(self.model, current_key)
+        scaling, scale = float(config.scaling), mlps.layer_scale(self.model, current_key)
         if config.learnable_scaling and scale is not None and not scale.is_meta:
             scaling /= scale.detach().abs().mean().item() or 1.0
         layer.update_layer(adapter_name, config, config.shared, scaling)
@@ -113,32 +111,28 @@ class SageModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own version reads `child.weight`, which an MLP does not have. The layer moved itself.
         setattr(parent, child_name, new_module)
-        if isinstance(new_module, SageLayer):
-            parent.register_forward_pre_hook(_start_graph_at_checkpoint)
-            return
         for key in [k for k, hook in parent._forward_pre_hooks.items() if hook is _start_graph_at_checkpoint]:
             del parent._forward_pre_hooks[key]
+        if isinstance(new_module, SageLayer):
+            parent.register_forward_pre_hook(_start_graph_at_checkpoint)
 
     def _check_merge_allowed(self) -> None:
-        raise NotImplementedError(MERGE_ERROR)
+        raise NotImplementedError("Sage adapters are not linear, so they cannot be merged; use `unload()`.")
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is None:
-            yield
-            return
-        if self.training:
+        names = kwargs.pop("adapter_names", None)
+        if names is not None and self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        unknown = set(adapter_names) - set(self.peft_config) - {"__base__"}
-        if unknown:
+        if unknown := set(names or ()) - set(self.peft_config) - {"__base__"}:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
 
         def pass_names(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            return args, {**kwargs, "adapter_names": adapter_names}
+            return args, {**kwargs, "adapter_names": names}
 
-        modules = [m for m in self.modules() if isinstance(m, (SageLayer, AuxiliaryTrainingWrapper))]
-        handles = [module.register_forward_pre_hook(pass_names, with_kwargs=True) for module in modules]
+        modules = () if names is None else self.modules()
+        takers = [module for module in modules if isinstance(module, (SageLayer, AuxiliaryTrainingWrapper))]
+        handles = [taker.register_forward_pre_hook(pass_names, with_kwargs=True) for taker in takers]
         try:
             yield
         finally:
@@ -164,11 +158,15 @@ class SageModel(BaseTuner):
             expected = {key: own[key] for key in own if is_of_adapter(key, adapter_name) or saved in key}
             weights.check_complete(state_dict, expected)
         except ValueError:
-            if any(adapter_name in layer.unloaded for layer in layers.values()):
-                _take_back(model, adapter_name)
+            # What was injected for these weights is removed again.
+            if isinstance(model, PeftModel) and any(adapter_name in layer.unloaded for layer in layers.values()):
+                if len(model.peft_config) > 1:
+                    model.delete_adapter(adapter_name)
+                else:
+                    model.base_model.unload()  # type: ignore[operator]
             raise
         for layer in layers.values():
-            layer.unloaded.discard(adapter_name)
+            layer.unloaded.pop(adapter_name, None)
         return state_dict
 
 
@@ -185,8 +183,7 @@ def set_guidance(model: nn.Module, source: Tensor | Descriptions | None, adapter
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     config = configs.get(adapter_name)
     if not isinstance(config, SageConfig):
-        known = [name for name, other in configs.items() if isinstance(other, SageConfig)]
-        raise ValueError(f"`adapter_name` must be one of the Sage adapters {known}, got {adapter_name!r}.")
+        raise ValueError(f"`adapter_name` must be a Sage adapter of {list(configs)}, got {adapter_name!r}.")
     shared = next((layer.shared[adapter_name] for _, layer in _layers(model) if adapter_name in layer.shared), None)
     if shared is None:
         raise ValueError(f"The adapter {adapter_name!r} was made without guidance, so it cannot be given any.")
@@ -199,8 +196,8 @@ def set_guidance(model: nn.Module, source: Tensor | Descriptions | None, adapter
         names, texts = normalise_descriptions(source)
     rows, row_names = make_guidance(model, config, source, names)
     if rows is None or rows.shape[1] != shared.rows.shape[1]:
-        shape = f"the shape (M, {shared.rows.shape[1]}) with at least one row, as in training"
-        raise ValueError(f"`guidance` must have {shape}, got {None if rows is None else tuple(rows.shape)}.")
+        shape = f"(M, {shared.rows.shape[1]})"
+        raise ValueError(f"`guidance` must have the shape {shape}, got {getattr(rows, 'shape', None)}.")
     shared.owner[adapter_name] = rows.to(shared.rows)
     config.class_names, config.class_descriptions, config.row_names = names, texts, row_names
     config.guidance, config.guidance_shape = None, list(rows.shape)
@@ -216,25 +213,24 @@ def find_targets(model: nn.Module, config: SageConfig, state_dict: dict[str, Ten
             map (..., d) to (..., d).
     """
     names = [name for name, _ in model.named_modules() if name and PREFIX not in name]
+    asked: Any = copy.copy(config)
+    asked.target_modules, asked.target_parameters = config.target_modules or set(), None
     if state_dict is not None:
         wanted = {key.partition(f".{PREFIX}")[0] for key in state_dict if f".{PREFIX}" in key}
         targets = [name for name in names if name in wanted]
     elif config.target_modules is None:
-        mlps = _select_layers(towers.find_mlps(model), config.layers_to_transform)
-        targets = [name for name in mlps if not isinstance(_match(config, name), _ExcludedModule)]
-    else:
-        matches = {name: _match(config, name) for name in names}
-        targets = [name for name, match in matches.items() if match and not isinstance(match, _ExcludedModule)]
+        found = _select_layers(mlps.find_mlps(model), config.layers_to_transform)
+        targets = [name for name in found if not isinstance(check_target_module_exists(asked, name), _ExcludedModule)]
+    else:  # what is excluded counts as false
+        targets = [name for name in names if check_target_module_exists(asked, name)]
     head_alone = config.target_modules is not None and not config.target_modules and config.modules_to_save
     if not targets and not head_alone:
-        candidates = towers.candidate_modules(model)
-        listed = f"Modules that could be adapted: {candidates}." if candidates else "No module could be adapted."
-        fields = ("target_modules", "exclude_modules", "layers_to_transform")
-        given = ", ".join(f"{field}={getattr(config, field)!r}" for field in fields)
-        raise ValueError(f"No module of {type(model).__name__} was matched by {given}. {listed}")
+        raise ValueError(
+            f"`target_modules`={config.target_modules!r} matches none of {mlps.candidate_modules(model)}."
+        )
     for name in targets:
         try:
-            towers.mlp_widths(model.get_submodule(name))
+            mlps.mlp_widths(model.get_submodule(name))
         except ValueError as error:
             raise ValueError(f"`target_modules` matches {name!r}, which cannot be adapted: {error}") from error
     return targets
@@ -246,69 +242,30 @@ def default_r(num_classes: int, num_mlps: int) -> int:
     All adapters together then have about half as many parameters as a linear head (LIFT, arXiv 2309.10019). It is at
     least 8, as attention needs some width.
     """
-    exponent = math.floor(math.log2(num_classes / (2 * num_mlps))) if num_classes else 0
-    return max(8, 2 ** max(0, exponent))
+    return max(8, 2 ** math.floor(math.log2(max(1, num_classes / (2 * num_mlps)))))
 
 
-def _match(config: SageConfig, name: str) -> Any:
-    """What PEFT says of a name: whether it is a target, or that `exclude_modules` or `modules_to_save` keeps it."""
-    read = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
-    targets = config.target_modules or set[str]()
-    fields = {field: getattr(config, field) for field in read}
-    return check_target_module_exists(SimpleNamespace(target_modules=targets, target_parameters=None, **fields), name)
-
-
-def _select_layers(mlps: list[str], layers: int | list[int] | None) -> list[str]:
-    layers = [layers] if isinstance(layers, int) else list(range(len(mlps))) if layers is None else layers
-    outside = [layer for layer in layers if not -len(mlps) <= layer < len(mlps)]
+def _select_layers(blocks: list[str], layers: int | list[int] | None) -> list[str]:
+    layers = [layers] if isinstance(layers, int) else list(range(len(blocks))) if layers is None else layers
+    outside = [layer for layer in layers if not -len(blocks) <= layer < len(blocks)]
     if outside:
-        blocks = f"the {len(mlps)} blocks of the vision tower"
-        raise ValueError(f"`layers_to_transform` must be within {blocks}, got {outside}.")
-    return [mlps[depth] for depth in sorted({layer % len(mlps) for layer in layers})]
+        raise ValueError(f"`layers_to_transform` must be within the {len(blocks)} blocks of the tower, got {outside}.")
+    return [blocks[depth] for depth in sorted({layer % len(blocks) for layer in layers})]
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, SageLayer]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, SageLayer))
 
 
-def _take_back(model: nn.Module, adapter_name: str) -> None:
-    """Remove an adapter whose weights were refused."""
-    if isinstance(model, PeftModel) and len(model.peft_config) > 1:
-        model.delete_adapter(adapter_name)
-    elif isinstance(model, PeftModel):
-        model.base_model.unload()  # type: ignore[operator]
-
-
 def _check_names(adapter_name: str, config: SageConfig) -> None:
     """Check that the adapter's parts can have its name, and that `modules_to_save` does not mean them."""
     if not adapter_name or {".", "/", "\\"} & set(adapter_name) or hasattr(nn.ModuleDict, adapter_name):
-        refused = "be empty, hold '.' or '/', or be an attribute of `torch.nn.ModuleDict`"
-        raise ValueError(f"`adapter_name` names a module and a folder; it must not {refused}, got {adapter_name!r}.")
+        raise ValueError(f"`adapter_name` must be able to name a module and a folder, got {adapter_name!r}.")
     # PEFT matches by ending, and the parts of the adapter are there by then.
     parts = (*SageLayer.adapter_layer_names, "peft_sage_dropout", "peft_sage_guidance", "base_layer", adapter_name)
     clashes = [(name, part) for name in config.modules_to_save or () for part in parts if f".{part}".endswith(name)]
     for name, part in clashes:
-        what = f"parts of the adapter by their endings, but {name!r} matches {part!r}"
-        raise ValueError(f"`modules_to_save` must not match {what}: give more of the module's name.")
-
-
-def _check_name_is_free(model: nn.Module, adapter_name: str) -> None:
-    # One name stands for one configuration, so two methods under it would be saved as one of them.
-    others = (m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, SageLayer))
-    if any(adapter_name in other._all_available_adapter_names() for other in others):
-        why = "is that of another method's adapter, and both would be saved as one: give this one a name of its own"
-        raise ValueError(f"`adapter_name` {adapter_name!r} {why}.")
-
-
-def _check_base_model(model: nn.Module, config: SageConfig) -> None:
-    classes = getattr(getattr(model, "class_head", None), "out_features", 0)
-    if config.class_descriptions is not None and config.num_classes < classes:
-        what = f"{config.num_classes} classes, but the model's head has {classes}"
-        raise ValueError(f"`class_descriptions` has {what}: describe all, or pass a tensor as `guidance`.")
-    # Only the last part: the same model may lie in a folder here and on the Hub there.
-    trained_on, loaded_on = config.base_model_name_or_path or "", getattr(model, "name_or_path", None) or ""
-    if config.saved and trained_on and loaded_on and os.path.basename(trained_on) != os.path.basename(loaded_on):
-        warnings.warn(f"The adapter was trained on {trained_on!r} and is loaded on {loaded_on!r}.", stacklevel=2)
+        raise ValueError(f"`modules_to_save` must not match the adapter's own parts, but {name!r} matches {part!r}.")
 
 
 def _start_graph_at_checkpoint(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -317,9 +274,7 @@ def _start_graph_at_checkpoint(module: nn.Module, args: tuple[Any, ...]) -> tupl
     In that mode PyTorch builds no graph for a block whose inputs need no gradient, which is so for the first adapted
     block of a frozen tower: its adapter would not be trained, in silence.
     """
-    if not (module.training and torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False)):
+    first, checkpointed = args[0] if args else None, getattr(module, "gradient_checkpointing", False)
+    if not (checkpointed and module.training and torch.is_grad_enabled() and isinstance(first, Tensor)):
         return None
-    first, *others = args or (None,)
-    if not isinstance(first, Tensor) or first.requires_grad or not first.is_floating_point():
-        return None
-    return first.detach().requires_grad_(), *others
+    return None if first.requires_grad else (first.detach().requires_grad_(), *args[1:])

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learning rates: a head that starts from texts learns faster than the adapters below it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn

@@ -37,15 +37,6 @@ def add_peft_type(name: str) -> PeftType:
 
 
 def register(config_cls: type, model_cls: type) -> None:
-    """Register the method with PEFT, once; RuntimeError if another package holds the name or the prefix."""
-    peft_type = add_peft_type(PEFT_TYPE_NAME)
-    holder = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
-    if holder is config_cls:
-        return
-    if holder is not None:
-        other = f"{holder.__module__}.{holder.__qualname__}"
-        raise RuntimeError(f"peft_sage cannot be used: {PEFT_TYPE_NAME!r} is already registered by {other}.")
-    try:
+    """Register the method with PEFT, once; KeyError, by PEFT, if another package holds the name or the prefix."""
+    if PEFT_TYPE_TO_CONFIG_MAPPING.get(add_peft_type(PEFT_TYPE_NAME)) is not config_cls:
         register_peft_method(name=PEFT_TYPE_NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix=PREFIX)
-    except KeyError as error:
-        raise RuntimeError(f"peft_sage could not be registered with PEFT: {error.args[0]}") from error

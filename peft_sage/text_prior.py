@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far the class texts are to be trusted: the strength of `SageLoss`'s text prior, chosen by cross-validation."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -74,18 +72,17 @@ def choose_text_prior(
     strengths, rng = _check(features, labels, text_embeds, strengths, folds, groups), Generator().manual_seed(seed)
     given = torch.bincount(labels, minlength=len(text_embeds)) if class_counts is None else class_counts
     counts = check_class_counts(given, len(text_embeds))
-    images = _part(labels, rng)
+    present = labels.unique()
+    present = present[torch.randperm(len(present), generator=rng)[:MAX_CLASSES]]
+    images = (torch.isin(labels, present) & (_rank(labels, rng) < MAX_IMAGES)).nonzero()[:, 0]
     classes, own = labels[images].unique(return_inverse=True)
     fold = _folds(own, None if groups is None else groups[images], folds, rng)
     held_out = own[fold >= 0].unique()
     if not len(held_out):
-        what = "two images" if groups is None else "images of two groups"
-        raise ValueError(f"`labels` must have a class with {what} to hold out; give the text prior as a number.")
-    features, texts = (
-        F.normalize(x.to(features.device, torch.float32), dim=-1)[part]
-        for x, part in ((features, images), (text_embeds, classes))
-    )
-    probability, correct = _cross_validate(features, own, texts, counts[classes], fold, torch.tensor(strengths), rng)
+        raise ValueError("`labels` must have a class with two images (or groups) to hold out; give a text prior.")
+    features, texts = (F.normalize(x.float(), dim=-1) for x in (features[images], text_embeds[classes]))
+    texts, pulls = texts.to(features), torch.tensor(strengths).to(features)
+    probability, correct = _cross_validate(features, own, texts, counts[classes], fold, pulls, rng)
     scores = torch.stack([correct[:, (fold >= 0) & (own == k)].mean(dim=1) for k in held_out]).mean(dim=0)
     chosen = int(scores.argmax())
     label_probability = torch.full(labels.shape, torch.nan).index_copy(0, images, probability[chosen])
@@ -101,7 +98,7 @@ def _cross_validate(
         kept, out = (fold != k).nonzero()[:, 0], (fold == k).nonzero()[:, 0]
         share = torch.bincount(labels[kept], minlength=len(texts)) / torch.bincount(labels)
         loss = SageLoss((counts * share).round()).to(features.device)
-        heads = _train_heads(features[kept], labels[kept], texts, loss, pulls.to(texts), rng)
+        heads = _train_heads(features[kept], labels[kept], texts, loss, pulls, rng)
         logits = (SCALE * features[out] @ heads.mT).cpu()
         results[0][:, out] = logits.softmax(dim=2)[:, range(len(out)), labels[out]]
         results[1][:, out] = (logits.argmax(dim=2) == labels[out]).float()
@@ -122,18 +119,9 @@ def _check(
     if groups is not None:
         check_labels(groups, len(features), None, name="groups")
     check_integer("folds", folds, 2)
-    if len(strengths) == 0:
-        raise ValueError("`strengths` is empty; give at least one number.")
-    for strength in strengths:
+    for strength in strengths or (None,):
         check_number("strengths", strength, 0)
     return sorted(set(strengths))
-
-
-def _part(labels: Tensor, rng: Generator) -> Tensor:
-    """Indices of the images that decide."""
-    classes = labels.unique()
-    chosen = classes[torch.randperm(len(classes), generator=rng)[:MAX_CLASSES]]
-    return (torch.isin(labels, chosen) & (_rank(labels, rng) < MAX_IMAGES)).nonzero()[:, 0]
 
 
 def _rank(labels: Tensor, rng: Generator) -> Tensor:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of what a user gave: an error names the argument, what came, and what would be right."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import inf
 from typing import Any, TypeGuard
@@ -33,16 +31,10 @@ def check_integer(name: str, value: Any, low: int, high: float = inf) -> None:
         raise ValueError(f"`{name}` must be an integer{bounds}, got {value!r}.")
 
 
-def shape_of(value: Any) -> Any:
-    """The shape of a tensor as a tuple; of anything else its type, for error messages."""
-    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-
-
 def check_embeddings(embeddings: Tensor, name: str, width: int | None = None) -> None:
     """Raise unless they are rows (M, e): TypeError for their type, ValueError for shape, NaN, infinity or zeros."""
     if not isinstance(embeddings, Tensor) or not embeddings.is_floating_point():
-        kind = getattr(embeddings, "dtype", type(embeddings).__name__)
-        raise TypeError(f"`{name}` must be a floating-point tensor (M, e), got {kind}.")
+        raise TypeError(f"`{name}` must be floats (M, e), got {getattr(embeddings, 'dtype', type(embeddings))}.")
     if embeddings.ndim != 2 or embeddings.shape[1] == 0 or width not in (None, embeddings.shape[1]):
         raise ValueError(f"`{name}` must have the shape (M, {width or 'e'}), got {tuple(embeddings.shape)}.")
     wrong = {"be finite, got NaN or infinity": ~embeddings.isfinite().all(dim=1)}
@@ -66,13 +58,11 @@ def as_numbers(values: Sequence[float] | Tensor, name: str) -> Tensor:
 def check_class_counts(class_counts: Sequence[int] | Tensor, num_classes: int | None = None) -> Tensor:
     """Read numbers of training images as (K,) int64 on the CPU; TypeError or ValueError says what is wrong."""
     counts = as_numbers(class_counts, "class_counts").double()
-    if counts.ndim != 1 or len(counts) == 0:
-        raise ValueError(f"`class_counts` must have shape (K,), K >= 1, got shape {tuple(counts.shape)}.")
+    if counts.ndim != 1 or len(counts) == 0 or num_classes not in (None, len(counts)):
+        raise ValueError(f"`class_counts` must have the shape ({num_classes or 'K'},), got {tuple(counts.shape)}.")
     for k, count in enumerate(counts.tolist()):
         if not 0 <= count < inf or count != int(count):
             raise ValueError(f"`class_counts` must be numbers of images, not frequencies, got {count} for class {k}.")
-    if num_classes not in (None, len(counts)):
-        raise ValueError(f"`class_counts` must have {num_classes} classes, got {len(counts)}.")
     if not counts.any():
         raise ValueError("`class_counts` are all zero; at least one class must have training images.")
     return counts.long()
@@ -87,8 +77,7 @@ def check_labels(
     that use the labels there assert it themselves. Without `num_classes` it is not checked.
     """
     if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
-        kind = getattr(labels, "dtype", type(labels).__name__)
-        raise TypeError(f"`{name}` must be a tensor of integer class indices, got {kind}.")
+        raise TypeError(f"`{name}` must be a tensor of integers, got {getattr(labels, 'dtype', type(labels))}.")
     if labels.shape != (num_images,):
         raise ValueError(f"`{name}` must have the shape ({num_images},), got {tuple(labels.shape)}.")
     if num_classes is None or labels.device.type != "cpu" or torch.compiler.is_compiling():

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """An adapter's weights under the names of the model that they are loaded into: complete and finite, or refused."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 
 from torch import Tensor
 
 from .registration import PREFIX
-from .towers import same_module
+from .towers.mlps import same_module
 
 
 PEFT_ROOT = "base_model.model."
@@ -24,8 +22,8 @@ def align_names(state_dict: dict[str, Tensor], mlps: Iterable[str]) -> dict[str,
     in_model = sorted((name.removeprefix(PEFT_ROOT) for name in mlps), key=_natural)
     in_file = sorted({_mlp(key) for key in state_dict if f".{PREFIX}" in key}, key=_natural)
     if len(in_file) != len(in_model) or not all(map(same_module, in_file, in_model)):
-        blocks = f"the file has {len(in_file)} adapted blocks, {_some(in_file)}, the model has {len(in_model)}"
-        raise ValueError(f"The adapter's weights do not fit the model: {blocks}, {_some(in_model)}.")
+        blocks = f"adapted blocks {_some(in_file)}, the model {_some(in_model)}"
+        raise ValueError(f"The adapter's weights do not fit the model: the file has {blocks}.")
     renamed = dict(zip(in_file, in_model, strict=True))
     keys = {k: PEFT_ROOT + renamed[_mlp(k)] + k[k.index(f".{PREFIX}") :] for k in state_dict if f".{PREFIX}" in k}
     return {keys.get(key, key): value for key, value in state_dict.items()}
@@ -44,12 +42,11 @@ def check_complete(found: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
         what = f"missing from the file {_some(missing)}, not expected in it {_some(unknown)}"
         raise ValueError(f"The adapter's weights do not fit its configuration: {what}.")
     for key, value in expected.items():
-        if value.shape != found[key].shape and (value.numel() or f".{PREFIX}" in key):
-            shapes = f"{tuple(found[key].shape)} in the file, expected {tuple(value.shape)}"
-            raise ValueError(f"The adapter's weights do not fit: {key!r} has the shape {shapes}.")
-        if found[key].is_floating_point() != value.is_floating_point():
-            raise ValueError(f"The adapter's weights are damaged: {key!r} has the type {found[key].dtype}.")
-        if not found[key].is_meta and not found[key].isfinite().all():
+        got, sized = found[key], value.numel() or f".{PREFIX}" in key
+        if (sized and value.shape != got.shape) or got.is_floating_point() != value.is_floating_point():
+            kinds = f"{got.dtype} {tuple(got.shape)} in the file, expected {value.dtype} {tuple(value.shape)}"
+            raise ValueError(f"The adapter's weights do not fit: {key!r} is {kinds}.")
+        if not got.is_meta and not got.isfinite().all():
             raise ValueError(f"The adapter's weights are damaged: {key!r} holds NaN or infinity.")
 
 

@@ -244,7 +244,7 @@ def test_set_classes_reaches_the_trained_head_and_the_guidance(folder, pixel_val
     assert model.class_names == ["owl", "cow", "bee", "elk"]
     model.set_classes(torch.eye(2, 16))
     assert model.class_names is None and model.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
-    with pytest.raises(ValueError, match=r"`classes` must have the shape \(K, 16\), got \(8, 15\)"):
+    with pytest.raises(ValueError, match=r"`classes` must have the shape \(M, 16\), got \(8, 15\)"):
         model.set_classes(torch.randn(8, 15))
 
 

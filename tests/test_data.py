@@ -421,7 +421,7 @@ def test_tables_of_files_that_say_too_little(tmp_path):
         ([("a.png", "cow"), ("a.png", "")], "'label' has no label in line 3 of '.*all.csv'"),
         ([("a.png", "cow"), ("", "owl")], "'file_name' has no file name in line 3"),
         ([("a.png", "cow"), ("a.png", "owl")], "is in split .* as 'cow' and in split .* as 'owl'"),
-        ([("a.png", "cow", "more")], "more or fewer fields in line 2"),
+        ([("a.png", "cow", "more")], "fields beside .* in line 2"),
         ([], "no rows"),
     ]:
         write_list(tmp_path / "all.csv", rows)

@@ -150,17 +150,17 @@ def test_missing_or_invalid_config(text, error, adapter_dir):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"r": 16}, r"peft_sage_down.*\(8.*expected \(16"),
-        ({"r": 4}, r"expected \(4"),
-        ({"guidance_shape": [6, 24]}, r"peft_sage_guidance.*\(5, 24\).*expected \(6, 24\)"),
-        ({"guidance_shape": [5, 12]}, r"expected \(5, 12\)|expected \(8, 12\)"),
+        ({"r": 16}, r"peft_sage_down.*\(8.*expected .*\(16"),
+        ({"r": 4}, r"expected .*\(4"),
+        ({"guidance_shape": [6, 24]}, r"peft_sage_guidance.*\(5, 24\).*expected .*\(6, 24\)"),
+        ({"guidance_shape": [5, 12]}, r"expected .*\((5|8), 12\)"),
         ({"guidance_shape": [0, 0]}, "not expected"),
         ({"num_heads": 3}, "`r` must be divisible"),
-        ({"layers_to_transform": [0, 1]}, "3 adapted blocks.*model has 2"),
+        ({"layers_to_transform": [0, 1]}, "do not fit the model: the file has"),
         ({"layers_to_transform": [9]}, "`layers_to_transform`"),
         ({"target_modules": ["nowhere"]}, "nowhere"),
-        ({"target_modules": []}, "was matched"),
-        ({"exclude_modules": ["layers.0.mlp"]}, "model has 2"),
+        ({"target_modules": []}, "matches none of"),
+        ({"exclude_modules": ["layers.0.mlp"]}, "do not fit the model"),
         ({"learnable_scaling": False}, "not expected.*scaling"),
     ],
 )
@@ -188,7 +188,7 @@ def test_other_configs_that_disagree(adapter_dir):
         (lambda t: t[FIRST + "peft_sage_up.weight"].fill_(torch.nan), "NaN or infinity"),
         (lambda t: t[FIRST + "peft_sage_guidance"][3].fill_(torch.inf), "NaN or infinity"),
         (lambda t: t.update({FIRST + "peft_sage_up.bias": torch.zeros(32, dtype=torch.long)}), "int64"),
-        (lambda t: t.clear(), "file has 0 adapted blocks"),
+        (lambda t: t.clear(), r"file has adapted blocks \[\]"),
     ],
 )
 def test_incomplete_or_damaged_tensors(change, message, adapter_dir):
@@ -200,7 +200,7 @@ def test_weights_of_another_method(adapter_dir, tmp_path):
     lora = get_peft_model(tiny_clip(), LoraConfig(target_modules=["mlp.fc1"]))
     lora.save_pretrained(tmp_path / "lora")
     os.replace(tmp_path / "lora" / WEIGHTS, adapter_dir / WEIGHTS)
-    assert_refused(adapter_dir, "file has 0 adapted blocks")
+    assert_refused(adapter_dir, r"file has adapted blocks \[\]")
 
 
 def wider_clip():
@@ -213,19 +213,9 @@ def deeper_clip():
     return CLIPModel(CLIPConfig(text_config={"num_hidden_layers": 1}, vision_config=vision, projection_dim=16))
 
 
-@pytest.mark.parametrize(("make", "message"), [(wider_clip, "expected .*64"), (deeper_clip, "the model has 4")])
+@pytest.mark.parametrize(("make", "message"), [(wider_clip, "expected .*64"), (deeper_clip, "do not fit the model")])
 def test_wrong_base_model(make, message, adapter_dir):
     assert_refused(adapter_dir, message, make)
-
-
-def test_another_base_model_of_the_same_shape_gives_a_warning(adapter_dir, clip_dir, tmp_path, recwarn):
-    edit_config(adapter_dir, base_model_name_or_path="openai/other-clip")
-    with pytest.warns(UserWarning, match="trained on 'openai/other-clip'.*clip"):
-        PeftModel.from_pretrained(CLIPModel.from_pretrained(clip_dir), adapter_dir)
-    edit_config(adapter_dir, base_model_name_or_path="some/where/clip")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        PeftModel.from_pretrained(CLIPModel.from_pretrained(clip_dir), adapter_dir)
 
 
 def test_a_head_with_other_classes(tmp_path):
@@ -234,7 +224,7 @@ def test_a_head_with_other_classes(tmp_path):
 
     model = get_peft_model(classifier(5), SageConfig(guidance=torch.randn(5, 24), modules_to_save=["class_head"]))
     model.save_pretrained(tmp_path)
-    assert_refused(tmp_path, r"class_head.*\(5, 16\).*expected \(7, 16\)", lambda: classifier(7))
+    assert_refused(tmp_path, r"class_head.*\(5, 16\).*expected .*\(7, 16\)", lambda: classifier(7))
 
 
 def test_a_misfit_does_not_touch_an_adapter_that_is_there(adapter_dir, pixel_values):

@@ -20,9 +20,9 @@ def explicit(layer: SageLayer, x: torch.Tensor, heads: int) -> torch.Tensor:
     """The equations of `SageLayer`, written out with an explicit softmax."""
     norm, down, up = (getattr(layer, f"peft_sage_{name}")["default"] for name in ("norm", "down", "up"))
     z = F.linear(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias), down.weight, down.bias)
-    guidance = layer.guidance("default")
     a = 0
-    if guidance is not None:
+    if layer.shared:
+        guidance = layer.shared["default"].rows
         keys = guidance @ layer.peft_sage_key["default"].weight.T
         values = guidance @ layer.peft_sage_value["default"].weight.T
         parts = []
@@ -54,7 +54,7 @@ def test_random_start_is_no_identity():
 
 def test_without_guidance_there_is_no_attention():
     layer = make()
-    assert layer.guidance("default") is None
+    assert not layer.shared
     assert not list(layer.peft_sage_key.parameters()) and not list(layer.peft_sage_value.parameters())
 
 
@@ -69,7 +69,7 @@ def test_guidance_is_a_set():
 
 def test_guidance_has_no_gradient_and_unit_rows():
     layer = make(torch.randn(9, 6) * 10)
-    guidance = layer.guidance("default")
+    guidance = layer.shared["default"].rows
     assert not guidance.requires_grad
     torch.testing.assert_close(guidance.norm(dim=-1), torch.ones(9))
 

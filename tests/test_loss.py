@@ -340,12 +340,6 @@ def test_from_labels_counts():
     )
 
 
-def test_repr_names_the_settings():
-    text = repr(SageLoss(COUNTS, tau=0.25, compensation=0.75, reduction="sum"))
-    for part in ("num_classes=5", "tau=0.25", "compensation=0.75", "reduction='sum'"):
-        assert part in text
-
-
 def test_takes_the_logits_out_of_model_outputs(batch):
     logits, labels = batch
     loss = SageLoss(COUNTS)
@@ -404,8 +398,8 @@ def test_trainer_with_gradient_accumulation_takes_the_step_of_the_whole_batch(tm
         ({"class_counts": [0.75, 0.25]}, "not frequencies"),
         ({"class_counts": [0, 0]}, "all zero"),
         ({"class_counts": []}, r"shape \(K,\)"),
-        ({"class_counts": [[1, 2]]}, r"shape \(1, 2\)"),
-        ({"class_counts": 5}, r"shape \(\)"),
+        ({"class_counts": [[1, 2]]}, r"got \(1, 2\)"),
+        ({"class_counts": 5}, r"got \(\)"),
         ({"tau": float("nan")}, "`tau`"),
         ({"compensation": float("inf")}, "`compensation`"),
         ({"compensation": -0.5}, "`compensation`"),
@@ -413,10 +407,10 @@ def test_trainer_with_gradient_accumulation_takes_the_step_of_the_whole_batch(tm
         ({"text_guidance": "auto"}, "`text_guidance`"),
         ({"label_smoothing": 1.5}, "`label_smoothing`"),
         ({"reduction": "average"}, "'average'"),
-        ({"target_prior": [0.5, 0.4]}, "sum of 0.9"),
+        ({"target_prior": [0.5, 0.4]}, "with the sum 1, got .*0.4"),
         ({"target_prior": [1.2, -0.2]}, "`target_prior`"),
         ({"target_prior": [float("nan"), 0.5]}, "`target_prior`"),
-        ({"target_prior": [1.0]}, r"\(1,\)"),
+        ({"target_prior": [1.0]}, "2 positive numbers"),
     ],
 )
 def test_wrong_settings(arguments, match):
@@ -455,7 +449,7 @@ LABELS = torch.tensor([0, 1])
         (torch.zeros(2, K), torch.tensor([0, -1]), ValueError, r"got -1 at 1"),
         (torch.zeros(2, K), torch.tensor([0, 1, 2]), ValueError, r"shape \(2,\), got \(3,\)"),
         (torch.zeros(2, K), torch.zeros(2, 4), ValueError, r"\(2, 5\)"),
-        (torch.zeros(2, K), torch.zeros(2, K, dtype=torch.long), ValueError, "torch.int64"),
+        (torch.zeros(2, K), torch.zeros(2, K, dtype=torch.long), ValueError, r"indices \(B,\) or probabilities"),
         (torch.zeros(2, K), torch.zeros(2), TypeError, "torch.float32"),
         (torch.zeros(2, K), torch.tensor([True, False]), TypeError, "torch.bool"),
         (torch.zeros(2, K), None, TypeError, "NoneType"),

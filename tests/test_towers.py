@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from peft_sage import SageClassifier, SageConfig, SageLayer
-from peft_sage.towers import candidate_modules, find_mlps, layer_scale, mlp_input, mlp_widths
+from peft_sage.towers.mlps import candidate_modules, find_mlps, layer_scale, mlp_input, mlp_widths
 from tests.tower_models import FAMILIES, LANGUAGE, TEXT, TINY, UNLISTED, VISION, Tiny
 
 

@@ -371,7 +371,7 @@ def test_one_name_for_lora_and_sage_is_refused(clip, pixel_values, tmp_path):
     """PEFT keeps one configuration a name, so one of the two would be lost when they are saved."""
     lora = get_peft_model(clip, LoraConfig(target_modules=r".*vision_model.*q_proj", init_lora_weights=False))
     expected, config = features(lora, pixel_values), lora.peft_config["default"]
-    with pytest.raises(ValueError, match="`adapter_name` 'default'.*of its own"):
+    with pytest.raises(ValueError, match="`adapter_name` must not be .*got 'default'"):
         get_peft_model(lora.base_model.model, SageConfig(guidance=torch.randn(5, 24)))
     assert lora.peft_config == {"default": config}
     assert torch.equal(features(lora, pixel_values), expected)
@@ -454,7 +454,7 @@ def test_copies_are_independent(clone, trained, pixel_values):
     assert not torch.equal(features(copied, pixel_values), expected)
     assert torch.equal(features(trained, pixel_values), expected)
     layers = [module for module in copied.modules() if isinstance(module, SageLayer)]
-    assert all(layer.guidance("default") is layers[0].guidance("default") for layer in layers)
+    assert all(layer.shared["default"].rows is layers[0].shared["default"].rows for layer in layers)
 
 
 def test_whole_state_dict_round_trip(trained, pixel_values, config):

@@ -279,7 +279,6 @@ TINY = [
             num_query_tokens=1,
         ),
         tower="vision_model",
-        text=images,
     ),
     Tiny(
         "instructblip",

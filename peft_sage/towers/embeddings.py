@@ -5,17 +5,14 @@ Nearly every family has `get_text_features` and `get_image_features` (transforme
 (open_clip and its kin); the functions below treat the rest.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from .mlps import describe, find_towers
+from .mlps import find_towers
 
 
 # These families' `get_text_features` returns features of a generating language model, or one vector per token for a
@@ -57,8 +54,7 @@ def encode_text(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """
     encode = _text_encoder(model)
     if encode is None:
-        hint = "encode the texts with another model and pass the embeddings as `guidance`"
-        raise ValueError(f"`model` must have a text tower for texts, but {describe(model)} has none: {hint}.")
+        raise ValueError(f"`model` must have a text tower, but {type(model).__name__} has none: pass embeddings.")
     names = inspect.signature(encode).parameters
     return _embedding(encode(**{name: value for name, value in inputs.items() if name in names}), model)
 
@@ -77,8 +73,6 @@ def encode_image(model: nn.Module, pixel_values: Tensor, **kwargs: Any) -> Tenso
     Raises:
         ValueError: `model` does not give one embedding per image.
     """
-    if (owner := _blip2(model)) is not None:
-        return _blip2_image(owner, pixel_values, **kwargs)
     for method in ("get_image_features", "encode_image", "get_video_features"):
         if (owner := _owner(model, method)) is not None:
             return _embedding(getattr(owner, method)(pixel_values, **kwargs), owner)
@@ -88,8 +82,6 @@ def encode_image(model: nn.Module, pixel_values: Tensor, **kwargs: Any) -> Tenso
 
 
 def _text_encoder(model: nn.Module) -> Callable[..., Any] | None:
-    if (owner := _blip2(model)) is not None:
-        return partial(_blip2_text, owner)
     owner = _owner(model, "get_text_features")
     if owner is not None and _model_type(owner) not in NO_TEXT_EMBEDDING:
         return owner.get_text_features
@@ -117,25 +109,6 @@ def _model_type(model: nn.Module) -> str | None:
     return getattr(getattr(model, "config", None), "model_type", None)
 
 
-def _blip2(model: nn.Module) -> Any | None:
-    """The retrieval model of BLIP-2, which has embeddings but no method that returns them."""
-    return next((module for module in model.modules() if type(module).__name__ == "Blip2ForImageTextRetrieval"), None)
-
-
-def _blip2_text(owner: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    embeds = owner.embeddings(input_ids=input_ids)
-    hidden = owner.qformer(query_embeds=embeds, query_length=0, attention_mask=attention_mask).last_hidden_state
-    return owner.text_projection(hidden[:, 0])
-
-
-def _blip2_image(owner: Any, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-    hidden = owner.vision_model(pixel_values, **kwargs).last_hidden_state
-    queries = owner.query_tokens.expand(len(hidden), -1, -1)
-    hidden = owner.qformer(query_embeds=queries, encoder_hidden_states=hidden).last_hidden_state
-    # The model compares a text with its best query; an embedding that does not depend on the text is their mean.
-    return owner.vision_projection(hidden).mean(dim=1)
-
-
 def _embedding(output: Any, model: nn.Module) -> Tensor:
     """The embedding (B, e) in what a model returns: a tensor or, in transformers, an output object."""
     if not isinstance(output, Tensor):
@@ -146,6 +119,5 @@ def _embedding(output: Any, model: nn.Module) -> Tensor:
     if isinstance(output, Tensor) and output.ndim == 3 and _model_type(model) == "flava":
         output = output[:, 0]  # FLAVA projects all tokens and compares the first.
     if not isinstance(output, Tensor) or output.ndim != 2:
-        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"`model` must give one embedding (B, e) per input, but {describe(model)} gives {shape}.")
+        raise ValueError(f"`model` must give embeddings (B, e), but {type(model).__name__} gives none.")
     return output

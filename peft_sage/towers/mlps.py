@@ -6,8 +6,6 @@ MLP that maps (..., d) to (..., d), with the residual added outside. The names t
 below. A family that follows the rule needs no entry anywhere.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -16,9 +14,15 @@ from torch import Tensor, nn
 
 
 # Names under which a model that is more than a vision tower keeps its vision tower.
-TOWER_NAMES = frozenset(
-    {"vision_model", "vision_tower", "visual", "vision_encoder", "image_encoder", "image_model", "image_tower"}
-)
+TOWER_NAMES = {
+    "vision_model",
+    "vision_tower",
+    "vision_encoder",
+    "image_model",
+    "image_tower",
+    "image_encoder",
+    "visual",
+}
 MLP_NAMES = frozenset({"mlp", "ffn", "feed_forward"})
 # Words in the names of sub-trees beside the encoder of a model that reads images.
 NOT_ENCODER = frozenset({"decoder", "text", "language", "qformer", "predictor", "aifi"})
@@ -41,12 +45,10 @@ def find_mlps(model: nn.Module) -> list[str]:
     """
     towers = find_towers(model)
     if not towers:
-        why = f"it does not read images, and no sub-module is named one of {sorted(TOWER_NAMES)}"
-        raise ValueError(f"`model` must have a vision tower, but {describe(model)} has none: {why}. {BY_HAND}")
+        raise ValueError(f"`model` must have a vision tower, but {type(model).__name__} reads no images. {BY_HAND}")
     mlps = [f"{tower}.{name}".lstrip(".") for tower in towers for name in _mlps(model.get_submodule(tower))]
     if not mlps:
-        why = "no repeated block with an MLP of linear layers that keeps the width: it may be convolutional"
-        raise ValueError(f"`model` must have transformer blocks, but {describe(model)} has {why}. {BY_HAND}")
+        raise ValueError(f"`model` must have blocks with MLPs, but {type(model).__name__} has none. {BY_HAND}")
     return mlps
 
 
@@ -73,8 +75,7 @@ def mlp_widths(module: nn.Module) -> tuple[int, int]:
     # Gated MLPs do not always define their last linear layer last.
     width_out = width if any(linear.out_features == width for linear in linears) else linears[-1].out_features
     if width_out > width:
-        maps = f"{type(module).__name__} maps {width} features to {width_out}"
-        raise ValueError(f"`module` must map (..., d) to (..., d), but {maps}.")
+        raise ValueError(f"`module` must map (..., d) to (..., d), got {width} to {width_out} features.")
     return width, width_out
 
 
@@ -110,12 +111,6 @@ def find_towers(model: nn.Module) -> list[str]:
     named = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in TOWER_NAMES]
     towers = [name for name in named if not name.startswith(tuple(f"{tower}." for tower in named))]
     return towers or [""] * _reads_images(model)
-
-
-def describe(model: nn.Module) -> str:
-    """Name a model for an error message: its class and, where its configuration has one, its `model_type`."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return type(model).__name__ + (f" (model_type {model_type!r})" if model_type else "")
 
 
 def _reads_images(model: nn.Module) -> bool:

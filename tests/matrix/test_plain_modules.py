@@ -13,7 +13,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_sage import SageClassifier, SageConfig, SageLayer
-from peft_sage.towers import encode_image, encode_text, find_mlps, has_text_tower, layer_scale
+from peft_sage.towers.embeddings import encode_image, encode_text, has_text_tower
+from peft_sage.towers.mlps import find_mlps, layer_scale
 from tests.tower_models import FAMILIES
 
 
