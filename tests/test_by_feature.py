@@ -114,7 +114,7 @@ def launch_on_two_machines(environment, *arguments):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     machines = [subprocess.Popen([*command, str(k), *arguments], env=environment, **pipes) for k in range(2)]
     try:
-        printed = [machine.communicate(timeout=300)[0] for machine in machines]
+        printed = [machine.communicate(timeout=600)[0] for machine in machines]
     finally:
         for machine in machines:
             machine.kill()
