@@ -12,10 +12,18 @@ import torch.nn.functional as F
 from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection, pipeline
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    Siglip2Config,
+    Siglip2ImageProcessor,
+    Siglip2Model,
+    pipeline,
+)
 
 from peft_sage import SageClassifier, SageConfig, SageLoss, encode_class_descriptions
-from tests.conftest import VISION, byte_tokenizer, randomise, tiny_clip, tiny_siglip
+from tests.conftest import TEXT, VISION, byte_tokenizer, randomise, tiny_clip, tiny_siglip
 
 
 NAMES = ["a cat", "Dog_1", "Kuh"]
@@ -60,7 +68,11 @@ def assert_same(got: list[list[dict]], want: list[list[dict]]) -> None:
 CONFIGS = {
     "sage": SageConfig(),
     "adaptformer": SageConfig(guidance_rows=0),
-    "lora": LoraConfig(target_modules=["q_proj"], exclude_modules=".*text.*", modules_to_save=["class_head"]),
+    "lora": LoraConfig(
+        target_modules=["q_proj", "c_fc", "qkv"],  # of transformers, open_clip, timm
+        exclude_modules=r".*text.*|model\.transformer.*",
+        modules_to_save=["class_head"],
+    ),
     "head": SageConfig(target_modules=[]),
 }
 
@@ -134,6 +146,41 @@ def test_what_was_saved_comes_back_in_one_line(folder, tmp_path, method):
     # A head for other classes is refused by name.
     with pytest.raises((ValueError, RuntimeError), match="class_head"):
         PeftModel.from_pretrained(SageClassifier.from_texts(folder, ["one", "two"]), tmp_path / "saved")
+
+
+def naflex():
+    vision = {name: value for name, value in VISION.items() if name != "image_size"} | {"num_patches": 4}
+    return Siglip2Model(Siglip2Config(text_config=TEXT, vision_config=vision))
+
+
+def open_clip_tower():
+    vision = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
+    text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2}
+    return pytest.importorskip("open_clip").CLIP(embed_dim=32, vision_cfg=vision, text_cfg=text)
+
+
+def timm_tower():
+    size = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    return pytest.importorskip("timm").create_model("vit_tiny_patch16_224", num_classes=0, **size)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("make", [tiny_siglip, naflex, open_clip_tower, timm_tower])
+def test_towers_of_every_kind_come_back(tmp_path, make, method):
+    torch.manual_seed(0)
+    base = make()
+    weights = {name: value.clone() for name, value in base.state_dict().items()}
+    ready = Siglip2ImageProcessor(patch_size=8, max_num_patches=4) if make is naflex else processor()
+    classifier = SageClassifier(base, torch.randn(3, 32), NAMES, image_processor=ready)
+    before = classifier.predict(pictures(), top_k=3)
+    model = trained(get_peft_model(classifier, CONFIGS[method]))
+    want = model.predict(pictures(), top_k=3)
+    model.save_pretrained(tmp_path)
+    ready.save_pretrained(tmp_path)
+    again = make()
+    again.load_state_dict(weights)
+    loaded = SageClassifier.from_pretrained(tmp_path, clip=again)
+    assert loaded.class_names == NAMES and loaded.predict(pictures(), top_k=3) == want != before
 
 
 def test_in_another_process(folder, tmp_path):
