@@ -112,7 +112,8 @@ class SageClassifier(nn.Module):
         text_embeds: (K, e), one embedding per class, by any text encoder that shares the space of the images. None
             makes a blank head, for an adapter to be loaded into.
         class_names: K names, for predictions.
-        image_processor: What turns pictures into `pixel_values`; `embed` and `predict` need it.
+        image_processor: What turns pictures into `pixel_values`, one of transformers or a torchvision `Compose`;
+            `embed` and `predict` need it.
         scale: Factor of the cosines. It does not change the predictions before training, but the loss.
 
     Raises:
@@ -201,9 +202,8 @@ class SageClassifier(nn.Module):
         own = hub | {"revision": kwargs.pop("revision", None)}
         config = PeftConfig.from_pretrained(source, **own) if find_adapter_config_file(source, **own) else None
         # The configuration says which base model, and which revision of it.
-        base, revision = source, own["revision"]
-        if config is not None:
-            base, revision = config.base_model_name_or_path or "", config.revision
+        base = source if config is None else config.base_model_name_or_path or ""
+        revision = own["revision"] if config is None else config.revision
         if clip is None:
             if not base:
                 raise ValueError(f"The adapter in {source!r} does not name its base model: give it as `clip`.")
@@ -282,7 +282,7 @@ class SageClassifier(nn.Module):
         names, answers = self.config.id2label, []
         with eval_mode(self):
             for batch in self._batches(images, batch_size, "predicting"):
-                best = self(**batch).logits.float().softmax(dim=-1).topk(min(top_k, len(names)))
+                best = self(**batch).logits.float().cpu().softmax(dim=-1).topk(min(top_k, len(names)))
                 pairs = torch.stack([best.indices.double(), best.values.double()], dim=-1).tolist()
                 answers += [[{"label": names[int(k)], "score": score} for k, score in image] for image in pairs]
         return answers
@@ -370,11 +370,14 @@ class SageClassifier(nn.Module):
 
     def _collate(self, items: list[Any]) -> dict[str, Any]:
         if isinstance(items[0], dict) and "pixel_values" in items[0]:
-            return {"pixel_values": torch.stack([torch.as_tensor(item["pixel_values"]) for item in items])}
+            names = [name for name in ("pixel_values", "pixel_attention_mask", "spatial_shapes") if name in items[0]]
+            return {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in names}
         if self.image_processor is None:
             raise ValueError("`image_processor` must be set on the classifier to prepare pictures, got None.")
         side = decoding_side(self.image_processor)
         pictures = [read_image(item["image"] if isinstance(item, dict) else item, min_side=side) for item in items]
+        if hasattr(self.image_processor, "transforms"):  # torchvision's Compose, as open_clip and timm have it
+            return {"pixel_values": torch.stack([self.image_processor(picture) for picture in pictures])}
         return dict(self.image_processor(images=pictures, return_tensors="pt"))
 
 

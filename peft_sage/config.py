@@ -131,8 +131,7 @@ class SageConfig(PeftConfig):
             self.text_templates = check_templates(self.text_templates)
         if self.guidance_rows is not None:
             check_integer("guidance_rows", self.guidance_rows, 0)
-        shape = self.guidance_shape
-        if shape is not None:
+        if (shape := self.guidance_shape) is not None:
             if not _is_list(shape, is_int) or len(shape) != 2 or min(shape) < 0:
                 raise ValueError(f"`guidance_shape` must be a list of two integers (M, e), got {shape!r}.")
             if self.num_classes < shape[0]:

@@ -58,9 +58,8 @@ class LongTailAccuracy(Metric):
             preds = preds.argmax(dim=1)
         check_labels(preds, len(labels), num_classes, name="preds")
         check_labels(labels, len(preds), num_classes)
-        labels = labels.long()
-        self.total.index_add_(0, labels, torch.ones_like(labels))
-        self.correct.index_add_(0, labels, (preds == labels).long())
+        self.total += torch.bincount(labels, minlength=num_classes)
+        self.correct += torch.bincount(labels[preds == labels], minlength=num_classes)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the accuracies of all batches so far.

@@ -160,7 +160,7 @@ def test_families_without_an_entry_work_by_the_rule(tiny: Tiny) -> None:
 
 
 REFUSED = {
-    "has none: it does not read images": [
+    "reads no images": [
         ("CLIPTextModel", "clip_text_model", TEXT),
         ("CLIPTextModelWithProjection", "clip_text_model", TEXT),
         ("SiglipTextModel", "siglip_text_model", TEXT),
@@ -171,7 +171,7 @@ REFUSED = {
         ("ClapModel", "clap", {}),
         ("ASTModel", "audio-spectrogram-transformer", dict(VISION, num_mel_bins=16, max_length=16)),
     ],
-    "no repeated block": [
+    "has none": [
         ("ResNetModel", "resnet", {"hidden_sizes": [8, 8], "depths": [1, 1], "embedding_size": 8}),
         ("ConvNextModel", "convnext", {"hidden_sizes": [8, 8], "depths": [1, 1], "num_stages": 2}),
         ("MobileNetV2Model", "mobilenet_v2", {}),
@@ -389,7 +389,7 @@ def test_sequence_first_layout_of_plain_modules() -> None:
     images, text = torch.randn(3, 3, 16, 16), torch.randint(0, 64, (3, 5))
     assert find_mlps(model) == [f"visual.transformer.resblocks.{i}.mlp" for i in range(2)]
     assert find_mlps(model.visual) == [f"transformer.resblocks.{i}.mlp" for i in range(2)]
-    with pytest.raises(ValueError, match="does not read images"):
+    with pytest.raises(ValueError, match="reads no images"):
         find_mlps(model.transformer)
     before = model.encode_image(images), model.encode_text(text)
     model = adapted(model, init_weights=False)
