@@ -29,6 +29,10 @@ from transformers import BaseImageProcessor
 from peft_sage.images import decoding_side, read_image
 
 
+#: Images that a thread decodes before they are made small: enough for speed, and few enough where they are large.
+CHUNK = 8
+
+
 @dataclass
 class ImageData:
     """A data set as it was read.
@@ -298,16 +302,22 @@ class ProcessorView:
 
     def __call__(self, image: PIL.Image.Image, index: int) -> torch.Tensor:
         """Return (3, H, W)."""
-        return self._process(image)
+        return self._process([image])[0]
 
-    def _process(self, image: PIL.Image.Image, **geometry: Any) -> torch.Tensor:
-        processed = self.processor(images=image, do_rescale=False, do_normalize=False, return_tensors="pt", **geometry)
-        return processed["pixel_values"][0].to(torch.uint8)
+    def batch(self, images: list[PIL.Image.Image]) -> torch.Tensor:
+        """Return (B, 3, H, W): a processor takes many images in half the time that it takes for each alone."""
+        return self._process(images)
+
+    def _process(self, images: list[PIL.Image.Image], **geometry: Any) -> torch.Tensor:
+        processed = self.processor(
+            images=images, do_rescale=False, do_normalize=False, return_tensors="pt", **geometry
+        )
+        return processed["pixel_values"].to(torch.uint8)
 
     @cached_property
     def size(self) -> tuple[int, int]:
         """Height and width of what the processor returns."""
-        height, width = self._process(PIL.Image.new("RGB", (64, 64))).shape[-2:]
+        height, width = self._process([PIL.Image.new("RGB", (64, 64))]).shape[-2:]
         return height, width
 
 
@@ -317,11 +327,15 @@ class FiveCropView(ProcessorView):
     def __call__(self, image: PIL.Image.Image, index: int) -> torch.Tensor:
         """Return (5, 3, H, W)."""
         enlarged = {edge: round(length * 248 / 224) for edge, length in dict(self.processor.size).items()}
-        pixels = self._process(image, size=enlarged, do_center_crop=False)
+        pixels = self._process([image], size=enlarged, do_center_crop=False)[0]
         height, width = self.size
         bottom, right = pixels.shape[-2] - height, pixels.shape[-1] - width
         corners = [(bottom // 2, right // 2), (0, 0), (0, right), (bottom, 0), (bottom, right)]
         return torch.stack([pixels[:, top : top + height, left : left + width] for top, left in corners])
+
+    def batch(self, images: list[PIL.Image.Image]) -> torch.Tensor:
+        """Return (B, 5, 3, H, W); enlarged images may differ in shape."""
+        return torch.stack([self(image, index) for index, image in enumerate(images)])
 
 
 class RandomCropView(ProcessorView):
@@ -398,9 +412,23 @@ class PixelDataset(TorchDataset):
         if isinstance(self.view, RandomCropView):
             return
         first = self._decode(0)
-        if first.numel() * len(self) <= max_bytes:
-            indices = tqdm(range(len(self)), desc="decoding images", disable=not progress, leave=False)
-            self.pixels = torch.stack([self._decode(index) for index in indices])
+        if first.numel() * len(self) > max_bytes:
+            return
+        pixels = first.new_empty(len(self), *first.shape)
+
+        def decode(start: int) -> int:
+            indices = range(start, min(start + CHUNK, len(self)))
+            images = [self.split.read(index, self.view.min_side) for index in indices]
+            pixels[start : indices.stop] = self.view.batch(images)
+            return len(indices)
+
+        with (
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+            tqdm(total=len(self), desc="decoding images", unit="image", disable=not progress, leave=False) as bar,
+        ):
+            for done in pool.map(decode, range(0, len(self), CHUNK)):
+                bar.update(done)
+        self.pixels = pixels
 
 
 class PixelTransform(nn.Module):
