@@ -22,19 +22,21 @@ import hashlib
 import json
 import math
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from flags import BATCH_SIZE, EPOCHS, MIN_STEPS, announce, available_cores, parse_args
+
 
 # Has to come before torch. Without it, threads that wait spin, and a busy machine becomes several times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if __name__ == "__main__":
+    announce(parse_args())  # what follows takes seconds to import
 
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from accelerate.utils import broadcast_object_list, gather_object, set_seed, tqdm
 from checkpoints import (
@@ -74,10 +76,9 @@ from peft_sage import (
     parameter_groups,
     read_class_descriptions,
 )
-from peft_sage.towers import find_mlps
+from peft_sage.towers.mlps import find_mlps
 
 
-DEMO = Path(__file__).parent / "emoji_lt"
 #: LoRA goes into the attention of the vision tower; the text tower stays as it is for every method.
 LORA_TARGETS, TEXT_TOWER = ["q_proj", "v_proj", "query", "value"], r".*text_model.*"
 #: Flags that say how a run is carried out, not what comes out of it: they may differ when a run goes on.
@@ -92,10 +93,6 @@ HOW = {
 }
 HOW |= {"cache_gib", "with_tracking", "push_to_hub", "hub_model_id"}
 SCORES = ("overall", "macro", "many", "medium", "few", "worst")
-#: Where `--epochs` is not given: passes over the images, but no fewer steps than this.
-EPOCHS, MIN_STEPS = 10, 300
-#: Where `--batch-size` is not given, if there are so many training images.
-BATCH_SIZE = 128
 #: Where `--text-guidance` is not given: its share of the text prior, chosen on validation images (RESULTS.md).
 GUIDANCE_SHARE = 0.4
 
@@ -138,7 +135,7 @@ def text_terms(
         wanted["text_guidance"] = 0.0  # the tower stays frozen
     embeds = None
     if wanted["text_prior"] == "auto" or wanted["text_guidance"] != 0:
-        embeds = embed_training_images(accelerator, classifier, loader, transform)
+        embeds = embed_training_images(accelerator, classifier, loader, transform, args.batch_size)
     chosen: TextPrior | None = None
     if wanted["text_prior"] == "auto":
         if accelerator.is_main_process:
@@ -155,15 +152,18 @@ def text_terms(
 
 
 def embed_training_images(
-    accelerator: Accelerator, classifier: SageClassifier, loader: DataLoader, transform: PixelTransform
+    accelerator: Accelerator, classifier: SageClassifier, loader: DataLoader, transform: PixelTransform, size: int
 ) -> torch.Tensor:
-    """Return the frozen tower's embeddings (N, e) of the plain training images; each process embeds its share."""
+    """Return the frozen tower's embeddings (N, e) of the plain training images, `size` at a time.
+
+    Each process embeds its share.
+    """
     images = whole_images(loader.dataset, classifier.image_processor)
     transform.eval()
 
     def batches(indices: list[int]) -> Iterator[dict[str, torch.Tensor]]:
         workers = 0 if images.pixels is not None else loader.num_workers
-        for batch in DataLoader(Subset(images, indices), batch_size=loader.batch_size or 1, num_workers=workers):
+        for batch in DataLoader(Subset(images, indices), batch_size=size, num_workers=workers):
             bar.update(len(batch["labels"]))
             yield {"pixel_values": transform(batch["pixel_values"].to(accelerator.device))}
 
@@ -219,8 +219,8 @@ def make_loaders(
 @torch.inference_mode()
 def evaluate(
     accelerator: Accelerator, model: nn.Module, loader: DataLoader, transform: PixelTransform, class_counts: np.ndarray
-) -> tuple[dict[str, Any], torch.Tensor]:
-    """Return the accuracies in percent (`None` where there is no such class) and the predicted classes.
+) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
+    """Return the accuracies in percent (`None` where there is no such class), the predicted classes, and how likely.
 
     Where the loader gives several crops of an image, (B, crops, 3, H, W), their logits are averaged.
     """
@@ -228,20 +228,23 @@ def evaluate(
     transform.eval()
     # The predictions of all processes are gathered here, so the metric must not add them up again.
     metric = LongTailAccuracy(class_counts.tolist(), sync_on_compute=False).to(accelerator.device)
-    predictions = []
+    predictions, confidence = [], []
     for batch in loader:
         pixels = batch["pixel_values"]
         with accelerator.autocast():
             logits = model(pixel_values=transform(pixels.flatten(0, -4))).logits
         logits = logits.unflatten(0, (len(pixels), -1)).mean(dim=1)
-        predicted, labels = accelerator.gather_for_metrics((logits.argmax(dim=-1), batch["labels"]))
+        probability = logits.float().softmax(dim=-1).amax(dim=-1)
+        found = accelerator.gather_for_metrics((logits.argmax(dim=-1), probability, batch["labels"]))
+        predicted, probability, labels = found
         metric.update(predicted, labels)
         predictions.append(predicted.cpu())
+        confidence.append(probability.cpu())
     scores = {name: score.double().cpu() for name, score in metric.compute().items()}
     percent = {name: _percent(scores[name].item()) for name in SCORES}
     percent["per_class"] = [_percent(score) for score in scores["per_class"].tolist()]
     percent["num_classes"] = {name: int(scores[f"num_{name}"]) for name in ("many", "medium", "few")}
-    return percent, torch.cat(predictions)
+    return percent, torch.cat(predictions), torch.cat(confidence)
 
 
 def _percent(fraction: float) -> float | None:
@@ -303,7 +306,7 @@ def train(
         if progress.epoch % every and progress.epoch < epochs:
             continue
         if "validation" in loaders:
-            scores, _ = evaluate(accelerator, model, loaders["validation"], transform, class_counts)
+            scores, *_ = evaluate(accelerator, model, loaders["validation"], transform, class_counts)
             progress.record({name: scores[name] for name in SCORES}, accelerator.unwrap_model(model))
             accelerator.log({"validation_macro": scores["macro"]}, step=progress.step)
             # tqdm writes in every process, even where the bar is hidden.
@@ -400,7 +403,7 @@ def training_function(args: argparse.Namespace) -> dict[str, Any]:
         "class_descriptions": list_of_texts(texts),
         "class_counts": class_counts.tolist(),
     }
-    results["zero_shot"], _ = evaluate(accelerator, classifier, loaders["test"], transform, class_counts)
+    results["zero_shot"], *_ = evaluate(accelerator, classifier, loaders["test"], transform, class_counts)
     accelerator.print(f"Zero-shot: {format_scores(results['zero_shot'])}")
     prior, guidance, chosen = text_terms(args, accelerator, classifier, loaders["train"], transform)
     results |= {"text_prior": prior, "text_guidance": guidance}
@@ -415,14 +418,14 @@ def training_function(args: argparse.Namespace) -> dict[str, Any]:
     loss_function = make_loss(args, class_counts, prior, guidance)
     model, history = train(args, accelerator, model, loss_function, loaders, transform, class_counts)
     results |= history
-    results["trained"], predictions = evaluate(accelerator, model, loaders["test"], transform, class_counts)
+    results["trained"], *predictions = evaluate(accelerator, model, loaders["test"], transform, class_counts)
     accelerator.print(format_table(results, args.method))
     if args.with_tracking:
         scores = {f"test_{name}": results["trained"][name] for name in SCORES}
         accelerator.log({name: score for name, score in scores.items() if score is not None})
         accelerator.end_training()
-    save(args, accelerator, model, results, loaders, transform, chosen)
-    verify_saved_model(args, accelerator, loaders["test"], transform, class_counts, results["trained"], predictions)
+    save(args, accelerator, model, results, predictions, loaders, transform, chosen)
+    verify_saved_model(args, accelerator, loaders["test"], transform, class_counts, results["trained"], predictions[0])
     return results
 
 
@@ -431,6 +434,7 @@ def save(
     accelerator: Accelerator,
     model: nn.Module,
     results: dict[str, Any],
+    predictions: list[torch.Tensor],
     loaders: dict[str, DataLoader],
     transform: PixelTransform,
     chosen: TextPrior | None,
@@ -450,7 +454,9 @@ def save(
         repo_id = args.hub_model_id or args.output_dir
         test = whole_images(loaders["test"].dataset, trained.image_processor)
         training, probability = loaders["train"].dataset.split, None if chosen is None else chosen.label_probability
-        write_report(folder, trained, args.method, results, test, transform, repo_id, training, probability)
+        write_report(
+            folder, trained, args.method, results, test, predictions, transform, repo_id, training, probability
+        )
         if args.push_to_hub:
             create_repo(repo_id, exist_ok=True)
             # The report shows many of the images.
@@ -509,18 +515,15 @@ def verify_saved_model(
         RuntimeError: If a prediction or an accuracy differs.
     """
     loaded = SageClassifier.from_pretrained(args.output_dir, device=accelerator.device)
-    loaded_scores, loaded_predictions = evaluate(accelerator, loaded, loader, transform, class_counts)
+    loaded_scores, loaded_predictions, _ = evaluate(accelerator, loaded, loader, transform, class_counts)
     different = (loaded_predictions != predictions).sum().item()
     if different or loaded_scores != scores:
         raise RuntimeError(f"The model loaded from {args.output_dir!r} predicts {different} images differently.")
     accelerator.print(
         f"Saved to {args.output_dir}; a fresh model with it predicts the same for all {len(predictions)} test images."
     )
-
-
-def available_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    accelerator.print(f"Look at {Path(args.output_dir, 'report.html')}, and name images that are in no class folder:")
+    accelerator.print(f"python examples/by_feature/predict.py {args.output_dir} FOLDER")
 
 
 def fingerprint(loaders: dict[str, DataLoader]) -> str:
@@ -547,128 +550,6 @@ def format_table(results: dict[str, Any], method: str) -> str:
     sizes = results["trained"]["num_classes"]
     rows.append(["classes", *(str(sizes.get(name, "")) for name in SCORES)])
     return "\n".join(f"{row[0]:<18}" + "".join(f"{cell:>9}" for cell in row[1:]) for row in rows)
-
-
-def strength(text: str) -> float | str:
-    """Parse `auto` or a number."""
-    return text if text == "auto" else float(text)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line; its defaults are one recipe for every data set."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--config", help="YAML file with values for these flags; the command line wins")
-
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", default=str(DEMO), help="image folder, folder of parquet or CSV files, or Hub id")
-    add("--descriptions", help="JSON or CSV with texts for each class; default: descriptions.json in the data set")
-    add("--image-column", default="image")
-    add("--label-column", default="label")
-    add("--train-split", default="train")
-    add("--validation-split", default="validation", help="chooses the epoch, if the data set has it")
-    add("--test-split", default="test")
-    add("--on-bad-image", choices=["error", "skip"], default="error", help="what to do with unreadable images")
-    add("--imbalance-ratio", type=float, help="thin the training set to an exponential tail: head over tail images")
-    add("--num-workers", type=int, default=min(8, available_cores()), help="processes that decode uncached images")
-    add("--cache-gib", type=float, default=2.0, help="decode a split once and keep it if it is no larger than this")
-
-    add = parser.add_argument_group("model").add_argument
-    add("--model", default=str(DEMO / "tiny-clip"), help="Hub id or folder of a CLIP-like model")
-    add("--r", type=int, default=16, help="width of adapter or LoRA")
-    add(
-        "--last-blocks", type=int, help="adapt so many blocks of the vision tower, from its end; default: half; 0: all"
-    )
-    add("--guidance-rows", type=int, help="rows that the adapter attends to; default: at most 64 (sage)")
-
-    add = parser.add_argument_group("method").add_argument
-    add("--method", choices=["sage", "adaptformer", "lora", "head"], default="sage")
-    add("--loss", choices=["sage", "la", "ce"], default="sage", help="la: logit adjustment, ce: cross-entropy")
-    add("--text-prior", type=strength, default="auto", help="pull of the head to the class texts; auto: by the data")
-    add("--text-guidance", type=strength, default="auto", help="pull of the tower to its view of the texts")
-    add("--tau", type=float, default=1.0, help="strength of the prior correction (sage, la)")
-    add("--compensation", type=float, default=1.0, help="strength of the mismatch compensation (sage)")
-
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, help=f"default: {EPOCHS}, or more, so that there are {MIN_STEPS} steps")
-    add("--lr", type=float, default=0.002, help="of the adapters")
-    add("--head-lr", type=float, help="of the head; default: 2.5 times that of the adapters")
-    add("--batch-size", type=int, help=f"images per process and step; default: {BATCH_SIZE}, or fewer for few images")
-    add("--gradient-accumulation-steps", type=int, default=1)
-    add("--optimizer", choices=["adamw", "sgd"], default="adamw")
-    add("--momentum", type=float, default=0.9, help="of SGD")
-    add("--lr-decay", choices=["step", "epoch"], default="step", help="how often the cosine lowers the learning rate")
-    add("--weight-decay", type=float, default=0.0)
-    add(
-        "--augmentation",
-        choices=["crop-flip", "resized-crop-flip", "none"],
-        default="crop-flip",
-        help="crop-flip: random crops of the resized image, on the device; resized-crop-flip: of the original image",
-    )
-    add("--crop-scale", type=float, default=0.5, help="smallest share of an image that a random crop keeps")
-    add("--test-crops", type=int, choices=[1, 5], default=1, help="5: mean of the logits over centre and corners")
-    add("--model-selection", choices=["best", "last"], default="best", help="best: epoch by validation macro accuracy")
-    add("--mixed-precision", choices=["no", "fp16", "bf16"], help="default: what `accelerate launch` says")
-    add("--seed", type=int, default=0)
-    add("--cpu-threads", type=int, help="threads per process without a GPU; default: all cores, shared fairly")
-
-    add = parser.add_argument_group("output").add_argument
-    add("--output-dir", default="finetuned", help="adapter, results.json, checkpoints/ and logs/ go here")
-    add("--checkpointing-steps", type=int, help="checkpoint every so many steps too, not only after an epoch")
-    add("--resume-from-checkpoint", help="a checkpoint, or `latest` of the output folder")
-    add("--with-tracking", action=argparse.BooleanOptionalAction, default=False, help="write TensorBoard logs")
-    add("--push-to-hub", action=argparse.BooleanOptionalAction, default=False)
-    add("--hub-model-id", help="where to push: user/name")
-    return parser
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line, after the YAML file that it names."""
-    parser = make_parser()
-    argv = sys.argv[1:] if argv is None else argv
-    config = parser.parse_args(argv).config
-    args = parser.parse_args(_flags_from_yaml(parser, config) + argv) if config else parser.parse_args(argv)
-    least = {"epochs": 1, "batch_size": 1, "gradient_accumulation_steps": 1, "r": 1, "guidance_rows": 0}
-    least |= {"last_blocks": 0, "text_prior": 0, "text_guidance": 0, "compensation": 0, "cache_gib": 0}
-    for name, low in least.items():
-        value = getattr(args, name)
-        if isinstance(value, (int, float)) and not low <= value < math.inf:
-            parser.error(f"`--{name.replace('_', '-')}` must be a number, at least {low}, got {value}.")
-    for name in ("lr", "head_lr"):
-        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
-            parser.error(f"`--{name.replace('_', '-')}` must be a number greater than 0, got {getattr(args, name)}.")
-    if args.push_to_hub and not args.hub_model_id:
-        parser.error("`--push-to-hub` needs `--hub-model-id`.")
-    if args.descriptions is None and Path(args.dataset, "descriptions.json").is_file():
-        args.descriptions = str(Path(args.dataset, "descriptions.json"))
-    return args
-
-
-def _flags_from_yaml(parser: argparse.ArgumentParser, path: str) -> list[str]:
-    """Turn a YAML file into flags, so that the rules of the command line hold for it too."""
-    try:
-        # Every scalar stays a string here: YAML itself would read `no` as false and 1e-3 as text.
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
-    except (OSError, yaml.YAMLError) as error:
-        parser.error(f"`--config` {path!r} cannot be read: {error}")
-    if not isinstance(values, dict):
-        parser.error(f"`--config` {path!r} must map flags to values, got a {type(values).__name__}.")
-    switches = {"with_tracking", "push_to_hub"}
-    known = {name for name in vars(parser.parse_args([])) if name != "config"}
-    flags = []
-    for key, value in values.items():
-        name = key.replace("-", "_")
-        if name not in known:
-            parser.error(f"`--config` {path!r} has the unknown key {key!r}; known are {sorted(known)}.")
-        if name in switches and value not in ("true", "false"):
-            parser.error(f"`--config` {path!r}: {key!r} must be true or false, got {value!r}.")
-        flag = f"--{name.replace('_', '-')}"
-        if name in switches:
-            flags.append(flag if value == "true" else flag.replace("--", "--no-", 1))
-        elif value not in ("", "null"):
-            flags.append(f"{flag}={value}")
-    return flags
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

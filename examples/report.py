@@ -19,15 +19,14 @@ from image_data import LabelledImages, PixelDataset, PixelTransform
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
-from torch.utils.data import DataLoader, Subset
 
 from peft_sage import attention_maps, plot_attention
 
 
 GROUPS = ("many", "medium", "few")
 SCORES = ("overall", "macro", *GROUPS, "worst")
-#: How much of each kind the page shows, and how many test images it looks at.
-WORST, EXAMPLES, PAIRS, PICTURES, GAINS, MOST_IMAGES = 10, 4, 15, 12, 10, 10_000
+#: How much of each kind the page shows.
+WORST, EXAMPLES, PAIRS, PICTURES, GAINS = 10, 4, 15, 12, 10
 #: Longest side of a small picture, and the number of classes whose names fit below an axis.
 SIDE, NAMED = 144, 40
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -68,6 +67,7 @@ def write_report(
     method: str,
     results: dict[str, Any],
     test: PixelDataset,
+    predictions: Sequence[torch.Tensor],
     transform: PixelTransform,
     repo_id: str,
     train: LabelledImages | None = None,
@@ -81,6 +81,7 @@ def write_report(
         method: Its name in tables and legends.
         results: What goes into `results.json`.
         test: Test images.
+        predictions: (n,) their predicted classes, and (n,) the probabilities of these.
         transform: What turns them into the model's input.
         repo_id: Where the adapter will be found.
         train: Training images, for the likely label errors.
@@ -98,16 +99,15 @@ def write_report(
         figure.savefig(folder / "attention.png")
         pictures["attention.png"] = caption
     create_model_card(results, method, repo_id, pictures).save(folder / "README.md")
-    page = make_page(model, method, results, test, transform, train, label_probability)
+    page = make_page(method, results, test.split, predictions, train, label_probability)
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 
 def make_page(
-    model: nn.Module,
     method: str,
     results: dict[str, Any],
-    test: PixelDataset,
-    transform: PixelTransform,
+    test: LabelledImages,
+    predictions: Sequence[torch.Tensor],
     train: LabelledImages | None = None,
     label_probability: torch.Tensor | None = None,
 ) -> str:
@@ -115,18 +115,14 @@ def make_page(
     names = results["class_names"]
     counts = np.array(results["class_counts"])
     trained, zero_shot = results["trained"], results["zero_shot"]
-    indices = np.arange(len(test))
-    if len(test) > MOST_IMAGES:
-        indices = np.sort(np.random.default_rng(0).permutation(len(test))[:MOST_IMAGES])
-    labels = np.asarray(test.split.labels)[indices]
-    predicted, confidence = predict(model, test, transform, indices)
+    labels, (predicted, confidence) = np.asarray(test.labels), (part.numpy() for part in predictions)
     wrong = np.flatnonzero(predicted != labels)
     wrong = wrong[np.argsort(-confidence[wrong], kind="stable")]
 
     def mistake(row: int) -> dict[str, str]:
         truth, guess = names[labels[row]], names[predicted[row]]
         caption = f"{truth}, taken for {guess} ({100 * confidence[row]:.0f} %)"
-        return small_picture(test.split, indices[row], f"Test image: {caption}", caption)
+        return small_picture(test, row, f"Test image: {caption}", caption)
 
     def class_row(k: int) -> dict[str, Any]:
         return {
@@ -172,7 +168,6 @@ def make_page(
         method=method,
         num_train=int(counts.sum()),
         num_test=len(test),
-        num_seen=len(indices),
         scores=scores,
         text_prior=results.get("text_prior"),
         tried=", ".join(f"{strength}: {100 * score:.1f} %" for strength, score in tried.items()),
@@ -188,22 +183,6 @@ def make_page(
         extra=extra,
         gains=[class_row(k) | {"gain": gain} for k, gain in gains[:GAINS]],
         classes=[class_row(k) for k in np.argsort(-counts, kind="stable")],
-    )
-
-
-@torch.inference_mode()
-def predict(
-    model: nn.Module, images: PixelDataset, transform: PixelTransform, indices: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the predicted class of some images, and its probability."""
-    device = next(model.parameters()).device
-    best = []
-    for batch in DataLoader(Subset(images, indices.tolist()), batch_size=128):
-        logits = model(pixel_values=transform(batch["pixel_values"].to(device))).logits
-        best.append(logits.float().softmax(dim=-1).max(dim=-1))
-    return (
-        torch.cat([part.indices for part in best]).cpu().numpy(),
-        torch.cat([part.values for part in best]).cpu().numpy(),
     )
 
 

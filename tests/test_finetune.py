@@ -228,7 +228,7 @@ def test_resumed_after_a_kill_ends_with_the_same_weights(command, tmp_path, monk
 
     process = subprocess.Popen([sys.executable, str(EXAMPLES / "finetune.py"), *command], stdout=subprocess.DEVNULL)
     killed = tmp_path / "out"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (killed / "checkpoints" / "step_7").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -454,6 +454,35 @@ def test_the_command_line_wins_over_yaml(tmp_path):
     assert finetune.parse_args(["--config", str(config)]).with_tracking is True
 
 
+def test_a_wrong_flag_is_refused_before_anything_slow_is_imported(tmp_path):
+    code = "import sys, flags; flags.parse_args([]); assert not {'torch', 'numpy', 'transformers'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", code], cwd=EXAMPLES, check=True)
+    script = [sys.executable, str(EXAMPLES / "finetune.py"), "--output-dir", str(tmp_path / "out")]
+    refused = subprocess.run([*script, "--lr", "0"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "greater than 0, got 0.0" in refused.stderr and not refused.stdout
+
+
+def test_the_first_line_says_what_comes_in_one_process_of_several(monkeypatch, capsys):
+    args = finetune.parse_args(["--model", "user/clip", "--dataset", "/a/photos/", "--method", "lora"])
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        finetune.announce(args)
+    printed = capsys.readouterr().out
+    assert printed.count("Fine-tuning clip on photos (--method lora), into finetuned/") == 1
+
+
+def test_the_frozen_tower_sees_batches(command, monkeypatch):
+    seen = []
+    embed = SageClassifier.embed
+    monkeypatch.setattr(
+        SageClassifier,
+        "embed",
+        lambda self, batches: embed(self, (seen.append(len(b["pixel_values"])) or b for b in batches)),
+    )
+    finetune.main([*command, "--epochs", "1"])
+    assert seen == [4, 4, 4, 4, 4, 3]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -567,12 +596,16 @@ def test_logits_of_several_crops_are_averaged(clip_folder, image_folder, command
         def forward(self, pixel_values):
             return SimpleNamespace(logits=pixel_values[:, :, 0, :4].abs().sum(dim=1))
 
-    _, predictions = finetune.evaluate(accelerator, Head(), loaders["test"], transform, np.array([1, 1, 1, 1]))
+    _, predictions, confidence = finetune.evaluate(
+        accelerator, Head(), loaders["test"], transform, np.array([1, 1, 1, 1])
+    )
     view = image_data.FiveCropView(processor)
     images = [view(splits["test"].read(i), 0) for i in range(len(splits["test"]))]
     logits = [Head()(transform.eval()(crops)).logits for crops in images]
-    expected = torch.stack([row.mean(dim=0) for row in logits]).argmax(dim=-1)
+    mean = torch.stack([row.mean(dim=0) for row in logits])
+    expected = mean.argmax(dim=-1)
     assert torch.equal(predictions, expected)
+    torch.testing.assert_close(confidence, mean.softmax(dim=-1).amax(dim=-1))
     assert not torch.equal(expected, torch.stack([row[0] for row in logits]).argmax(dim=-1))
     assert loaders["validation"].dataset[0]["pixel_values"].shape == (3, 16, 16)
 
