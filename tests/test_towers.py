@@ -255,7 +255,7 @@ def test_width_and_input_are_read_off_the_block() -> None:
     with pytest.raises(ValueError, match="`module` must hold a linear layer, but GELU has none"):
         mlp_widths(nn.GELU())
     assert mlp_widths(nn.Linear(64, 32)) == (64, 32)
-    with pytest.raises(ValueError, match="Sequential maps 32 features to 48"):
+    with pytest.raises(ValueError, match="got 32 to 48 features"):
         mlp_widths(nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 48)))
 
 
