@@ -99,12 +99,12 @@ def expand(descriptions: Descriptions, templates: Sequence[str] | None = None) -
 
 
 def read_text(path: Path) -> str:
-    """Read a text file in UTF-8, or in UTF-16 if it begins with its mark; ValueError and OSError name it."""
+    """Read a text file in UTF-8, or in UTF-16 if it begins with its mark; ValueError names it."""
     try:
         data = path.read_bytes()
         return data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{str(path)!r} is not UTF-8 (byte {error.start}): save it as UTF-8.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read as UTF-8: {error}.") from error
 
 
 def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:

@@ -53,6 +53,7 @@ def test_refusals(tmp_path, json_file):
     (tmp_path / "other.csv").write_text("name,text\ncow,a cow\n")
     for name, message in [
         ("broken.json", "cannot be read"),
+        ("missing.json", "cannot be read"),
         ("other.csv", r"columns 'class' and 'description', got \['name', 'text'\]"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -104,7 +105,7 @@ def test_texts_survive_their_file(encoding, tmp_path):
         ("a.csv", 'class,description\nowl,"an owl\n', "a.csv' cannot be read at line 2"),
         ("a.csv", "class,class\na,b\n", "names a column twice"),
         ("a.csv", "", "is empty"),
-        ("a.csv", "class,description\nk\xfche,eine Kuh\n", "not UTF-8 .byte 19.: save it as UTF-8"),
+        ("a.csv", "class,description\nk\xfche,eine Kuh\n", "cannot be read as UTF-8: .*byte 0xfc"),
     ],
 )
 def test_files_that_say_something_else_are_refused(name, text, message, tmp_path):

@@ -515,7 +515,7 @@ def test_bad_input_is_refused_before_training(command, image_folder, tmp_path):
         (["--label-column", "species"], r"no column 'species'"),
         (["--test-split", "evaluation"], r"no split 'evaluation', only"),
         (["--test-split", "train"], r"Three different splits"),
-        (["--descriptions", str(incomplete)], r"no entry for 2 of the classes: \['green', 'grey'\]"),
+        (["--descriptions", str(incomplete)], r"no entry for the classes \['green', 'grey'\]"),
         (["--descriptions", str(tmp_path / "absent.json")], "cannot be read"),
         (["--dataset", "./nowhere"], "'./nowhere' is not a folder"),
         (["--dataset", str(tmp_path / "no_test")], "no split 'test'"),

@@ -30,7 +30,6 @@ from peft_sage.encoding import MOST_ROWS
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 from finetune import parse_args  # noqa: E402
-from report import MOST_IMAGES  # noqa: E402
 
 
 BATCH = 128
@@ -129,11 +128,10 @@ def hours(recipe: Recipe, tflops: float, utilisation: float, images_per_second: 
     """
     args = parse_args(recipe.flags)
     data, needs = DATA[recipe.data], cost(recipe)
-    # Training; the test set before, after, and with the saved files; for the report; once for the text prior.
+    # Training; the test set before, after, and with the saved files; once for the text prior.
     phases = [
         (args.epochs * data.train_images, needs.step),
         (3 * data.test_images, args.test_crops * needs.prediction),
-        (min(MOST_IMAGES, data.test_images), needs.prediction),
         (data.train_images if recipe.method == "sage" else 0, needs.prediction),
     ]
     speed = tflops * 1e12 * utilisation
