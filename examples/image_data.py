@@ -18,6 +18,7 @@ import kornia.augmentation as K
 import numpy as np
 import PIL.Image
 import torch
+from flags import available_cores
 from labels import unite
 from reading import LabelledImages, Reader, Table
 from splitting import split_by_object
@@ -239,7 +240,7 @@ def find_unreadable(tables: dict[str, Table], progress: bool = True) -> dict[str
     found: dict[str, dict[int, str]] = {}
     total = sum(len(table.images) for table in tables.values())
     with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
+        ThreadPoolExecutor(available_cores()) as pool,
         tqdm(total=total, desc="checking images", disable=not progress, leave=False) as bar,
     ):
         for split, table in tables.items():
@@ -423,7 +424,7 @@ class PixelDataset(TorchDataset):
             return len(indices)
 
         with (
-            ThreadPoolExecutor(os.cpu_count()) as pool,
+            ThreadPoolExecutor(available_cores()) as pool,
             tqdm(total=len(self), desc="decoding images", unit="image", disable=not progress, leave=False) as bar,
         ):
             for done in pool.map(decode, range(0, len(self), CHUNK)):

@@ -283,8 +283,8 @@ class SageClassifier(nn.Module):
         with eval_mode(self):
             for batch in self._batches(images, batch_size, "predicting"):
                 best = self(**batch).logits.float().cpu().softmax(dim=-1).topk(min(top_k, len(names)))
-                pairs = torch.stack([best.indices.double(), best.values.double()], dim=-1).tolist()
-                answers += [[{"label": names[int(k)], "score": score} for k, score in image] for image in pairs]
+                for scores, classes in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+                    answers.append([{"label": names[k], "score": s} for k, s in zip(classes, scores, strict=True)])
         return answers
 
     def set_classes(self, classes: Tensor | Descriptions | Any, templates: Sequence[str] | None = None) -> None:

@@ -147,7 +147,7 @@ class SageLoss(nn.Module):
         return losses + extra
 
     def _compensate(self, logits: Tensor, entries: dict[str, Any], labels: Tensor, own: Tensor) -> Tensor:
-        """Logits (B, K) with `gamma_y V_yk / 2` less the variance of `z_y`, which is the same for all classes.
+        """Logits (B, K) and `gamma_y V_yk / 2`, but for the variance of `z_y` in it, which all classes share.
 
         The gradient reaches the head or the logits through it: detached it hurts.
         """

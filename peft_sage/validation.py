@@ -82,6 +82,7 @@ def check_labels(
         raise ValueError(f"`{name}` must have the shape ({num_images},), got {tuple(labels.shape)}.")
     if num_classes is None or labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
+    # The default of `ignore_index` lies in the range anyway.
     wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     if wrong.any():
         where = int(wrong.nonzero()[0])
