@@ -12,6 +12,7 @@ from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from .loss import SageLoss
+from .metrics import LongTailAccuracy
 from .validation import check_class_counts
 
 
@@ -37,8 +38,6 @@ class LongTailCallback(TrainerCallback, ExportableState):
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Accuracies as fractions, for Trainer's `compute_metrics`; groups without a class are left out."""
-        from .metrics import LongTailAccuracy
-
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
         # Trainer has gathered the predictions of all processes.
         metric = LongTailAccuracy(self.class_counts, sync_on_compute=False)

@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from peft_sage import SageClassifier, SageConfig, SageLoss, encode_class_descriptions
+from peft_sage.layer import SageLayer
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,6 +135,32 @@ def inference(run: SimpleNamespace) -> Run:
         step.model(**step.batch)
 
     return forward
+
+
+def adapters(run: SimpleNamespace) -> Run:
+    """What the adapters alone do in a step of training, or in inference: in whole steps it drowns in the noise."""
+    step, calls = Step(run), []
+    layers = [module for module in step.model.modules() if isinstance(module, SageLayer)]
+    hooks = [m.register_forward_hook(lambda m, args, output: calls.append((m, args[0], output))) for m in layers]
+    with torch.no_grad():
+        step.model(**step.batch)
+    for hook in hooks:
+        hook.remove()
+    optimizer = torch.optim.AdamW([p for layer in layers for p in layer.parameters() if p.requires_grad], lr=1e-5)
+
+    @torch.inference_mode()
+    def forward() -> None:
+        for layer, tokens, output in calls:
+            output + layer.update(tokens, "default")
+
+    def train() -> None:
+        for layer, tokens, output in calls:
+            (output + layer.update(tokens.requires_grad_(), "default")).backward(output)
+            tokens.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return train if run.train else forward
 
 
 class LiveBytes(TorchDispatchMode):
@@ -366,6 +393,7 @@ def _finetuned(
 MEASURES: dict[str, Callable[[SimpleNamespace], Run]] = {
     "step": Step,
     "inference": inference,
+    "adapters": adapters,
     "peak": peak,
     "agreement": agreement,
     "importing": importing,

@@ -119,7 +119,7 @@ def measure(group: dict[str, Any], args: argparse.Namespace, file: dict[str, Any
     """Return the rows of a group."""
     rows = []
     for combination, settings in combinations(group, args, file):
-        runs = {name: MEASURES[group["measure"]](run) for name, run in settings.items()}
+        runs = {name: MEASURES[getattr(run, "measure", group["measure"])](run) for name, run in settings.items()}
         first = next(iter(settings.values()))
         values = interleaved(runs, args.device, args.repetitions or first.repetitions)
         for row in group["rows"]:

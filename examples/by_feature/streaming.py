@@ -75,6 +75,8 @@ def in_step():
     batches, batch = iter(loader), None
     while True:
         new = next(batches, None)
+        if new is None and batch is None:
+            raise RuntimeError(f"Process {rank} got none of {per_epoch} images: use fewer than {processes} processes.")
         batch = new or {"pixel_values": batch["pixel_values"][:1], "labels": torch.tensor([-100])}
         images = accelerator.reduce(torch.tensor(len(new["labels"]) if new else 0, device=device), "sum").item()
         if not images:
