@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -295,11 +295,24 @@ class ProcessorView:
 
     Args:
         processor: The model's image processor, of which only the geometry is used here.
+
+    Attributes:
+        size: Height and width of what the processor returns.
+
+    Raises:
+        ValueError: If the processor cuts images into patches, as NaFlex does.
     """
 
     def __init__(self, processor: BaseImageProcessor) -> None:
         self.processor = processor
         self.min_side = decoding_side(processor)
+        shape = self._process([PIL.Image.new("RGB", (64, 64))]).shape
+        if len(shape) != 4:
+            raise ValueError(
+                f"`--model` must take images as pixels, its {type(processor).__name__} cuts them into patches, as "
+                "NaFlex does: train it with Trainer (docs/own_model.md)."
+            )
+        self.size: tuple[int, int] = (shape[-2], shape[-1])
 
     def __call__(self, image: PIL.Image.Image, index: int) -> torch.Tensor:
         """Return (3, H, W)."""
@@ -314,12 +327,6 @@ class ProcessorView:
             images=images, do_rescale=False, do_normalize=False, return_tensors="pt", **geometry
         )
         return processed["pixel_values"].to(torch.uint8)
-
-    @cached_property
-    def size(self) -> tuple[int, int]:
-        """Height and width of what the processor returns."""
-        height, width = self._process([PIL.Image.new("RGB", (64, 64))]).shape[-2:]
-        return height, width
 
 
 class FiveCropView(ProcessorView):

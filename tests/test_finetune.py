@@ -30,6 +30,7 @@ from transformers import (
     CLIPTextConfig,
     CLIPVisionConfig,
     PreTrainedTokenizerFast,
+    Siglip2ImageProcessorPil,
 )
 
 
@@ -674,6 +675,11 @@ def test_pixels_are_those_of_the_models_own_processor(clip_folder, image_folder)
     finetune.seed_batch(0, 1, 3, 0)
     assert not torch.equal(first, transform(batch))
     assert not torch.equal(first, expected)
+
+
+def test_a_model_that_takes_patches_is_refused():
+    with pytest.raises(ValueError, match="`--model` must take images as pixels, its Siglip2ImageProcessorPil cuts"):
+        image_data.ProcessorView(Siglip2ImageProcessorPil(patch_size=8, max_num_patches=4))
 
 
 def test_images_that_cannot_be_read_are_named_or_skipped(command, image_folder, tmp_path):
