@@ -83,7 +83,8 @@ def choose(data: list[str], folder: Path, pool: ThreadPoolExecutor) -> list[str]
         tried = [[*LIFT, *chosen, flag, value] for value in values]
         scores = list(pool.map(lambda flags: validation_macro(run(data, folder, flags, 0)), tried))
         chosen += [flag, values[int(np.argmax(scores))]]
-        print(f"LIFT's recipe, validation macro by {flag}: {dict(zip(values, np.round(scores, 1), strict=True))}")
+        told = ", ".join(f"{value}: {score:.1f}" for value, score in zip(values, scores, strict=True))
+        print(f"LIFT's recipe, validation macro by {flag}: {told}")
     return [*LIFT, *chosen]
 
 
