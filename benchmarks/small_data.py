@@ -106,8 +106,9 @@ def on_other_images(results: dict, parquet: Path) -> dict:
 
 def table(sage: list[dict], lift: list[dict]) -> str:
     """Return the accuracies, mean and standard error over seeds, and the paired differences."""
+    names = [name for name in SCORES if sage[0]["trained"][name] is not None]  # a group may have no class
     zero_shot, *arms = (
-        np.array([[r[key][name] for name in SCORES] for r in runs])
+        np.array([[r[key][name] for name in names] for r in runs])
         for key, runs in (("zero_shot", sage[:1]), ("trained", lift), ("trained", sage))
     )
     rows = {"zero-shot": [f"{value:.1f}" for value in zero_shot[0]]}
@@ -118,7 +119,7 @@ def table(sage: list[dict], lift: list[dict]) -> str:
         p = stats.ttest_1samp(difference, 0).pvalue
         values = zip(difference.mean(0), stats.sem(difference), p, strict=True)
         rows[title] = [f"{m:+.1f} ± {e:.1f} (p {p:.2g})" for m, e, p in values]
-    lines = [f"| test accuracy, %, {len(sage)} seeds | {' | '.join(SCORES)} |", "|---|" + "---|" * len(SCORES)]
+    lines = [f"| test accuracy, %, {len(sage)} seeds | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
     return "\n".join(lines + [f"| {title} | {' | '.join(cells)} |" for title, cells in rows.items()])
 
 
