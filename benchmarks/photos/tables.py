@@ -83,7 +83,7 @@ def table(lines: Sequence[Line], baseline: str, split: str, every: bool) -> list
     rows = [heads, ["---"] * len(heads)]
     for arm in arms:
         own = of_arm(lines, arm)
-        means = [f"{mean_score(own, split, score):.2f}" for score in COLUMNS]
+        means = ["" if math.isnan(mean) else f"{mean:.2f}" for mean in (mean_score(own, split, c) for c in COLUMNS)]
         gaps = [difference(own, against, split, score) for score in ("macro", "few")]
         rows.append([arm, str(len(own)), *means, *gaps])
     return [f"| {' | '.join(row)} |" for row in rows]
