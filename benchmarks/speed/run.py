@@ -48,7 +48,7 @@ NO_GPU = (
 def combinations(group: dict[str, Any], args: argparse.Namespace, file: dict[str, Any]) -> Iterator[tuple[dict, dict]]:
     """Give the settings of the runs of a group by name, for every combination of `each`, which comes first."""
     each = group.get("each", {})
-    shared = {key: value for key, value in group.items() if key not in ("each", "runs", "rows", "measure")}
+    shared = {key: value for key, value in group.items() if key not in ("each", "runs", "rows")}
     for values in itertools.product(*each.values()):
         combination = dict(zip(each, values, strict=True))
         runs = {}
@@ -119,7 +119,7 @@ def measure(group: dict[str, Any], args: argparse.Namespace, file: dict[str, Any
     """Return the rows of a group."""
     rows = []
     for combination, settings in combinations(group, args, file):
-        runs = {name: MEASURES[getattr(run, "measure", group["measure"])](run) for name, run in settings.items()}
+        runs = {name: MEASURES[run.measure](run) for name, run in settings.items()}
         first = next(iter(settings.values()))
         values = interleaved(runs, args.device, args.repetitions or first.repetitions)
         for row in group["rows"]:
