@@ -42,23 +42,53 @@ def write_digits(folder: Path) -> Path:
     """Write the digits of scikit-learn (UCI, 1,797 images) as parquet: half train, a quarter each the others."""
     from sklearn.datasets import load_digits
 
-    digits, names = load_digits(), ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    digits, names = (
+        load_digits(),
+        [
+            "zero",
+            "one",
+            "two",
+            "three",
+            "four",
+            "five",
+            "six",
+            "seven",
+            "eight",
+            "nine",
+        ],
+    )
     order = np.random.default_rng(0).permutation(len(digits.target))
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    for split, rows in zip(("train", "validation", "test"), np.split(order, [898, 1348]), strict=True):
+    for split, rows in zip(
+        ("train", "validation", "test"), np.split(order, [898, 1348]), strict=True
+    ):
         images = [_png(255 - digits.images[row] * (255 / 16)) for row in rows]
-        data = {"image": [{"bytes": image, "path": None} for image in images], "label": digits.target[rows].tolist()}
-        datasets.Dataset.from_dict(data, features).to_parquet(folder / f"{split}.parquet")
+        data = {
+            "image": [{"bytes": image, "path": None} for image in images],
+            "label": digits.target[rows].tolist(),
+        }
+        datasets.Dataset.from_dict(data, features).to_parquet(
+            folder / f"{split}.parquet"
+        )
     (folder / "descriptions.json").write_text(
-        json.dumps({name: [f"the digit {name}", f"the number {i}"] for i, name in enumerate(names)})
+        json.dumps(
+            {
+                name: [f"the digit {name}", f"the number {i}"]
+                for i, name in enumerate(names)
+            }
+        )
     )
     return folder
 
 
 def _png(pixels: np.ndarray) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(pixels.round().astype(np.uint8)).resize((48, 48), Image.Resampling.BICUBIC).save(file, "png")
+    Image.fromarray(pixels.round().astype(np.uint8)).resize(
+        (48, 48), Image.Resampling.BICUBIC
+    ).save(file, "png")
     return file.getvalue()
 
 
@@ -66,8 +96,19 @@ def run(data: list[str], folder: Path, flags: list[str], seed: int) -> dict:
     """Return the results of a run of the example, and do it first if it was not done."""
     output = folder / "_".join([*(flag.lstrip("-") for flag in flags), f"seed_{seed}"])
     if not (output / "results.json").exists():
-        command = [sys.executable, str(EXAMPLE), *data, *flags, "--seed", str(seed), "--output-dir", str(output)]
-        subprocess.run([*command, "--cpu-threads", "1"], check=True, stdout=subprocess.DEVNULL)
+        command = [
+            sys.executable,
+            str(EXAMPLE),
+            *data,
+            *flags,
+            "--seed",
+            str(seed),
+            "--output-dir",
+            str(output),
+        ]
+        subprocess.run(
+            [*command, "--cpu-threads", "1"], check=True, stdout=subprocess.DEVNULL
+        )
     return json.loads((output / "results.json").read_text()) | {"folder": output}
 
 
@@ -81,9 +122,13 @@ def choose(data: list[str], folder: Path, pool: ThreadPoolExecutor) -> list[str]
     chosen: list[str] = []
     for flag, values in (("--lr", LEARNING_RATES), ("--tau", TAUS)):
         tried = [[*LIFT, *chosen, flag, value] for value in values]
-        scores = list(pool.map(lambda flags: validation_macro(run(data, folder, flags, 0)), tried))
+        scores = list(
+            pool.map(lambda flags: validation_macro(run(data, folder, flags, 0)), tried)
+        )
         chosen += [flag, values[int(np.argmax(scores))]]
-        told = ", ".join(f"{value}: {score:.1f}" for value, score in zip(values, scores, strict=True))
+        told = ", ".join(
+            f"{value}: {score:.1f}" for value, score in zip(values, scores, strict=True)
+        )
         print(f"LIFT's recipe, validation macro by {flag}: {told}")
     return [*LIFT, *chosen]
 
@@ -93,11 +138,18 @@ def on_other_images(results: dict, parquet: Path) -> dict:
     """Return the results with the test accuracies on other images of the same classes."""
     table = datasets.load_dataset("parquet", data_files=str(parquet), split="train")
     scores = {}
-    texts = dict(zip(results["class_names"], results["class_descriptions"], strict=True))
+    texts = dict(
+        zip(results["class_names"], results["class_descriptions"], strict=True)
+    )
     base = SageClassifier.from_texts(results["settings"]["model"], texts)
-    for key, model in (("zero_shot", base), ("trained", SageClassifier.from_pretrained(results["folder"]))):
+    for key, model in (
+        ("zero_shot", base),
+        ("trained", SageClassifier.from_pretrained(results["folder"])),
+    ):
         answers = model.predict(table["image"], batch_size=256)
-        predicted = torch.tensor([results["class_names"].index(answer[0]["label"]) for answer in answers])
+        predicted = torch.tensor(
+            [results["class_names"].index(answer[0]["label"]) for answer in answers]
+        )
         accuracy = LongTailAccuracy(results["class_counts"])
         accuracy.update(predicted, torch.tensor(table["label"]))
         scores[key] = {name: 100 * accuracy.compute()[name].item() for name in SCORES}
@@ -106,39 +158,68 @@ def on_other_images(results: dict, parquet: Path) -> dict:
 
 def table(sage: list[dict], lift: list[dict]) -> str:
     """Return the accuracies, mean and standard error over seeds, and the paired differences."""
-    names = [name for name in SCORES if sage[0]["trained"][name] is not None]  # a group may have no class
+    names = [
+        name for name in SCORES if sage[0]["trained"][name] is not None
+    ]  # a group may have no class
     zero_shot, *arms = (
         np.array([[r[key][name] for name in names] for r in runs])
         for key, runs in (("zero_shot", sage[:1]), ("trained", lift), ("trained", sage))
     )
     rows = {"zero-shot": [f"{value:.1f}" for value in zero_shot[0]]}
-    for title, scores in zip(("LIFT's recipe, at its best", "**Sage, defaults**"), arms, strict=True):
-        rows[title] = [f"{m:.1f} ± {e:.1f}" for m, e in zip(scores.mean(0), stats.sem(scores), strict=True)]
-    for title, against in (("Sage - LIFT's recipe", arms[0]), ("Sage - zero-shot", zero_shot)):
+    for title, scores in zip(
+        ("LIFT's recipe, at its best", "**Sage, defaults**"), arms, strict=True
+    ):
+        rows[title] = [
+            f"{m:.1f} ± {e:.1f}"
+            for m, e in zip(scores.mean(0), stats.sem(scores), strict=True)
+        ]
+    for title, against in (
+        ("Sage - LIFT's recipe", arms[0]),
+        ("Sage - zero-shot", zero_shot),
+    ):
         difference = arms[1] - against
         p = stats.ttest_1samp(difference, 0).pvalue
         values = zip(difference.mean(0), stats.sem(difference), p, strict=True)
         rows[title] = [f"{m:+.1f} ± {e:.1f} (p {p:.2g})" for m, e, p in values]
-    lines = [f"| test accuracy, %, {len(sage)} seeds | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
-    return "\n".join(lines + [f"| {title} | {' | '.join(cells)} |" for title, cells in rows.items()])
+    lines = [
+        f"| test accuracy, %, {len(sage)} seeds | {' | '.join(names)} |",
+        "|---|" + "---|" * len(names),
+    ]
+    return "\n".join(
+        lines + [f"| {title} | {' | '.join(cells)} |" for title, cells in rows.items()]
+    )
 
 
 def main() -> None:
     """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", choices=["emoji", "digits", "drawings"])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--output-dir", type=Path, default=Path("small-data"))
-    parser.add_argument("--styles", type=Path, help="folder with unseen_styles.parquet (drawings)")
-    parser.add_argument("--workers", type=int, default=2, help="runs at the same time, one thread each")
+    parser.add_argument(
+        "--styles", type=Path, help="folder with unseen_styles.parquet (drawings)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=2, help="runs at the same time, one thread each"
+    )
     args = parser.parse_args()
     data: list[str] = []
     if args.data == "digits":
-        data = ["--dataset", str(write_digits(args.output_dir / "digits-data")), "--imbalance-ratio", "20"]
+        data = [
+            "--dataset",
+            str(write_digits(args.output_dir / "digits-data")),
+            "--imbalance-ratio",
+            "20",
+        ]
     folder = args.output_dir / ("digits" if args.data == "digits" else "emoji")
     with ThreadPoolExecutor(args.workers) as pool:
         arms = [choose(data, folder, pool), []]
-        runs = [list(pool.map(partial(run, data, folder, flags), range(args.seeds))) for flags in arms]
+        runs = [
+            list(pool.map(partial(run, data, folder, flags), range(args.seeds)))
+            for flags in arms
+        ]
     if args.data == "drawings":
         other = args.styles / "unseen_styles.parquet"
         runs = [[on_other_images(results, other) for results in arm] for arm in runs]

@@ -8,7 +8,11 @@ from typing import Any
 import griffe
 
 
-PUBLIC = re.findall(r'^    "(\w+)",$', Path("peft_sage/__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+PUBLIC = re.findall(
+    r'^    "(\w+)",$',
+    Path("peft_sage/__init__.py").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)
 NAME = re.compile(rf"\[`(({'|'.join(PUBLIC)})(\.\w+)?)`\]")
 
 

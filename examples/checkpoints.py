@@ -44,7 +44,10 @@ class TrainingProgress:
         self.validation.append(scores | {"epoch": self.epoch})
         if all(scores["macro"] >= earlier["macro"] for earlier in self.validation):
             self.best_epoch = self.epoch
-            self.best_weights = {name: weight.cpu().clone() for name, weight in trainable_weights(model).items()}
+            self.best_weights = {
+                name: weight.cpu().clone()
+                for name, weight in trainable_weights(model).items()
+            }
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.__dict__)
@@ -55,7 +58,11 @@ class TrainingProgress:
 
 def trainable_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the weights that are trained, by name."""
-    return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+    return {
+        name: weight.detach()
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+    }
 
 
 def load_trainable_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
@@ -72,19 +79,29 @@ def load_trainable_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -
 def checkpoint_trainable_only(accelerator: Accelerator) -> None:
     """Make `save_state` and `load_state` leave out the frozen weights, which are those of the base model."""
 
-    def save(models: list[nn.Module], states: list[dict[str, torch.Tensor]], folder: str) -> None:
+    def save(
+        models: list[nn.Module], states: list[dict[str, torch.Tensor]], folder: str
+    ) -> None:
         states.clear()
         if accelerator.is_main_process:
-            save_file(trainable_weights(accelerator.unwrap_model(models[0])), Path(folder, WEIGHTS_FILE))
+            save_file(
+                trainable_weights(accelerator.unwrap_model(models[0])),
+                Path(folder, WEIGHTS_FILE),
+            )
 
     def load(models: list[nn.Module], folder: str) -> None:
-        load_trainable_weights(accelerator.unwrap_model(models.pop()), load_file(Path(folder, WEIGHTS_FILE)))
+        load_trainable_weights(
+            accelerator.unwrap_model(models.pop()),
+            load_file(Path(folder, WEIGHTS_FILE)),
+        )
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, settings: dict[str, Any]) -> None:
+def save_checkpoint(
+    accelerator: Accelerator, folder: Path, step: int, settings: dict[str, Any]
+) -> None:
     """Write the checkpoint `folder/step_N` in full before it gets its name, so that no kill leaves half a one.
 
     Args:
@@ -133,16 +150,26 @@ def find_checkpoint(which: str, folder: Path, settings: dict[str, Any]) -> Path 
         ValueError: If the path is no checkpoint, or one of a run with other settings.
     """
     if which == "latest":
-        found = sorted(folder.glob("step_*"), key=lambda path: (path.stat().st_mtime, path.name))
+        found = sorted(
+            folder.glob("step_*"), key=lambda path: (path.stat().st_mtime, path.name)
+        )
         if not found:
             return None
         checkpoint = found[-1]
     else:
         checkpoint = Path(which)
     if not (checkpoint / SETTINGS_FILE).is_file():
-        raise ValueError(f"`--resume-from-checkpoint` {which!r} is not a checkpoint of this script.")
+        raise ValueError(
+            f"`--resume-from-checkpoint` {which!r} is not a checkpoint of this script."
+        )
     saved = json.loads((checkpoint / SETTINGS_FILE).read_text())
-    changed = [f"{key}: {saved.get(key)!r} -> {value!r}" for key, value in settings.items() if saved.get(key) != value]
+    changed = [
+        f"{key}: {saved.get(key)!r} -> {value!r}"
+        for key, value in settings.items()
+        if saved.get(key) != value
+    ]
     if changed:
-        raise ValueError(f"Checkpoint {str(checkpoint)!r} is of a run with other settings: {'; '.join(changed)}.")
+        raise ValueError(
+            f"Checkpoint {str(checkpoint)!r} is of a run with other settings: {'; '.join(changed)}."
+        )
     return checkpoint

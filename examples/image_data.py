@@ -65,7 +65,9 @@ class ImageData:
         for split, reasons in self.skipped.items():
             for reason, names in reasons.items():
                 examples = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
-                lines.append(f"skipped in {split}: {len(names):,} {reason} ({examples})")
+                lines.append(
+                    f"skipped in {split}: {len(names):,} {reason} ({examples})"
+                )
         return "\n".join(lines + self.notes)
 
     def as_dict(self) -> dict[str, Any]:
@@ -76,7 +78,9 @@ class ImageData:
             splits[split] = {
                 "images": len(images),
                 "classes": int((counts > 0).sum()),
-                "images_per_class": dict(zip(self.class_names, counts.tolist(), strict=True)),
+                "images_per_class": dict(
+                    zip(self.class_names, counts.tolist(), strict=True)
+                ),
             }
         return {"splits": splits, "skipped": self.skipped, "notes": self.notes}
 
@@ -113,7 +117,9 @@ def load_images(
             and test have nothing in common. It names the file, row or column.
     """
     if on_bad_image not in ("error", "skip"):
-        raise ValueError(f"`on_bad_image` must be 'error' or 'skip', got {on_bad_image!r}.")
+        raise ValueError(
+            f"`on_bad_image` must be 'error' or 'skip', got {on_bad_image!r}."
+        )
     wanted = {"train": train, "test": test, "validation": validation}
     if train in (validation, test):
         raise ValueError(
@@ -121,14 +127,19 @@ def load_images(
         )
     if validation in ("", "none", test):
         del wanted["validation"]
-    reader = Reader(name, wanted, image_column, label_column, strict=on_bad_image != "skip")
+    reader = Reader(
+        name, wanted, image_column, label_column, strict=on_bad_image != "skip"
+    )
     tables = reader.read()
     if "" not in tables and "test" not in tables:
         raise ValueError(
             f"Data set {name!r} has no split {test!r}, only {[wanted[key] for key in tables]}. `--test-split` names "
             "another one; a folder of class folders without splits is split for you."
         )
-    skipped = {key or "data": {r: n for r, n in part.skipped.items() if n} for key, part in tables.items()}
+    skipped = {
+        key or "data": {r: n for r, n in part.skipped.items() if n}
+        for key, part in tables.items()
+    }
     for key, problems in (unreadable or find_unreadable)(tables).items():
         tables[key] = _without(tables[key], problems, on_bad_image)
         if problems:
@@ -147,7 +158,11 @@ def _without(table: Table, problems: dict[int, str], on_bad_image: str) -> Table
             f"{len(problems)} images cannot be read; `--on-bad-image skip` leaves them out.\n"
             + "\n".join(list(problems.values())[:5])
         )
-    return table.select(np.setdiff1d(np.arange(len(table.images)), list(problems))) if problems else table
+    return (
+        table.select(np.setdiff1d(np.arange(len(table.images)), list(problems)))
+        if problems
+        else table
+    )
 
 
 def _refuse_shared_files(tables: dict[str, Table]) -> None:
@@ -158,7 +173,9 @@ def _refuse_shared_files(tables: dict[str, Table]) -> None:
         for index, path in enumerate([] if table.paths is None else table.paths):
             folder, name = os.path.split(path)
             real = os.path.realpath(path) if os.path.islink(path) else None
-            real = real or os.path.join(folders.setdefault(folder, os.path.realpath(folder)), name)
+            real = real or os.path.join(
+                folders.setdefault(folder, os.path.realpath(folder)), name
+            )
             use = (table.images.split, table.classes.names[table.images.labels[index]])
             if uses.setdefault(real, use) != use:
                 raise ValueError(
@@ -168,16 +185,28 @@ def _refuse_shared_files(tables: dict[str, Table]) -> None:
 
 
 def _with_common_classes(
-    tables: dict[str, Table], label_column: str, skipped: dict[str, dict[str, list[str]]]
+    tables: dict[str, Table],
+    label_column: str,
+    skipped: dict[str, dict[str, list[str]]],
 ) -> ImageData:
     """Number the classes alike in all splits; what is not trained is not evaluated."""
-    named = {table.images.split: (table.images.labels, table.classes) for table in tables.values()}
+    named = {
+        table.images.split: (table.images.labels, table.classes)
+        for table in tables.values()
+    }
     labels, classes = unite(named, label_column)
-    counts = np.bincount(np.concatenate(list(labels.values())), minlength=len(classes.names))
+    counts = np.bincount(
+        np.concatenate(list(labels.values())), minlength=len(classes.names)
+    )
     kept = (counts > 0) | classes.stated
-    names, numbers = [n for n, k in zip(classes.names, kept, strict=True) if k], np.cumsum(kept) - 1
+    names, numbers = (
+        [n for n, k in zip(classes.names, kept, strict=True) if k],
+        np.cumsum(kept) - 1,
+    )
     splits = {
-        key: replace(tables[key].images, labels=numbers[labels[tables[key].images.split]])
+        key: replace(
+            tables[key].images, labels=numbers[labels[tables[key].images.split]]
+        )
         for key in ("train", "validation", "test")
         if key in tables
     }
@@ -208,8 +237,14 @@ def _with_common_classes(
             places = [images.name(int(index)) for index in np.flatnonzero(~known)]
             skipped.setdefault(key, {})["of classes without training images"] = places
             splits[key] = images.select(np.flatnonzero(known))
-    data = ImageData(splits, names, {split: reasons for split, reasons in skipped.items() if reasons})
-    untested = [name for name, count in zip(names, data.class_counts("test"), strict=True) if not count]
+    data = ImageData(
+        splits, names, {split: reasons for split, reasons in skipped.items() if reasons}
+    )
+    untested = [
+        name
+        for name, count in zip(names, data.class_counts("test"), strict=True)
+        if not count
+    ]
     if untested:
         data.notes.append(
             f"Without test images, so that they count in no mean: {len(untested)} classes: {untested[:10]}."
@@ -217,13 +252,19 @@ def _with_common_classes(
     return data
 
 
-def find_unreadable(tables: dict[str, Table], progress: bool = True) -> dict[str, dict[int, str]]:
+def find_unreadable(
+    tables: dict[str, Table], progress: bool = True
+) -> dict[str, dict[int, str]]:
     """Return the images of each split that cannot be decoded, and why; a JPEG is decoded at an eighth of its size."""
 
     def problem(images: LabelledImages, index: int) -> str | None:
         try:
             source = images.source(index)
-            data = source["bytes"] if source["bytes"] is not None else Path(source["path"]).read_bytes()
+            data = (
+                source["bytes"]
+                if source["bytes"] is not None
+                else Path(source["path"]).read_bytes()
+            )
             if data.startswith(b"\x89PNG"):
                 # Its checksums tell, forty times faster than decoding.
                 PIL.Image.open(io.BytesIO(data)).verify()
@@ -241,19 +282,27 @@ def find_unreadable(tables: dict[str, Table], progress: bool = True) -> dict[str
     total = sum(len(table.images) for table in tables.values())
     with (
         ThreadPoolExecutor(available_cores()) as pool,
-        tqdm(total=total, desc="checking images", disable=not progress, leave=False) as bar,
+        tqdm(
+            total=total, desc="checking images", disable=not progress, leave=False
+        ) as bar,
     ):
         for split, table in tables.items():
             found[split] = {}
             for start in range(0, len(table.images), 1024):
                 indices = range(start, min(start + 1024, len(table.images)))
                 reasons = pool.map(partial(problem, table.images), indices)
-                found[split] |= {index: reason for index, reason in zip(indices, reasons, strict=True) if reason}
+                found[split] |= {
+                    index: reason
+                    for index, reason in zip(indices, reasons, strict=True)
+                    if reason
+                }
                 bar.update(len(indices))
     return found
 
 
-def long_tailed_subset(labels: np.ndarray, num_classes: int, imbalance_ratio: float, seed: int) -> np.ndarray:
+def long_tailed_subset(
+    labels: np.ndarray, num_classes: int, imbalance_ratio: float, seed: int
+) -> np.ndarray:
     """Thin a training set to an exponential long tail.
 
     Class i of C keeps at most n_i = int(n_max * imb^(i / (C - 1))) images, drawn with the seed, where
@@ -274,7 +323,9 @@ def long_tailed_subset(labels: np.ndarray, num_classes: int, imbalance_ratio: fl
         ValueError: If `imbalance_ratio` is below 1, or beyond the images of the largest class.
     """
     if not imbalance_ratio >= 1:
-        raise ValueError(f"`imbalance_ratio` must be at least 1 (head over tail), got {imbalance_ratio}.")
+        raise ValueError(
+            f"`imbalance_ratio` must be at least 1 (head over tail), got {imbalance_ratio}."
+        )
     largest = np.bincount(labels, minlength=num_classes).max()
     if imbalance_ratio > largest:
         raise ValueError(
@@ -286,7 +337,9 @@ def long_tailed_subset(labels: np.ndarray, num_classes: int, imbalance_ratio: fl
     kept = []
     for label in range(num_classes):
         size = int(largest * (1 / imbalance_ratio) ** (label / max(1, num_classes - 1)))
-        kept.append(generator.permutation(np.flatnonzero(labels == label))[: max(1, size)])
+        kept.append(
+            generator.permutation(np.flatnonzero(labels == label))[: max(1, size)]
+        )
     return np.sort(np.concatenate(kept))
 
 
@@ -324,7 +377,11 @@ class ProcessorView:
 
     def _process(self, images: list[PIL.Image.Image], **geometry: Any) -> torch.Tensor:
         processed = self.processor(
-            images=images, do_rescale=False, do_normalize=False, return_tensors="pt", **geometry
+            images=images,
+            do_rescale=False,
+            do_normalize=False,
+            return_tensors="pt",
+            **geometry,
         )
         return processed["pixel_values"].to(torch.uint8)
 
@@ -334,12 +391,26 @@ class FiveCropView(ProcessorView):
 
     def __call__(self, image: PIL.Image.Image, index: int) -> torch.Tensor:
         """Return (5, 3, H, W)."""
-        enlarged = {edge: round(length * 248 / 224) for edge, length in dict(self.processor.size).items()}
+        enlarged = {
+            edge: round(length * 248 / 224)
+            for edge, length in dict(self.processor.size).items()
+        }
         pixels = self._process([image], size=enlarged, do_center_crop=False)[0]
         height, width = self.size
         bottom, right = pixels.shape[-2] - height, pixels.shape[-1] - width
-        corners = [(bottom // 2, right // 2), (0, 0), (0, right), (bottom, 0), (bottom, right)]
-        return torch.stack([pixels[:, top : top + height, left : left + width] for top, left in corners])
+        corners = [
+            (bottom // 2, right // 2),
+            (0, 0),
+            (0, right),
+            (bottom, 0),
+            (bottom, right),
+        ]
+        return torch.stack(
+            [
+                pixels[:, top : top + height, left : left + width]
+                for top, left in corners
+            ]
+        )
 
     def batch(self, images: list[PIL.Image.Image]) -> torch.Tensor:
         """Return (B, 5, 3, H, W); enlarged images may differ in shape."""
@@ -359,18 +430,32 @@ class RandomCropView(ProcessorView):
         super().__init__(processor)
         self.crop = K.RandomResizedCrop(self.size, scale=(scale, 1.0))
         # The smallest crop is to be as sharp as the whole image would be.
-        self.min_side = math.ceil(self.min_side / math.sqrt(scale)) if self.min_side else None
+        self.min_side = (
+            math.ceil(self.min_side / math.sqrt(scale)) if self.min_side else None
+        )
         self.seed = seed
         self.epoch = 0
 
     def __call__(self, image: PIL.Image.Image, index: int) -> torch.Tensor:
         """Return (3, H, W)."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)[0]))
-            corners = self.crop.forward_parameters(torch.Size((1, 3, image.height, image.width)))["src"][0]
+            torch.manual_seed(
+                int(
+                    np.random.SeedSequence(
+                        [self.seed, self.epoch, index]
+                    ).generate_state(1)[0]
+                )
+            )
+            corners = self.crop.forward_parameters(
+                torch.Size((1, 3, image.height, image.width))
+            )["src"][0]
         (left, top), (right, bottom) = corners[0].tolist(), (corners[2] + 1).tolist()
         # By PIL rather than kornia, which does not smooth what it makes smaller.
-        part = image.resize(self.size[::-1], PIL.Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+        part = image.resize(
+            self.size[::-1],
+            PIL.Image.Resampling.BILINEAR,
+            box=(left, top, right, bottom),
+        )
         return torch.from_numpy(np.array(part)).permute(2, 0, 1)
 
 
@@ -432,7 +517,13 @@ class PixelDataset(TorchDataset):
 
         with (
             ThreadPoolExecutor(available_cores()) as pool,
-            tqdm(total=len(self), desc="decoding images", unit="image", disable=not progress, leave=False) as bar,
+            tqdm(
+                total=len(self),
+                desc="decoding images",
+                unit="image",
+                disable=not progress,
+                leave=False,
+            ) as bar,
         ):
             for done in pool.map(decode, range(0, len(self), CHUNK)):
                 bar.update(done)
@@ -448,13 +539,21 @@ class PixelTransform(nn.Module):
         crop_scale: Smallest share of the image that a random crop keeps.
     """
 
-    def __init__(self, processor: BaseImageProcessor, augmentation: str, crop_scale: float) -> None:
+    def __init__(
+        self, processor: BaseImageProcessor, augmentation: str, crop_scale: float
+    ) -> None:
         super().__init__()
         self.augmentation = augmentation
         self.crop_scale = crop_scale
-        self.scale = processor.rescale_factor if getattr(processor, "do_rescale", True) else 1.0
+        self.scale = (
+            processor.rescale_factor if getattr(processor, "do_rescale", True) else 1.0
+        )
         normalises = getattr(processor, "do_normalize", True)
-        mean, std = (processor.image_mean, processor.image_std) if normalises else ([0.0] * 3, [1.0] * 3)
+        mean, std = (
+            (processor.image_mean, processor.image_std)
+            if normalises
+            else ([0.0] * 3, [1.0] * 3)
+        )
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
 
@@ -469,7 +568,11 @@ class PixelTransform(nn.Module):
         """
         images = pixels.float() * self.scale
         if self.training and self.augmentation == "crop-flip":
-            crop = K.RandomResizedCrop(images.shape[-2:], scale=(self.crop_scale, 1.0), cropping_mode="resample")
+            crop = K.RandomResizedCrop(
+                images.shape[-2:],
+                scale=(self.crop_scale, 1.0),
+                cropping_mode="resample",
+            )
             images = crop(images)
         if self.training and self.augmentation != "none":
             images = K.RandomHorizontalFlip()(images)

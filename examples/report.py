@@ -92,7 +92,9 @@ def write_report(
     names = results["class_names"]
     counts = np.array(results["class_counts"])
     runs = {"zero-shot": results["zero_shot"], method: results["trained"]}
-    pictures = {"long_tail.png": "Test accuracy, %: each class (points), running mean (lines), and the groups."}
+    pictures = {
+        "long_tail.png": "Test accuracy, %: each class (points), running mean (lines), and the groups."
+    }
     plot_long_tail(runs, counts, names).savefig(folder / "long_tail.png")
     if attention := plot_rarest(model, test, transform, counts, names):
         figure, caption = attention
@@ -115,7 +117,10 @@ def make_page(
     names = results["class_names"]
     counts = np.array(results["class_counts"])
     trained, zero_shot = results["trained"], results["zero_shot"]
-    labels, (predicted, confidence) = np.asarray(test.labels), (part.numpy() for part in predictions)
+    labels, (predicted, confidence) = (
+        np.asarray(test.labels),
+        (part.numpy() for part in predictions),
+    )
     wrong = np.flatnonzero(predicted != labels)
     wrong = wrong[np.argsort(-confidence[wrong], kind="stable")]
 
@@ -132,35 +137,55 @@ def make_page(
             "before": zero_shot["per_class"][k],
         }
 
-    tested = [k for k, accuracy in enumerate(trained["per_class"]) if accuracy is not None]
+    tested = [
+        k for k, accuracy in enumerate(trained["per_class"]) if accuracy is not None
+    ]
     by_accuracy = sorted(tested, key=lambda k: (trained["per_class"][k], -counts[k]))
     worst = []
     for k in by_accuracy[:WORST]:
-        taken_for = Counter(names[guess] for guess in predicted[wrong][labels[wrong] == k])
+        taken_for = Counter(
+            names[guess] for guess in predicted[wrong][labels[wrong] == k]
+        )
         rows = [row for row in wrong if labels[row] == k][:EXAMPLES]
         worst.append(
             class_row(k)
             | {
-                "taken_for": ", ".join(f"{name} ({count})" for name, count in taken_for.most_common(3)),
+                "taken_for": ", ".join(
+                    f"{name} ({count})" for name, count in taken_for.most_common(3)
+                ),
                 "pictures": [mistake(row) for row in rows],
             }
         )
     runs = {"zero-shot": zero_shot, method: trained}
-    tail, groups = Figure((5.2, 3.6), layout="constrained"), Figure((5.2, 3.6), layout="constrained")
+    tail, groups = (
+        Figure((5.2, 3.6), layout="constrained"),
+        Figure((5.2, 3.6), layout="constrained"),
+    )
     draw_classes(tail.subplots(), runs, counts)
     draw_groups(groups.subplots(), runs)
-    scores = [(name, trained["num_classes"].get(name), zero_shot[name], trained[name]) for name in SCORES]
-    extra, gains = expected_gains(counts, trained["per_class"], np.bincount(labels, minlength=len(names)))
+    scores = [
+        (name, trained["num_classes"].get(name), zero_shot[name], trained[name])
+        for name in SCORES
+    ]
+    extra, gains = expected_gains(
+        counts, trained["per_class"], np.bincount(labels, minlength=len(names))
+    )
     suspects = []
     if label_probability is not None and train is not None:
         probability = label_probability.double().nan_to_num(2).numpy()
         for index in np.argsort(probability, kind="stable")[:PICTURES]:
             if probability[index] <= 1:
-                caption = f"{names[train.labels[index]]}: {100 * probability[index]:.1g} %"
-                picture = small_picture(train, index, f"Training image labelled {caption}", caption)
+                caption = (
+                    f"{names[train.labels[index]]}: {100 * probability[index]:.1g} %"
+                )
+                picture = small_picture(
+                    train, index, f"Training image labelled {caption}", caption
+                )
                 suspects.append(picture | {"file": train.name(int(index))})
     tried = results.get("text_prior_scores") or {}
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=f"{method} on {len(names)} classes",
         model=short(results["settings"]["model"]),
@@ -170,10 +195,19 @@ def make_page(
         num_test=len(test),
         scores=scores,
         text_prior=results.get("text_prior"),
-        tried=", ".join(f"{strength}: {100 * score:.1f} %" for strength, score in tried.items()),
+        tried=", ".join(
+            f"{strength}: {100 * score:.1f} %" for strength, score in tried.items()
+        ),
         figures=[
-            (png(tail), "Test accuracy of each class, most frequent class first, over the numbers of images."),
-            (png(groups), "Test accuracy of the groups: " + "; ".join(group_text(n, s) for n, s in runs.items())),
+            (
+                png(tail),
+                "Test accuracy of each class, most frequent class first, over the numbers of images.",
+            ),
+            (
+                png(groups),
+                "Test accuracy of the groups: "
+                + "; ".join(group_text(n, s) for n, s in runs.items()),
+            ),
         ],
         worst=worst,
         pairs=confused_pairs(labels, predicted, names)[:PAIRS],
@@ -186,10 +220,14 @@ def make_page(
     )
 
 
-def confused_pairs(labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
+def confused_pairs(
+    labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]
+) -> list[dict[str, Any]]:
     """Return the pairs of classes that are taken for each other, the most often confused first."""
     tested = np.bincount(labels, minlength=len(names))
-    mistakes = Counter((int(a), int(b)) for a, b in zip(labels, predicted, strict=True) if a != b)
+    mistakes = Counter(
+        (int(a), int(b)) for a, b in zip(labels, predicted, strict=True) if a != b
+    )
     pairs = Counter()
     for (a, b), count in mistakes.items():
         pairs[min(a, b), max(a, b)] += count
@@ -197,7 +235,10 @@ def confused_pairs(labels: np.ndarray, predicted: np.ndarray, names: Sequence[st
     for (a, b), count in pairs.most_common():
         a, b = sorted((a, b), key=lambda k: -mistakes[k, a + b - k])
         ways = [(a, b), (b, a)] if mistakes[b, a] else [(a, b)]
-        text = [f"{mistakes[x, y]} of {tested[x]} {names[x]} taken for {names[y]}" for x, y in ways]
+        text = [
+            f"{mistakes[x, y]} of {tested[x]} {names[x]} taken for {names[y]}"
+            for x, y in ways
+        ]
         rows.append({"count": count, "text": "; ".join(text)})
     return rows
 
@@ -221,31 +262,46 @@ def expected_gains(
         accuracy does not rise with the number of images.
     """
     extra = max(1, int(np.median(counts)))
-    known = [k for k, accuracy in enumerate(per_class) if accuracy is not None and counts[k] > 0 and tested[k] > 0]
+    known = [
+        k
+        for k, accuracy in enumerate(per_class)
+        if accuracy is not None and counts[k] > 0 and tested[k] > 0
+    ]
     x = np.log(counts[known])
     if len(known) < 3 or np.ptp(x) == 0:
         return extra, []
-    y, weight = np.array([per_class[k] for k in known]) / 100, tested[known].astype(float)
+    y, weight = (
+        np.array([per_class[k] for k in known]) / 100,
+        tested[known].astype(float),
+    )
     design = np.stack([np.ones_like(x), x - x.mean()], axis=1)
     beta = np.zeros(2)
     for _ in range(25):
         p = _sigmoid(design @ beta)
         # A weak pull to zero keeps the slope finite where the classes are told apart perfectly.
         gradient = design.T @ (weight * (y - p)) - 0.1 * beta
-        beta = beta + np.linalg.solve((design.T * (weight * p * (1 - p))) @ design + 0.1 * np.eye(2), gradient)
+        beta = beta + np.linalg.solve(
+            (design.T * (weight * p * (1 - p))) @ design + 0.1 * np.eye(2), gradient
+        )
     if not beta[1] > 0:
         return extra, []
     level = (weight * y + 2 * _sigmoid(design @ beta)) / (weight + 2)
-    more = _sigmoid(np.log(level / (1 - level)) + beta[1] * np.log(1 + extra / counts[known]))
+    more = _sigmoid(
+        np.log(level / (1 - level)) + beta[1] * np.log(1 + extra / counts[known])
+    )
     gains = 100 * (more - level)
-    return extra, [(known[i], float(gains[i])) for i in np.argsort(-gains, kind="stable")]
+    return extra, [
+        (known[i], float(gains[i])) for i in np.argsort(-gains, kind="stable")
+    ]
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-np.clip(x, -30, 30)))
 
 
-def small_picture(images: LabelledImages, index: int, alt: str, caption: str) -> dict[str, str]:
+def small_picture(
+    images: LabelledImages, index: int, alt: str, caption: str
+) -> dict[str, str]:
     """Return an image of a data set as a small JPEG within the page."""
     image = images.read(int(index), min_side=SIDE)
     image.thumbnail((SIDE, SIDE))
@@ -267,10 +323,16 @@ def _inline(file: io.BytesIO, kind: str) -> str:
 
 def group_text(run: str, scores: Mapping[str, Any]) -> str:
     """Say the accuracies of the groups in words."""
-    return f"{run} " + ", ".join(f"{group} {scores[group]:.1f} %" for group in GROUPS if scores[group] is not None)
+    return f"{run} " + ", ".join(
+        f"{group} {scores[group]:.1f} %"
+        for group in GROUPS
+        if scores[group] is not None
+    )
 
 
-def plot_long_tail(runs: Mapping[str, Mapping[str, Any]], counts: Sequence[int], names: Sequence[str]) -> Figure:
+def plot_long_tail(
+    runs: Mapping[str, Mapping[str, Any]], counts: Sequence[int], names: Sequence[str]
+) -> Figure:
     """Draw the accuracies in percent of several runs: each class over its number of training images, and the groups.
 
     Args:
@@ -285,17 +347,32 @@ def plot_long_tail(runs: Mapping[str, Mapping[str, Any]], counts: Sequence[int],
     draw_classes(classes, runs, counts)
     if len(names) <= NAMED:
         named = [names[k] for k in np.argsort(-counts, kind="stable")]
-        turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor", "fontsize": 8}
+        turned = {
+            "rotation": 45,
+            "ha": "right",
+            "rotation_mode": "anchor",
+            "fontsize": 8,
+        }
         classes.set_xticks(range(len(named)), named, parse_math=False, **turned)
     draw_groups(groups, runs)
     return figure
 
 
-def draw_classes(axis: Axes, runs: Mapping[str, Mapping[str, Any]], counts: np.ndarray) -> None:
+def draw_classes(
+    axis: Axes, runs: Mapping[str, Mapping[str, Any]], counts: np.ndarray
+) -> None:
     """Draw the numbers of training images, most frequent class first, and over them the accuracies of each run."""
     order = np.argsort(-counts, kind="stable")
-    axis.fill_between(range(len(counts)), np.maximum(counts[order], 0.5), 0.5, step="mid", color="0.88")
-    axis.set(yscale="log", xlabel="classes, most frequent first", ylabel="training images")
+    axis.fill_between(
+        range(len(counts)),
+        np.maximum(counts[order], 0.5),
+        0.5,
+        step="mid",
+        color="0.88",
+    )
+    axis.set(
+        yscale="log", xlabel="classes, most frequent first", ylabel="training images"
+    )
     axis.set_ylim(bottom=0.5)
     accuracies = axis.twinx()
     for number, (run, scores) in enumerate(runs.items()):
@@ -311,8 +388,17 @@ def draw_groups(axis: Axes, runs: Mapping[str, Mapping[str, Any]]) -> None:
     """Draw the accuracies of classes with many, medium and few training images, one bar per run."""
     width = 0.8 / len(runs)
     for number, (run, scores) in enumerate(runs.items()):
-        places = [place + (number - (len(runs) - 1) / 2) * width for place in range(len(GROUPS))]
-        bars = axis.bar(places, numbers([scores[group] for group in GROUPS]), width, color=f"C{number}", label=run)
+        places = [
+            place + (number - (len(runs) - 1) / 2) * width
+            for place in range(len(GROUPS))
+        ]
+        bars = axis.bar(
+            places,
+            numbers([scores[group] for group in GROUPS]),
+            width,
+            color=f"C{number}",
+            label=run,
+        )
         axis.bar_label(bars, fmt="%.3g", fontsize=9)
     axis.set_xticks(range(len(GROUPS)), GROUPS)
     axis.set(xlabel="classes by number of training images", ylabel="test accuracy, %")
@@ -322,7 +408,9 @@ def draw_groups(axis: Axes, runs: Mapping[str, Mapping[str, Any]]) -> None:
 
 def numbers(values: Iterable[float | None]) -> np.ndarray:
     """Return floats, with NaN for `None`."""
-    return np.array([math.nan if value is None else value for value in values], dtype=float)
+    return np.array(
+        [math.nan if value is None else value for value in values], dtype=float
+    )
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
@@ -337,28 +425,55 @@ def running_mean(values: np.ndarray) -> np.ndarray:
 
 
 def plot_rarest(
-    model: nn.Module, test: PixelDataset, transform: PixelTransform, counts: np.ndarray, names: Sequence[str]
+    model: nn.Module,
+    test: PixelDataset,
+    transform: PixelTransform,
+    counts: np.ndarray,
+    names: Sequence[str],
 ) -> tuple[Figure, str] | None:
     """Show what the last adapter attends to in a test image of the rarest class, if it attends to anything."""
     config = getattr(model, "peft_config", {}).get("default")
     if not any(getattr(config, "guidance_shape", None) or ()):
         return None
-    rarest = next((k for k in np.argsort(counts, kind="stable") if counts[k] and k in test.split.labels), None)
+    rarest = next(
+        (
+            k
+            for k in np.argsort(counts, kind="stable")
+            if counts[k] and k in test.split.labels
+        ),
+        None,
+    )
     if rarest is None:
         return None
-    pixels = test[int(np.flatnonzero(np.asarray(test.split.labels) == rarest)[0])]["pixel_values"]
+    pixels = test[int(np.flatnonzero(np.asarray(test.split.labels) == rarest)[0])][
+        "pixel_values"
+    ]
     images = transform(pixels[None].to(next(model.parameters()).device))
-    figure = plot_attention(pixels.permute(1, 2, 0).numpy(), attention_maps(model, images)[0], config.row_names)
-    return figure, f"What the last adapter attends to in a test image of the class `{names[rarest]}`."
+    figure = plot_attention(
+        pixels.permute(1, 2, 0).numpy(),
+        attention_maps(model, images)[0],
+        config.row_names,
+    )
+    return (
+        figure,
+        f"What the last adapter attends to in a test image of the class `{names[rarest]}`.",
+    )
 
 
 def short(value: Any) -> Any:
     """Return the name of a folder or file without where it lies on this machine; anything else as it is."""
-    return Path(value).name if isinstance(value, str) and value and Path(value).exists() else value
+    return (
+        Path(value).name
+        if isinstance(value, str) and value and Path(value).exists()
+        else value
+    )
 
 
 def create_model_card(
-    results: Mapping[str, Any], method: str, repo_id: str, pictures: Mapping[str, str] | None = None
+    results: Mapping[str, Any],
+    method: str,
+    repo_id: str,
+    pictures: Mapping[str, str] | None = None,
 ) -> ModelCard:
     """Describe a trained model: how to load it, what it reaches, where it fails, how it was made.
 
@@ -368,28 +483,50 @@ def create_model_card(
         repo_id: Where the model will be found.
         pictures: From file names beside the card to captions.
     """
-    settings = {key: short(value) for key, value in results["settings"].items() if value is not None}
+    settings = {
+        key: short(value)
+        for key, value in results["settings"].items()
+        if value is not None
+    }
     base = results["settings"]["model"]
     names, counts = results["class_names"], results["class_counts"]
     runs = {"zero-shot": results["zero_shot"], method: results["trained"]}
     per_class = results["trained"]["per_class"]
-    tested = sorted((accuracy, k) for k, accuracy in enumerate(per_class) if accuracy is not None)
+    tested = sorted(
+        (accuracy, k) for k, accuracy in enumerate(per_class) if accuracy is not None
+    )
     worst = [[names[k], counts[k], accuracy] for accuracy, k in tested[:WORST]]
     # The Hub refuses a card whose base model is the path of a folder.
     known = base if base.count("/") < 2 and not Path(base).exists() else None
-    tags = ["peft_sage", "long-tailed-recognition", *([f"base_model:adapter:{known}"] if known else [])]
-    data = ModelCardData(base_model=known, library_name="peft", pipeline_tag="image-classification", tags=tags)
+    tags = [
+        "peft_sage",
+        "long-tailed-recognition",
+        *([f"base_model:adapter:{known}"] if known else []),
+    ]
+    data = ModelCardData(
+        base_model=known,
+        library_name="peft",
+        pipeline_tag="image-classification",
+        tags=tags,
+    )
     shown = [name.replace("`", "'") for name in names[:100]]
     text = CARD.format(
         base_model=Path(base).name,
         num_classes=len(names),
         method=method,
         repo_id=repo_id,
-        scores=table(["test accuracy, %", *SCORES], [[run, *(runs[run][s] for s in SCORES)] for run in runs]),
-        pictures="".join(f"\n![{text}]({file})\n\n{text}\n" for file, text in (pictures or {}).items()),
+        scores=table(
+            ["test accuracy, %", *SCORES],
+            [[run, *(runs[run][s] for s in SCORES)] for run in runs],
+        ),
+        pictures="".join(
+            f"\n![{text}]({file})\n\n{text}\n"
+            for file, text in (pictures or {}).items()
+        ),
         worst=table(["class", "training images", "accuracy, %"], worst),
         settings="\n".join(f"{key}: {value}" for key, value in settings.items()),
-        classes=", ".join(f"`{name}`" for name in shown) + f" and {len(names) - 100} more" * (len(names) > 100),
+        classes=", ".join(f"`{name}`" for name in shown)
+        + f" and {len(names) - 100} more" * (len(names) > 100),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
 
@@ -404,4 +541,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+    return (
+        f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+    )

@@ -14,7 +14,12 @@ from .validation import check_integer
 
 
 @torch.no_grad()
-def attention_maps(model: nn.Module, pixel_values: Tensor, layer: int = -1, adapter_name: str | None = None) -> Tensor:
+def attention_maps(
+    model: nn.Module,
+    pixel_values: Tensor,
+    layer: int = -1,
+    adapter_name: str | None = None,
+) -> Tensor:
     """Return where in an image each row of the guidance is attended to.
 
     These are the weights `softmax(z (G W_k)^T / sqrt(r / h))` of [`SageLayer`], averaged over its heads, for the
@@ -35,14 +40,22 @@ def attention_maps(model: nn.Module, pixel_values: Tensor, layer: int = -1, adap
         ValueError: There is no such adapter with guidance or no such layer, or its tokens do not form a grid.
     """
     layers = [module for module in model.modules() if isinstance(module, SageLayer)]
-    name = adapter_name or next((name for module in layers for name in module.active_adapters), "default")
+    name = adapter_name or next(
+        (name for module in layers for name in module.active_adapters), "default"
+    )
     layers = [module for module in layers if name in module.shared]
     if not layers:
-        raise ValueError(f"`adapter_name`={name!r} is no Sage adapter with guidance in `model`.")
+        raise ValueError(
+            f"`adapter_name`={name!r} is no Sage adapter with guidance in `model`."
+        )
     if not -len(layers) <= layer < len(layers):
-        raise ValueError(f"`layer` must lie in [{-len(layers)}, {len(layers)}), got {layer}.")
+        raise ValueError(
+            f"`layer` must lie in [{-len(layers)}, {len(layers)}), got {layer}."
+        )
     block, seen = layers[layer], list[Tensor]()
-    handle = block.register_forward_pre_hook(lambda _, args, kw: seen.append(block.tokens(args, kw)), with_kwargs=True)
+    handle = block.register_forward_pre_hook(
+        lambda _, args, kw: seen.append(block.tokens(args, kw)), with_kwargs=True
+    )
     try:
         encode_image(model, pixel_values)
     finally:
@@ -54,13 +67,20 @@ def attention_maps(model: nn.Module, pixel_values: Tensor, layer: int = -1, adap
 def attention_weights(layer: SageLayer, x: Tensor, adapter_name: str) -> Tensor:
     """Return the softmax (h, ..., M) of the layer's equation for its input (..., d), for each head."""
     z = layer.queries(x, adapter_name)
-    keys = layer.peft_sage_key[adapter_name](layer.shared[adapter_name].rows.to(z.dtype))
+    keys = layer.peft_sage_key[adapter_name](
+        layer.shared[adapter_name].rows.to(z.dtype)
+    )
     q, k = layer.split_heads(z, adapter_name), layer.split_heads(keys, adapter_name)
     weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1)
     return weights[0].reshape(-1, *x.shape[:-1], len(keys))
 
 
-def plot_attention(image: Any, attention: Tensor, class_names: Sequence[str] | None = None, top: int = 4) -> Any:
+def plot_attention(
+    image: Any,
+    attention: Tensor,
+    class_names: Sequence[str] | None = None,
+    top: int = 4,
+) -> Any:
     """Lay attention maps over the image.
 
     Args:
@@ -75,10 +95,18 @@ def plot_attention(image: Any, attention: Tensor, class_names: Sequence[str] | N
     from matplotlib.figure import Figure
 
     if attention.ndim != 3:
-        raise ValueError(f"`attention` must have the shape (M, h, w) of one image, got {tuple(attention.shape)}.")
-    names = [f"class {index}" for index in range(len(attention))] if class_names is None else class_names
+        raise ValueError(
+            f"`attention` must have the shape (M, h, w) of one image, got {tuple(attention.shape)}."
+        )
+    names = (
+        [f"class {index}" for index in range(len(attention))]
+        if class_names is None
+        else class_names
+    )
     if len(names) != len(attention):
-        raise ValueError(f"`class_names` must have {len(attention)} entries, got {len(names)}.")
+        raise ValueError(
+            f"`class_names` must have {len(attention)} entries, got {len(names)}."
+        )
     check_integer("top", top, 1)
     shown = attention.flatten(1).amax(dim=1).argsort(descending=True)[:top].tolist()
     figure = Figure(figsize=(2.4 * (1 + len(shown)), 2.9), layout="constrained")
@@ -89,7 +117,9 @@ def plot_attention(image: Any, attention: Tensor, class_names: Sequence[str] | N
         axis.set_axis_off()
         title = "image"
         if row is not None:
-            overlay = F.interpolate(attention[row][None, None].float().cpu(), size, mode="bilinear")[0, 0]
+            overlay = F.interpolate(
+                attention[row][None, None].float().cpu(), size, mode="bilinear"
+            )[0, 0]
             axis.imshow(overlay, cmap="inferno", alpha=0.6)
             title = f"{names[row]}\n{attention[row].min():.3f} to {attention[row].max():.3f}"
         axis.set_title(title, fontsize=9, parse_math=False)
@@ -102,18 +132,27 @@ def _on_grid(weights: Tensor, pixel_values: Tensor, patch_size: int | None) -> T
     if len(shape) == 3 and shape[0] == batch:  # hierarchical towers with channels last
         return weights
     if len(shape) != 2 or batch not in shape:
-        raise ValueError(f"`layer` must have tokens that form one grid per image, got {shape} for {batch} images.")
-    weights = weights if shape[0] == batch else weights.transpose(0, 1)  # sequence first
+        raise ValueError(
+            f"`layer` must have tokens that form one grid per image, got {shape} for {batch} images."
+        )
+    weights = (
+        weights if shape[0] == batch else weights.transpose(0, 1)
+    )  # sequence first
     # Deeper stages of a hierarchical tower have larger patches than its configuration says.
     height, width = pixel_values.shape[-2:]
     sizes = filter(None, (patch_size, *range(1, max(height, width) + 1)))
     grids = ((height // size, width // size) for size in sizes)
-    rows, columns = next(grid for grid in grids if grid[0] * grid[1] <= weights.shape[1])
+    rows, columns = next(
+        grid for grid in grids if grid[0] * grid[1] <= weights.shape[1]
+    )
     # Class token and registers come first.
     return weights[:, weights.shape[1] - rows * columns :].unflatten(1, (rows, columns))
 
 
 def _patch_size(model: nn.Module) -> int | None:
     configs = (getattr(module, "config", None) for module in model.modules())
-    sizes = (getattr(getattr(config, "vision_config", config), "patch_size", None) for config in configs)
+    sizes = (
+        getattr(getattr(config, "vision_config", config), "patch_size", None)
+        for config in configs
+    )
     return next((size for size in sizes if isinstance(size, int)), None)

@@ -38,17 +38,28 @@ class LongTailCallback(TrainerCallback, ExportableState):
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Accuracies as fractions, for Trainer's `compute_metrics`; groups without a class are left out."""
-        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        logits = (
+            prediction.predictions[0]
+            if isinstance(prediction.predictions, tuple)
+            else prediction.predictions
+        )
         # Trainer has gathered the predictions of all processes.
         metric = LongTailAccuracy(self.class_counts, sync_on_compute=False)
         scores = metric(torch.as_tensor(logits), torch.as_tensor(prediction.label_ids))
-        named = {name: scores[name].item() for name in ("overall", "macro", "many", "medium", "few", "worst")}
+        named = {
+            name: scores[name].item()
+            for name in ("overall", "macro", "many", "medium", "few", "worst")
+        }
         return {name: score for name, score in named.items() if score == score}
 
-    def on_train_begin(self, args: TrainingArguments, state: Any, *_: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: Any, *_: Any, **kwargs: Any
+    ) -> None:
         """Refuse label smoothing by Trainer, and give the loss what a checkpoint kept of it."""
         if args.label_smoothing_factor:
-            raise ValueError("`label_smoothing_factor` is ignored by Trainer: use `SageLoss(label_smoothing=...)`.")
+            raise ValueError(
+                "`label_smoothing_factor` is ignored by Trainer: use `SageLoss(label_smoothing=...)`."
+            )
         kept = (state.stateful_callbacks or {}).get(type(self).__name__)
         if state.global_step and kept:
             file = io.BytesIO(base64.b64decode(kept["attributes"]["loss"]))
@@ -58,4 +69,7 @@ class LongTailCallback(TrainerCallback, ExportableState):
         """What Trainer writes into `trainer_state.json`."""
         file = io.BytesIO()
         torch.save(self.loss.state_dict(), file)
-        return {"args": {}, "attributes": {"loss": base64.b64encode(file.getvalue()).decode()}}
+        return {
+            "args": {},
+            "attributes": {"loss": base64.b64encode(file.getvalue()).decode()},
+        }

@@ -41,7 +41,12 @@ class CosineHead(nn.Linear):
 
     text_embeds: Tensor
 
-    def __init__(self, text_embeds: Tensor, class_names: list[str] | None = None, scale: float = 25.0) -> None:
+    def __init__(
+        self,
+        text_embeds: Tensor,
+        class_names: list[str] | None = None,
+        scale: float = 25.0,
+    ) -> None:
         super().__init__(1, 1, bias=False, device="meta")
         self.scale = scale
         self.set_rows(text_embeds, class_names)
@@ -56,7 +61,9 @@ class CosineHead(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits (..., K), between -scale and scale, of features (..., e) of any length."""
-        return self.scale * F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
+        return self.scale * F.linear(
+            F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1)
+        )
 
     def get_extra_state(self) -> Tensor:
         # A tensor, which safetensors can hold.
@@ -67,10 +74,17 @@ class CosineHead(nn.Linear):
         saved = json.loads(bytes(state.tolist()))
         self.class_names, self.scale = saved["class_names"], saved["scale"]
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
         rows = state_dict.get(f"{prefix}weight")
         if not self.out_features and rows is not None:
-            self.set_rows(torch.empty_like(rows, device=self.weight.device, dtype=self.weight.dtype), None)
+            self.set_rows(
+                torch.empty_like(
+                    rows, device=self.weight.device, dtype=self.weight.dtype
+                ),
+                None,
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -136,14 +150,25 @@ class SageClassifier(nn.Module):
     ) -> None:
         super().__init__()
         check_number("scale", scale, 1e-6)
-        rows = torch.empty(0, 0) if text_embeds is None else _unit_rows(text_embeds, "text_embeds")
+        rows = (
+            torch.empty(0, 0)
+            if text_embeds is None
+            else _unit_rows(text_embeds, "text_embeds")
+        )
         names = None if class_names is None else list(class_names)
         if names is not None and len(names) != len(rows):
-            raise ValueError(f"`class_names` must have {len(rows)} names, one per row, got {len(names)}.")
-        self.model, self.class_head = clip, CosineHead(rows.to(next(clip.parameters()).device), names, scale)
+            raise ValueError(
+                f"`class_names` must have {len(rows)} names, one per row, got {len(names)}."
+            )
+        self.model, self.class_head = (
+            clip,
+            CosineHead(rows.to(next(clip.parameters()).device), names, scale),
+        )
         self.image_processor: Any = image_processor
         self.tokenizer: Any = None
-        self.name_or_path = getattr(clip, "name_or_path", "")  # where PEFT looks for the base model's name
+        self.name_or_path = getattr(
+            clip, "name_or_path", ""
+        )  # where PEFT looks for the base model's name
 
     @classmethod
     def from_texts(
@@ -172,17 +197,30 @@ class SageClassifier(nn.Module):
             TypeError, ValueError: The classes cannot be read or encoded, or there is no tokenizer.
         """
         texts = read_class_descriptions(classes)
-        model: Any = clip if isinstance(clip, nn.Module) else AutoModel.from_pretrained(clip, dtype=torch.float32)
+        model: Any = (
+            clip
+            if isinstance(clip, nn.Module)
+            else AutoModel.from_pretrained(clip, dtype=torch.float32)
+        )
         tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
-        embeds = encode_class_descriptions(model, tokenizer, texts, templates, cache_dir=cache_dir)
-        image_processor = image_processor or _load(AutoImageProcessor, getattr(model, "name_or_path", ""), {})
-        classifier = cls(model, embeds, list(texts), image_processor=image_processor, scale=scale)
+        embeds = encode_class_descriptions(
+            model, tokenizer, texts, templates, cache_dir=cache_dir
+        )
+        image_processor = image_processor or _load(
+            AutoImageProcessor, getattr(model, "name_or_path", ""), {}
+        )
+        classifier = cls(
+            model, embeds, list(texts), image_processor=image_processor, scale=scale
+        )
         classifier.tokenizer = tokenizer
         return classifier
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], clip: nn.Module | None = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        clip: nn.Module | None = None,
+        **kwargs: Any,
     ) -> "SageClassifier":
         """Load what `save_pretrained` or Trainer left, or `push_to_hub` uploaded, whatever the PEFT method.
 
@@ -197,23 +235,42 @@ class SageClassifier(nn.Module):
         Raises:
             OSError, ValueError: There is none, its adapter names no base model, or it does not fit.
         """
-        source, device = os.fspath(pretrained_model_name_or_path), kwargs.pop("device", None)
-        hub: dict[str, Any] = {k: kwargs.pop(k) for k in ("token", "cache_dir", "local_files_only") if k in kwargs}
+        source, device = (
+            os.fspath(pretrained_model_name_or_path),
+            kwargs.pop("device", None),
+        )
+        hub: dict[str, Any] = {
+            k: kwargs.pop(k)
+            for k in ("token", "cache_dir", "local_files_only")
+            if k in kwargs
+        }
         own = hub | {"revision": kwargs.pop("revision", None)}
-        config = PeftConfig.from_pretrained(source, **own) if find_adapter_config_file(source, **own) else None
+        config = (
+            PeftConfig.from_pretrained(source, **own)
+            if find_adapter_config_file(source, **own)
+            else None
+        )
         # The configuration says which base model, and which revision of it.
         base = source if config is None else config.base_model_name_or_path or ""
         revision = own["revision"] if config is None else config.revision
         if clip is None:
             if not base:
-                raise ValueError(f"The adapter in {source!r} does not name its base model: give it as `clip`.")
-            clip = AutoModel.from_pretrained(base, **({"dtype": torch.float32, "revision": revision} | hub | kwargs))
-        processor = _load(AutoImageProcessor, source, hub) or _load(AutoImageProcessor, base, hub)
+                raise ValueError(
+                    f"The adapter in {source!r} does not name its base model: give it as `clip`."
+                )
+            clip = AutoModel.from_pretrained(
+                base, **({"dtype": torch.float32, "revision": revision} | hub | kwargs)
+            )
+        processor = _load(AutoImageProcessor, source, hub) or _load(
+            AutoImageProcessor, base, hub
+        )
         classifier = cls(clip, None, image_processor=processor)
         if config is not None:
             PeftModel.from_pretrained(classifier, source, **own)
             if not classifier._head.out_features:
-                raise ValueError(f"The adapter in {source!r} holds no `class_head`: it is not of a SageClassifier.")
+                raise ValueError(
+                    f"The adapter in {source!r} holds no `class_head`: it is not of a SageClassifier."
+                )
         return classifier.to(device).eval()
 
     def forward(
@@ -231,16 +288,27 @@ class SageClassifier(nn.Module):
             base_image_embeds: (B, e) embeddings of the same images by the frozen tower, which are handed through.
             **kwargs: Passed to the image tower.
         """
-        if getattr(self, "_is_replica", False):  # it would concatenate what belongs to the classes
-            raise RuntimeError("`nn.DataParallel` cannot train a SageClassifier: use `accelerate launch`.")
+        if getattr(
+            self, "_is_replica", False
+        ):  # it would concatenate what belongs to the classes
+            raise RuntimeError(
+                "`nn.DataParallel` cannot train a SageClassifier: use `accelerate launch`."
+            )
         head = self._head
-        features = encode_image(self.model, pixel_values, **kwargs).to(head.weight.dtype)
+        features = encode_image(self.model, pixel_values, **kwargs).to(
+            head.weight.dtype
+        )
         logits = self.class_head(features)
         loss = None if labels is None else F.cross_entropy(logits, labels)
         output = SageClassifierOutput(loss, logits)
         if self.training:
-            output["image_embeds"], output["class_embeds"] = (F.normalize(x, dim=-1) for x in (features, head.weight))
-            output["text_embeds"], output["base_image_embeds"] = head.text_embeds, base_image_embeds
+            output["image_embeds"], output["class_embeds"] = (
+                F.normalize(x, dim=-1) for x in (features, head.weight)
+            )
+            output["text_embeds"], output["base_image_embeds"] = (
+                head.text_embeds,
+                base_image_embeds,
+            )
             output["logit_scale"] = head.scale
         return output
 
@@ -258,13 +326,17 @@ class SageClassifier(nn.Module):
         """
         with eval_mode(self), self._adapters_off():
             batches = self._batches(images, batch_size, "embedding images")
-            embeds = [encode_image(self.model, **batch).float().cpu() for batch in batches]
+            embeds = [
+                encode_image(self.model, **batch).float().cpu() for batch in batches
+            ]
         if not embeds:
             raise ValueError("`images` is empty; give at least one.")
         return F.normalize(torch.cat(embeds), dim=-1)
 
     @torch.no_grad()
-    def predict(self, images: Any, top_k: int = 1, batch_size: int = 32) -> list[list[dict[str, Any]]]:
+    def predict(
+        self, images: Any, top_k: int = 1, batch_size: int = 32
+    ) -> list[list[dict[str, Any]]]:
         """Name what is in pictures.
 
         Args:
@@ -282,12 +354,29 @@ class SageClassifier(nn.Module):
         names, answers = self.config.id2label, []
         with eval_mode(self):
             for batch in self._batches(images, batch_size, "predicting"):
-                best = self(**batch).logits.float().cpu().softmax(dim=-1).topk(min(top_k, len(names)))
-                for scores, classes in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-                    answers.append([{"label": names[k], "score": s} for k, s in zip(classes, scores, strict=True)])
+                best = (
+                    self(**batch)
+                    .logits.float()
+                    .cpu()
+                    .softmax(dim=-1)
+                    .topk(min(top_k, len(names)))
+                )
+                for scores, classes in zip(
+                    best.values.tolist(), best.indices.tolist(), strict=True
+                ):
+                    answers.append(
+                        [
+                            {"label": names[k], "score": s}
+                            for k, s in zip(classes, scores, strict=True)
+                        ]
+                    )
         return answers
 
-    def set_classes(self, classes: Tensor | Descriptions | Any, templates: Sequence[str] | None = None) -> None:
+    def set_classes(
+        self,
+        classes: Tensor | Descriptions | Any,
+        templates: Sequence[str] | None = None,
+    ) -> None:
         """Give the active head other classes, without training; the guidance of a Sage adapter follows.
 
         Args:
@@ -301,9 +390,14 @@ class SageClassifier(nn.Module):
             names, tokenizer = list(texts), self.tokenizer or load_tokenizer(self.model)
             classes = encode_class_descriptions(self.model, tokenizer, texts, templates)
         head = self._head
-        head.set_rows(_unit_rows(classes, "classes", head.in_features).to(head.weight), names)
+        head.set_rows(
+            _unit_rows(classes, "classes", head.in_features).to(head.weight), names
+        )
         for name, config in getattr(self, "peft_config", {}).items():
-            follows = isinstance(config, SageConfig) and (config.guidance_shape or [0, 0])[1] == head.in_features
+            follows = (
+                isinstance(config, SageConfig)
+                and (config.guidance_shape or [0, 0])[1] == head.in_features
+            )
             if follows and name in getattr(self.class_head, "active_adapters", [name]):
                 set_guidance(self, None, name)
 
@@ -327,7 +421,9 @@ class SageClassifier(nn.Module):
 
     @property
     def config(self) -> _ClassifierConfig:
-        names = self.class_names or [f"LABEL_{k}" for k in range(self._head.out_features)]
+        names = self.class_names or [
+            f"LABEL_{k}" for k in range(self._head.out_features)
+        ]
         return _ClassifierConfig(self.name_or_path, dict(enumerate(names)), len(names))
 
     @property
@@ -336,17 +432,28 @@ class SageClassifier(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point())
+        return next(
+            parameter.dtype
+            for parameter in self.model.parameters()
+            if parameter.is_floating_point()
+        )
 
     @property
     def _head(self) -> CosineHead:
-        if isinstance(self.class_head, ModulesToSaveWrapper) and self.class_head.active_adapters:
+        if (
+            isinstance(self.class_head, ModulesToSaveWrapper)
+            and self.class_head.active_adapters
+        ):
             return self.class_head.modules_to_save[self.class_head.active_adapters[0]]  # type: ignore[return-value]
         return getattr(self.class_head, "original_module", self.class_head)
 
     @contextmanager
     def _adapters_off(self) -> Iterator[None]:
-        layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters]
+        layers = [
+            m
+            for m in self.model.modules()
+            if isinstance(m, BaseTunerLayer) and not m.disable_adapters
+        ]
         # Not by `enable_adapters`, which also changes what is trained.
         for layer in layers:
             layer._disable_adapters = True
@@ -356,28 +463,59 @@ class SageClassifier(nn.Module):
             for layer in layers:
                 layer._disable_adapters = False
 
-    def _batches(self, images: Any, batch_size: int, title: str) -> Iterator[dict[str, Any]]:
+    def _batches(
+        self, images: Any, batch_size: int, title: str
+    ) -> Iterator[dict[str, Any]]:
         """Inputs of the image tower, batch by batch."""
         check_integer("batch_size", batch_size, 1)
         images = [images] if isinstance(images, (str, os.PathLike)) else images
         if isinstance(images, (list, tuple)):
-            images = [x for i in images for x in (find_images(i) if isinstance(i, (str, os.PathLike)) else [i])]
+            images = [
+                x
+                for i in images
+                for x in (find_images(i) if isinstance(i, (str, os.PathLike)) else [i])
+            ]
         if hasattr(images, "__getitem__"):
             images = DataLoader(images, batch_size=batch_size, collate_fn=self._collate)
         for batch in tqdm(images, desc=title, leave=False, delay=1):
-            inputs = {name: value for name, value in batch.items() if name not in ("labels", "base_image_embeds")}
-            yield {k: v.to(self.device, self.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+            inputs = {
+                name: value
+                for name, value in batch.items()
+                if name not in ("labels", "base_image_embeds")
+            }
+            yield {
+                k: v.to(self.device, self.dtype if v.is_floating_point() else None)
+                for k, v in inputs.items()
+            }
 
     def _collate(self, items: list[Any]) -> dict[str, Any]:
         if isinstance(items[0], dict) and "pixel_values" in items[0]:
-            names = [name for name in ("pixel_values", "pixel_attention_mask", "spatial_shapes") if name in items[0]]
-            return {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in names}
+            names = [
+                name
+                for name in ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+                if name in items[0]
+            ]
+            return {
+                name: torch.stack([torch.as_tensor(item[name]) for item in items])
+                for name in names
+            }
         if self.image_processor is None:
-            raise ValueError("`image_processor` must be set on the classifier to prepare pictures, got None.")
+            raise ValueError(
+                "`image_processor` must be set on the classifier to prepare pictures, got None."
+            )
         side = decoding_side(self.image_processor)
-        pictures = [read_image(item["image"] if isinstance(item, dict) else item, min_side=side) for item in items]
-        if hasattr(self.image_processor, "transforms"):  # torchvision's Compose, as open_clip and timm have it
-            return {"pixel_values": torch.stack([self.image_processor(picture) for picture in pictures])}
+        pictures = [
+            read_image(item["image"] if isinstance(item, dict) else item, min_side=side)
+            for item in items
+        ]
+        if hasattr(
+            self.image_processor, "transforms"
+        ):  # torchvision's Compose, as open_clip and timm have it
+            return {
+                "pixel_values": torch.stack(
+                    [self.image_processor(picture) for picture in pictures]
+                )
+            }
         return dict(self.image_processor(images=pictures, return_tensors="pt"))
 
 

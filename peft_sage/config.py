@@ -72,31 +72,61 @@ class SageConfig(PeftConfig):
     Reference: arXiv 2507.12807 for guidance by class descriptions through attention; see [`SageLayer`] for the form.
     """
 
-    class_descriptions: Texts | None = _option(None, "Class names (list of str) or texts (list of lists, or dict).")
-    class_names: list[str] | None = _option(None, "Names of the classes, in index order.")
-    guidance: Tensor | None = _option(None, "Embeddings (M, e). Not serialised.", repr=False, compare=False)
-    guidance_rows: int | None = _option(None, "At most this many rows; default 64, or all of a tensor; 0: none.")
-    guidance_shape: list[int] | None = _option(None, "(M, e) of the saved guidance. Filled in by the tuner.")
-    row_names: list[str] | None = _option(None, "Which classes each row stands for. Filled in by the tuner.")
-    text_templates: list[str] | None = _option(None, f"Templates for bare names; default {DEFAULT_TEMPLATES}.")
-    tokenizer_name_or_path: str | None = _option(None, "Tokenizer for the texts; default: the base model's.")
-    r: int | None = _option(None, "Width of the bottleneck; default: from the number of classes.")
+    class_descriptions: Texts | None = _option(
+        None, "Class names (list of str) or texts (list of lists, or dict)."
+    )
+    class_names: list[str] | None = _option(
+        None, "Names of the classes, in index order."
+    )
+    guidance: Tensor | None = _option(
+        None, "Embeddings (M, e). Not serialised.", repr=False, compare=False
+    )
+    guidance_rows: int | None = _option(
+        None, "At most this many rows; default 64, or all of a tensor; 0: none."
+    )
+    guidance_shape: list[int] | None = _option(
+        None, "(M, e) of the saved guidance. Filled in by the tuner."
+    )
+    row_names: list[str] | None = _option(
+        None, "Which classes each row stands for. Filled in by the tuner."
+    )
+    text_templates: list[str] | None = _option(
+        None, f"Templates for bare names; default {DEFAULT_TEMPLATES}."
+    )
+    tokenizer_name_or_path: str | None = _option(
+        None, "Tokenizer for the texts; default: the base model's."
+    )
+    r: int | None = _option(
+        None, "Width of the bottleneck; default: from the number of classes."
+    )
     num_heads: int = _option(1, "Attention heads; must divide `r`.")
-    scaling: float = _option(1.0, "Factor of the adapter's output (its start, if learnable).")
+    scaling: float = _option(
+        1.0, "Factor of the adapter's output (its start, if learnable)."
+    )
     learnable_scaling: bool = _option(True, "Train the factor, one scalar per block.")
     dropout: float = _option(0.0, "Dropout on the bottleneck while training.")
-    target_modules: list[str] | str | None = _option(None, "Default: the MLP of every block of the vision tower.")
-    exclude_modules: list[str] | str | None = _option(None, "Modules that are left out.")
+    target_modules: list[str] | str | None = _option(
+        None, "Default: the MLP of every block of the vision tower."
+    )
+    exclude_modules: list[str] | str | None = _option(
+        None, "Modules that are left out."
+    )
     layers_to_transform: list[int] | int | None = _option(None, "Only these blocks.")
-    layers_pattern: list[str] | str | None = _option(None, "Name of the list of blocks; only with a list of names.")
-    modules_to_save: list[str] | None = _option(None, "Further modules that are trained and saved with the adapter.")
+    layers_pattern: list[str] | str | None = _option(
+        None, "Name of the list of blocks; only with a list of names."
+    )
+    modules_to_save: list[str] | None = _option(
+        None, "Further modules that are trained and saved with the adapter."
+    )
     init_weights: bool = _option(True, "Start as the identity (up-projection zero).")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.task_type is not None:
             # PEFT would wrap the model in a class for language models, which asks for methods that this one lacks.
-            raise ValueError(f"`task_type` must be None: PEFT has none for images, got {self.task_type!r}.")
+            raise ValueError(
+                f"`task_type` must be None: PEFT has none for images, got {self.task_type!r}."
+            )
         self.peft_type = PeftType[PEFT_TYPE_NAME]
         self._check_classes()
         self._check_layer()
@@ -118,14 +148,28 @@ class SageConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Return what goes into the configuration file: everything but the tensor `guidance`."""
-        config = {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(self) if f.name != "guidance"}
-        return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+        config = {
+            f.name: copy.deepcopy(getattr(self, f.name))
+            for f in fields(self)
+            if f.name != "guidance"
+        }
+        return {
+            name: sorted(value) if isinstance(value, set) else value
+            for name, value in config.items()
+        }
 
     def _check_classes(self) -> None:
         if self.class_descriptions is not None:
-            if isinstance(self.class_descriptions, Mapping) and self.class_names is not None:
-                raise ValueError("`class_names` must not be given when `class_descriptions` is a dict with names.")
-            names, self.class_descriptions = normalise_descriptions(self.class_descriptions)
+            if (
+                isinstance(self.class_descriptions, Mapping)
+                and self.class_names is not None
+            ):
+                raise ValueError(
+                    "`class_names` must not be given when `class_descriptions` is a dict with names."
+                )
+            names, self.class_descriptions = normalise_descriptions(
+                self.class_descriptions
+            )
             self.class_names = names if self.class_names is None else self.class_names
         if self.text_templates is not None:
             self.text_templates = check_templates(self.text_templates)
@@ -133,46 +177,86 @@ class SageConfig(PeftConfig):
             check_integer("guidance_rows", self.guidance_rows, 0)
         if (shape := self.guidance_shape) is not None:
             if not _is_list(shape, is_int) or len(shape) != 2 or min(shape) < 0:
-                raise ValueError(f"`guidance_shape` must be a list of two integers (M, e), got {shape!r}.")
+                raise ValueError(
+                    f"`guidance_shape` must be a list of two integers (M, e), got {shape!r}."
+                )
             if self.num_classes < shape[0]:
-                raise ValueError(f"`guidance_shape` has {shape[0]} rows, but there are {self.num_classes} classes.")
+                raise ValueError(
+                    f"`guidance_shape` has {shape[0]} rows, but there are {self.num_classes} classes."
+                )
             self.guidance_shape = list(shape)
         if self.guidance is not None:
             check_embeddings(self.guidance, "guidance")
         for name in ("class_names", "guidance"):
             classes = getattr(self, name)
             if classes is not None and len(classes) != self.num_classes:
-                raise ValueError(f"`{name}` has {len(classes)} entries, but there are {self.num_classes} classes.")
+                raise ValueError(
+                    f"`{name}` has {len(classes)} entries, but there are {self.num_classes} classes."
+                )
 
     def _check_layer(self) -> None:
         check_integer("num_heads", self.num_heads, 1)
         if self.r is not None:
-            check_integer("r", self.r, 1, 2**16)  # a damaged file must not fill the memory
+            check_integer(
+                "r", self.r, 1, 2**16
+            )  # a damaged file must not fill the memory
             if self.r % self.num_heads:
-                raise ValueError(f"`r` must be divisible by `num_heads`, got r={self.r}, num_heads={self.num_heads}.")
+                raise ValueError(
+                    f"`r` must be divisible by `num_heads`, got r={self.r}, num_heads={self.num_heads}."
+                )
         check_number("scaling", self.scaling, -1e6, 1e6)
         check_number("dropout", self.dropout, 0, 0.999)
 
     def _check_targets(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+        for name in (
+            "target_modules",
+            "exclude_modules",
+            "layers_pattern",
+            "modules_to_save",
+        ):
             value = getattr(self, name)
-            patterns = [value] if isinstance(value, str) and name != "modules_to_save" else value
-            if patterns is not None and not _is_list(patterns, lambda entry: isinstance(entry, str)):
-                raise TypeError(f"`{name}` must be a str or a list of str, got {value!r}.")
+            patterns = (
+                [value]
+                if isinstance(value, str) and name != "modules_to_save"
+                else value
+            )
+            if patterns is not None and not _is_list(
+                patterns, lambda entry: isinstance(entry, str)
+            ):
+                raise TypeError(
+                    f"`{name}` must be a str or a list of str, got {value!r}."
+                )
             for pattern in patterns or ():
                 try:
                     re.compile(pattern)
                 except re.error as error:
-                    raise ValueError(f"`{name}` must hold names or regular expressions, got {pattern!r}.") from error
-            if isinstance(value, (list, tuple, set)) and name in ("target_modules", "exclude_modules"):
+                    raise ValueError(
+                        f"`{name}` must hold names or regular expressions, got {pattern!r}."
+                    ) from error
+            if isinstance(value, (list, tuple, set)) and name in (
+                "target_modules",
+                "exclude_modules",
+            ):
                 setattr(self, name, set(value))
-        layers: Any = [self.layers_to_transform] if is_int(self.layers_to_transform) else self.layers_to_transform
+        layers: Any = (
+            [self.layers_to_transform]
+            if is_int(self.layers_to_transform)
+            else self.layers_to_transform
+        )
         if layers is not None:
             if not layers or not _is_list(layers, is_int):
-                raise ValueError(f"`layers_to_transform` must be an integer or a list of them, got {layers!r}.")
+                raise ValueError(
+                    f"`layers_to_transform` must be an integer or a list of them, got {layers!r}."
+                )
             if isinstance(self.target_modules, str):
-                raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
+                raise ValueError(
+                    "`layers_to_transform` cannot be used when `target_modules` is a str."
+                )
             if self.target_modules is not None and min(layers) < 0:
-                raise ValueError(f"`layers_to_transform` must not be negative with `target_modules`, got {layers!r}.")
+                raise ValueError(
+                    f"`layers_to_transform` must not be negative with `target_modules`, got {layers!r}."
+                )
         if self.layers_pattern is not None and not isinstance(self.target_modules, set):
-            raise ValueError("`layers_pattern` can only be used when `target_modules` is a list of names.")
+            raise ValueError(
+                "`layers_pattern` can only be used when `target_modules` is a list of names."
+            )

@@ -17,11 +17,14 @@ from typing import Any, cast
 #: Used for classes that have only a name.
 DEFAULT_TEMPLATES = ["a photo of a {}."]
 
-Descriptions = Sequence[str] | Sequence[Sequence[str]] | Mapping[str, str | Sequence[str]]
+Descriptions = (
+    Sequence[str] | Sequence[Sequence[str]] | Mapping[str, str | Sequence[str]]
+)
 
 
 def read_class_descriptions(
-    source: Descriptions | str | os.PathLike[str] | Any, class_names: Sequence[str] | None = None
+    source: Descriptions | str | os.PathLike[str] | Any,
+    class_names: Sequence[str] | None = None,
 ) -> list[str] | dict[str, list[str]]:
     """Read class descriptions in any of the common shapes.
 
@@ -49,13 +52,24 @@ def read_class_descriptions(
     except (TypeError, ValueError) as error:
         raise type(error)(f"{where}: {error}") from error
     if names is None:
-        raise TypeError(f"{where} must have class names: a list of str or a dictionary, got a list of lists.")
+        raise TypeError(
+            f"{where} must have class names: a list of str or a dictionary, got a list of lists."
+        )
     if class_names is not None:
-        names, texts = list(class_names), _in_order(dict(zip(names, texts, strict=True)), class_names, where)
-    return dict(zip(names, texts, strict=True)) if texts and not isinstance(texts[0], str) else names
+        names, texts = (
+            list(class_names),
+            _in_order(dict(zip(names, texts, strict=True)), class_names, where),
+        )
+    return (
+        dict(zip(names, texts, strict=True))
+        if texts and not isinstance(texts[0], str)
+        else names
+    )
 
 
-def normalise_descriptions(descriptions: Descriptions) -> tuple[list[str] | None, list[str] | list[list[str]]]:
+def normalise_descriptions(
+    descriptions: Descriptions,
+) -> tuple[list[str] | None, list[str] | list[list[str]]]:
     """Split class descriptions into names (`None` without) and texts (the names again, or lists of texts).
 
     The order of a dictionary's keys, which is that of the classes, would not survive PEFT's configuration file.
@@ -63,15 +77,23 @@ def normalise_descriptions(descriptions: Descriptions) -> tuple[list[str] | None
     Raises:
         TypeError, ValueError: It has none of the three shapes; or it, a class or a text is empty.
     """
-    if isinstance(descriptions, str) or not isinstance(descriptions, (Mapping, Sequence)):
-        raise TypeError(f"`class_descriptions` must be a list or a dict, got {type(descriptions).__name__}.")
+    if isinstance(descriptions, str) or not isinstance(
+        descriptions, (Mapping, Sequence)
+    ):
+        raise TypeError(
+            f"`class_descriptions` must be a list or a dict, got {type(descriptions).__name__}."
+        )
     if not descriptions:
-        raise ValueError("`class_descriptions` is empty; give one entry per class, or leave it out.")
+        raise ValueError(
+            "`class_descriptions` is empty; give one entry per class, or leave it out."
+        )
     names: Any = list(descriptions)
     wrong = [name for name in names if not isinstance(name, str)]
     if isinstance(descriptions, Mapping):
         if wrong:
-            raise TypeError(f"`class_descriptions` must have class names as keys, got {wrong[:10]}.")
+            raise TypeError(
+                f"`class_descriptions` must have class names as keys, got {wrong[:10]}."
+            )
         return names, [_texts(name, texts) for name, texts in descriptions.items()]
     texts = [_texts(index, entry) for index, entry in enumerate(descriptions)]
     return (None, texts) if wrong else (names, list(names))
@@ -80,12 +102,18 @@ def normalise_descriptions(descriptions: Descriptions) -> tuple[list[str] | None
 def check_templates(templates: str | Sequence[str]) -> list[str]:
     """Return one or more templates as a list; ValueError unless each has exactly one `{}`."""
     templates = [templates] if isinstance(templates, str) else list(templates)
-    if not templates or not all(isinstance(text, str) and text.count("{}") == 1 for text in templates):
-        raise ValueError(f"`text_templates` must be texts with exactly one `{{}}` in each, got {templates!r}.")
+    if not templates or not all(
+        isinstance(text, str) and text.count("{}") == 1 for text in templates
+    ):
+        raise ValueError(
+            f"`text_templates` must be texts with exactly one `{{}}` in each, got {templates!r}."
+        )
     return templates
 
 
-def expand(descriptions: Descriptions, templates: Sequence[str] | None = None) -> list[list[str]]:
+def expand(
+    descriptions: Descriptions, templates: Sequence[str] | None = None
+) -> list[list[str]]:
     """Return the list of texts of each class; bare names are put into the templates, without underscores.
 
     Class names that occur twice give a warning, because their rows, and those of a head made from them, are identical.
@@ -93,16 +121,28 @@ def expand(descriptions: Descriptions, templates: Sequence[str] | None = None) -
     names, texts = normalise_descriptions(descriptions)
     templates = check_templates(DEFAULT_TEMPLATES if templates is None else templates)
     if repeated := _repeated(names or []):
-        warnings.warn(f"Class names that occur twice get the same embedding: {repeated[:10]}.", stacklevel=2)
+        warnings.warn(
+            f"Class names that occur twice get the same embedding: {repeated[:10]}.",
+            stacklevel=2,
+        )
     # `str.format` would trip over braces in a name.
-    return [[t.replace("{}", e.replace("_", " ")) for t in templates] if isinstance(e, str) else e for e in texts]
+    return [
+        [t.replace("{}", e.replace("_", " ")) for t in templates]
+        if isinstance(e, str)
+        else e
+        for e in texts
+    ]
 
 
 def read_text(path: Path) -> str:
     """Read a text file in UTF-8, or in UTF-16 if it begins with its mark; ValueError names it."""
     try:
         data = path.read_bytes()
-        return data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+        return data.decode(
+            "utf-16"
+            if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+            else "utf-8-sig"
+        )
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{str(path)!r} cannot be read as UTF-8: {error}.") from error
 
@@ -111,18 +151,26 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield the rows of a CSV file with a header, each with the number of its last line; ValueError names both."""
     # By the stream and not by `splitlines`: a quoted text may hold line breaks, of which Unicode has ten.
     text = read_text(path)
-    delimiter = max(",;\t", key=text.partition("\n")[0].count)  # spreadsheets of some countries write semicolons
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    delimiter = max(
+        ",;\t", key=text.partition("\n")[0].count
+    )  # spreadsheets of some countries write semicolons
+    rows = csv.DictReader(
+        io.StringIO(text, newline=""), delimiter=delimiter, strict=True
+    )
     try:
         columns = list(rows.fieldnames or ())
         if len(set(columns)) < len(columns):
             raise ValueError(f"{str(path)!r} names a column twice: {columns}.")
         for row in rows:
             if None in row or None in row.values():
-                raise ValueError(f"{str(path)!r} has fields beside {columns} in line {rows.line_num}, or too few.")
+                raise ValueError(
+                    f"{str(path)!r} has fields beside {columns} in line {rows.line_num}, or too few."
+                )
             yield rows.line_num, row
     except csv.Error as error:
-        raise ValueError(f"{str(path)!r} cannot be read at line {rows.reader.line_num}: {error}.") from error
+        raise ValueError(
+            f"{str(path)!r} cannot be read at line {rows.reader.line_num}: {error}."
+        ) from error
 
 
 def _read_file(path: Path, where: str) -> Any:
@@ -136,9 +184,15 @@ def _read_file(path: Path, where: str) -> Any:
     texts: dict[str, list[str]] = {}
     for line, row in read_csv(path):
         if not {"class", "description"} <= set(row):
-            raise ValueError(f"{where} must have the columns 'class' and 'description', got {list(row)}.")
-        if empty := [column for column in ("class", "description") if not row[column].strip()]:
-            raise ValueError(f"{where} has an empty {empty[0]} in line {line} (class {row['class']!r}).")
+            raise ValueError(
+                f"{where} must have the columns 'class' and 'description', got {list(row)}."
+            )
+        if empty := [
+            column for column in ("class", "description") if not row[column].strip()
+        ]:
+            raise ValueError(
+                f"{where} has an empty {empty[0]} in line {line} (class {row['class']!r})."
+            )
         texts.setdefault(row["class"], []).append(row["description"])
     return texts
 
@@ -153,12 +207,19 @@ def _repeated(names: Iterable[str]) -> list[str]:
     return [name for name, count in Counter(names).items() if count > 1]
 
 
-def _in_order(texts: dict[str, Any], class_names: Sequence[str], where: str) -> list[Any]:
+def _in_order(
+    texts: dict[str, Any], class_names: Sequence[str], where: str
+) -> list[Any]:
     texts = {_composed(name): entry for name, entry in texts.items()}
     if missing := [name for name in class_names if _composed(name) not in texts]:
-        raise ValueError(f"{where} has no entry for the classes {missing[:10]}; it has {list(texts)[:10]}.")
+        raise ValueError(
+            f"{where} has no entry for the classes {missing[:10]}; it has {list(texts)[:10]}."
+        )
     if more := texts.keys() - set(map(_composed, class_names)):
-        warnings.warn(f"{where} has {len(more)} classes that are not used: {sorted(more)[:10]}.", stacklevel=3)
+        warnings.warn(
+            f"{where} has {len(more)} classes that are not used: {sorted(more)[:10]}.",
+            stacklevel=3,
+        )
     return [texts[_composed(name)] for name in class_names]
 
 
@@ -169,8 +230,14 @@ def _composed(name: str) -> str:
 
 def _texts(name: str | int, texts: str | Sequence[str]) -> list[str]:
     texts = [texts] if isinstance(texts, str) else texts
-    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"`class_descriptions` of class {name!r} must be a str or a list of str, got {texts!r}.")
+    if not isinstance(texts, Sequence) or not all(
+        isinstance(text, str) for text in texts
+    ):
+        raise TypeError(
+            f"`class_descriptions` of class {name!r} must be a str or a list of str, got {texts!r}."
+        )
     if not texts or not all(map(str.strip, texts)):
-        raise ValueError(f"`class_descriptions` of class {name!r} must not be empty or have an empty text.")
+        raise ValueError(
+            f"`class_descriptions` of class {name!r} must not be empty or have an empty text."
+        )
     return list(texts)

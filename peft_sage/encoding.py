@@ -59,21 +59,42 @@ def encode_class_descriptions(
     check_integer("batch_size", batch_size, 1)
     texts_of_class = expand(descriptions, templates)
     if not towers.has_text_tower(model):
-        raise ValueError(f"{type(model).__name__} has no text tower: wrap the full model, or pass embeddings.")
+        raise ValueError(
+            f"{type(model).__name__} has no text tower: wrap the full model, or pass embeddings."
+        )
     device = next(model.parameters()).device
-    kept = None if cache_dir is None else Path(cache_dir, f"{_fingerprint(model, texts_of_class)}.safetensors")
+    kept = (
+        None
+        if cache_dir is None
+        else Path(cache_dir, f"{_fingerprint(model, texts_of_class)}.safetensors")
+    )
     if kept is not None and kept.is_file():
         return load_file(kept)["text_embeds"].to(device)
     unique = list(dict.fromkeys(text for texts in texts_of_class for text in texts))
     place = {text: index for index, text in enumerate(unique)}
-    embeddings = F.normalize(_encode_texts(model, tokenizer, unique, batch_size), dim=-1)
-    rows = torch.stack([embeddings[[place[text] for text in texts]].mean(dim=0) for texts in texts_of_class])
+    embeddings = F.normalize(
+        _encode_texts(model, tokenizer, unique, batch_size), dim=-1
+    )
+    rows = torch.stack(
+        [
+            embeddings[[place[text] for text in texts]].mean(dim=0)
+            for texts in texts_of_class
+        ]
+    )
     rows = F.normalize(rows, dim=-1)
-    if len(set(map(tuple, texts_of_class))) > 1 and torch.allclose(rows, rows[:1].expand_as(rows), atol=1e-6):
-        raise ValueError("All class descriptions have the same embedding: does the tokenizer fit (`eos_token_id`)?")
-    if kept is not None:  # written beside and renamed, so that a kill leaves no half of it
+    if len(set(map(tuple, texts_of_class))) > 1 and torch.allclose(
+        rows, rows[:1].expand_as(rows), atol=1e-6
+    ):
+        raise ValueError(
+            "All class descriptions have the same embedding: does the tokenizer fit (`eos_token_id`)?"
+        )
+    if (
+        kept is not None
+    ):  # written beside and renamed, so that a kill leaves no half of it
         kept.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"text_embeds": rows.cpu()}, part := kept.with_suffix(f".{os.getpid()}"))
+        save_file(
+            {"text_embeds": rows.cpu()}, part := kept.with_suffix(f".{os.getpid()}")
+        )
         part.replace(kept)
     return rows
 
@@ -84,11 +105,16 @@ def load_tokenizer(model: nn.Module, name: str | None = None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"Texts need a `tokenizer` or `tokenizer_name_or_path`, none in {name!r}.") from error
+        raise ValueError(
+            f"Texts need a `tokenizer` or `tokenizer_name_or_path`, none in {name!r}."
+        ) from error
 
 
 def make_guidance(
-    model: nn.Module, config: SageConfig, source: Tensor | Descriptions | None, names: list[str] | None
+    model: nn.Module,
+    config: SageConfig,
+    source: Tensor | Descriptions | None,
+    names: list[str] | None,
 ) -> tuple[Tensor | None, list[str] | None]:
     """Rows (M, e) from a tensor, class descriptions or a classifier's own embeddings, and what each stands for."""
     embeddings = own_embeddings(model) if source is None else source
@@ -96,9 +122,17 @@ def make_guidance(
         return None, None
     if not isinstance(embeddings, Tensor):
         # Without a text tower, that is what the error is about.
-        tokenizer = load_tokenizer(model, config.tokenizer_name_or_path) if towers.has_text_tower(model) else None
-        embeddings = encode_class_descriptions(model, tokenizer, embeddings, config.text_templates)
-    most = config.guidance_rows or (len(embeddings) if isinstance(source, Tensor) else MOST_ROWS)
+        tokenizer = (
+            load_tokenizer(model, config.tokenizer_name_or_path)
+            if towers.has_text_tower(model)
+            else None
+        )
+        embeddings = encode_class_descriptions(
+            model, tokenizer, embeddings, config.text_templates
+        )
+    most = config.guidance_rows or (
+        len(embeddings) if isinstance(source, Tensor) else MOST_ROWS
+    )
     rows = pool_guidance(embeddings, most)
     return rows, None if names is None else name_rows(rows, embeddings, names)
 
@@ -109,7 +143,9 @@ def own_embeddings(model: nn.Module) -> Tensor | None:
 
 
 @torch.no_grad()
-def pool_guidance(guidance: Tensor, num_rows: int = 64, iterations: int = 20, seed: int = 0) -> Tensor:
+def pool_guidance(
+    guidance: Tensor, num_rows: int = 64, iterations: int = 20, seed: int = 0
+) -> Tensor:
     """Replace the embeddings (M, e) of many classes by fewer rows that stand for groups of similar classes.
 
     What an adapter costs grows with the rows that its blocks attend to. Spherical k-means (Dhillon and Modha, 2001)
@@ -125,17 +161,30 @@ def pool_guidance(guidance: Tensor, num_rows: int = 64, iterations: int = 20, se
         A float32 tensor (R, e) with L2-normalised rows, on the device of `guidance`; if M is at most R, all M rows.
     """
     check_embeddings(guidance, "guidance")
-    for name, value, low in (("num_rows", num_rows, 1), ("iterations", iterations, 1), ("seed", seed, 0)):
+    for name, value, low in (
+        ("num_rows", num_rows, 1),
+        ("iterations", iterations, 1),
+        ("seed", seed, 0),
+    ):
         check_integer(name, value, low)
     rows = F.normalize(guidance.detach().float(), dim=-1)
     if len(rows) <= num_rows:
         return rows
     rows = rows.cpu()
-    means = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:num_rows]]
+    means = rows[
+        torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[
+            :num_rows
+        ]
+    ]
     for _ in range(iterations):
         sums = torch.zeros_like(means).index_add_(0, nearest(rows, means), rows)
         # A group without rows, or whose rows cancel out, keeps its direction.
-        before, means = means, torch.where(sums.norm(dim=1, keepdim=True) > 1e-6, F.normalize(sums, dim=-1), means)
+        before, means = (
+            means,
+            torch.where(
+                sums.norm(dim=1, keepdim=True) > 1e-6, F.normalize(sums, dim=-1), means
+            ),
+        )
         if torch.equal(before, means):
             break
     return means.to(guidance.device)
@@ -143,54 +192,97 @@ def pool_guidance(guidance: Tensor, num_rows: int = 64, iterations: int = 20, se
 
 def nearest(embeddings: Tensor, rows: Tensor) -> Tensor:
     """Index (M,) of the row (R, e) that each embedding (M, e) is nearest to."""
-    return torch.cat([(part @ rows.T).argmax(dim=1) for part in embeddings.split(2**14)])
+    return torch.cat(
+        [(part @ rows.T).argmax(dim=1) for part in embeddings.split(2**14)]
+    )
 
 
-def name_rows(rows: Tensor, embeddings: Tensor, class_names: Sequence[str]) -> list[str]:
+def name_rows(
+    rows: Tensor, embeddings: Tensor, class_names: Sequence[str]
+) -> list[str]:
     """Name rows of guidance (R, e) by the classes with embeddings (M, e) that they stand for: at most three each."""
     if len(rows) == len(class_names):
         return list(class_names)
-    groups = nearest(F.normalize(embeddings.detach().float().to(rows.device), dim=-1), rows)
-    members = [[class_names[k] for k in (groups == row).nonzero()[:, 0].tolist()] for row in range(len(rows))]
-    return [", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") for names in members]
+    groups = nearest(
+        F.normalize(embeddings.detach().float().to(rows.device), dim=-1), rows
+    )
+    members = [
+        [class_names[k] for k in (groups == row).nonzero()[:, 0].tolist()]
+        for row in range(len(rows))
+    ]
+    return [
+        ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        for names in members
+    ]
 
 
 def _fingerprint(model: nn.Module, texts_of_class: list[list[str]]) -> str:
     """A name for rows that these weights make of these texts."""
-    sums = [parameter.detach().double().sum().item() for parameter in model.parameters()]
+    sums = [
+        parameter.detach().double().sum().item() for parameter in model.parameters()
+    ]
     return hashlib.sha256(json.dumps([texts_of_class, sums]).encode()).hexdigest()[:32]
 
 
-def _encode_texts(model: nn.Module, tokenizer: Any, texts: list[str], batch_size: int) -> Tensor:
+def _encode_texts(
+    model: nn.Module, tokenizer: Any, texts: list[str], batch_size: int
+) -> Tensor:
     """Return raw float32 text embeddings (n, e), in the order of `texts`."""
     order, inputs_of = _tokenise(model, tokenizer, texts)
     # Texts of similar length together, so that little is padded; the longest first, as they need the most memory.
-    batches = [order[start : start + batch_size] for start in range(0, len(texts), batch_size)][::-1]
+    batches = [
+        order[start : start + batch_size] for start in range(0, len(texts), batch_size)
+    ][::-1]
     device, encoded = next(model.parameters()).device, []
-    hidden = len(batches) <= 20 or (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0)
+    hidden = len(batches) <= 20 or (
+        dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
+    )
     with towers.eval_mode(model):
         for batch in tqdm(batches, desc="Encoding class descriptions", disable=hidden):
-            inputs = {name: tensor.to(device) for name, tensor in inputs_of(batch).items()}
+            inputs = {
+                name: tensor.to(device) for name, tensor in inputs_of(batch).items()
+            }
             encoded.append(towers.encode_text(model, inputs).float())
     rows = torch.cat(encoded)
-    return rows[torch.tensor([i for batch in batches for i in batch], device=rows.device).argsort()]
+    return rows[
+        torch.tensor(
+            [i for batch in batches for i in batch], device=rows.device
+        ).argsort()
+    ]
 
 
-def _tokenise(model: nn.Module, tokenizer: Any, texts: list[str]) -> tuple[list[int], Callable[..., dict[str, Any]]]:
+def _tokenise(
+    model: nn.Module, tokenizer: Any, texts: list[str]
+) -> tuple[list[int], Callable[..., dict[str, Any]]]:
     """Return the order of the texts by length, and a function from some of them to the tower's inputs."""
     if not hasattr(tokenizer, "pad"):
-        return list(range(len(texts))), lambda chosen: {"input_ids": tokenizer([texts[i] for i in chosen])}
+        return list(range(len(texts))), lambda chosen: {
+            "input_ids": tokenizer([texts[i] for i in chosen])
+        }
     config = towers.text_config(model)
-    positions = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
+    positions = getattr(
+        getattr(config, "text_config", config), "max_position_embeddings", None
+    )
     limit = min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
     ids = tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
     if cut := sum(len(text) > limit for text in ids):
-        warnings.warn(f"{cut} of {len(texts)} class descriptions were cut to {limit} tokens.", stacklevel=4)
-        ids = tokenizer(texts, padding=False, truncation=True, max_length=limit)["input_ids"]
+        warnings.warn(
+            f"{cut} of {len(texts)} class descriptions were cut to {limit} tokens.",
+            stacklevel=4,
+        )
+        ids = tokenizer(texts, padding=False, truncation=True, max_length=limit)[
+            "input_ids"
+        ]
     padding: dict[str, Any] = {"padding": "longest"}
     if str(getattr(config, "model_type", "")).startswith("siglip"):
         # It was trained on texts padded to the full length, without an attention mask, and reads the last position.
-        padding = {"padding": "max_length", "max_length": limit, "return_attention_mask": False}
+        padding = {
+            "padding": "max_length",
+            "max_length": limit,
+            "return_attention_mask": False,
+        }
     order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
     padding["return_tensors"] = "pt"
-    return order, lambda chosen: dict(tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, **padding))
+    return order, lambda chosen: dict(
+        tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, **padding)
+    )

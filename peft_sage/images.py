@@ -18,7 +18,9 @@ from PIL.Image import Image
 _ENDINGS = "a?png|avif|bmp|dib|gif|heic|heif|j2k|jfif|jp2|jpe|jpe?g|jxl|p[bgnp]m|tga|tiff?|webp"
 
 
-def read_image(source: Any, name: str | None = None, min_side: int | None = None) -> Image:
+def read_image(
+    source: Any, name: str | None = None, min_side: int | None = None
+) -> Image:
     """Read one image as it is to be seen: upright, 8 bits, RGB, transparent parts on white, the first frame.
 
     16-bit values are divided by 257. Floats in [0, 1] are multiplied by 255; a picture with larger ones is taken to
@@ -35,15 +37,21 @@ def read_image(source: Any, name: str | None = None, min_side: int | None = None
     """
     if isinstance(source, dict):
         source = source.get("path") if source.get("bytes") is None else source["bytes"]
-    name = name or (repr(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else "")
+    name = name or (
+        repr(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else ""
+    )
     try:
         if isinstance(source, PIL.Image.Image):
             return _upright_rgb(source)
         if isinstance(source, np.ndarray):
             return _upright_rgb(_from_array(source))
         if not isinstance(source, (str, os.PathLike, bytes)):
-            raise TypeError(f"a path, bytes, a PIL image or a numpy array is needed, got {type(source).__name__}")
-        with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            raise TypeError(
+                f"a path, bytes, a PIL image or a numpy array is needed, got {type(source).__name__}"
+            )
+        with PIL.Image.open(
+            io.BytesIO(source) if isinstance(source, bytes) else source
+        ) as image:
             if min_side is not None:
                 image.draft(None, (min_side, min_side))
             return _upright_rgb(image)
@@ -52,16 +60,28 @@ def read_image(source: Any, name: str | None = None, min_side: int | None = None
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, PIL.UnidentifiedImageError):
             reason = "empty, or no format that pillow knows (HEIC: pillow-heif)"
-        raise ValueError(f"{f'Image {name}'.strip()} cannot be read: {reason}") from error
+        raise ValueError(
+            f"{f'Image {name}'.strip()} cannot be read: {reason}"
+        ) from error
 
 
 def decoding_side(image_processor: Any) -> int | None:
     """Return the `min_side` of [`read_image`] that leaves twice the resolution a processor resizes to."""
-    sides = [side for side in dict(getattr(image_processor, "size", None) or {}).values() if side]
-    return 2 * max(sides) if sides and getattr(image_processor, "do_resize", False) else None
+    sides = [
+        side
+        for side in dict(getattr(image_processor, "size", None) or {}).values()
+        if side
+    ]
+    return (
+        2 * max(sides)
+        if sides and getattr(image_processor, "do_resize", False)
+        else None
+    )
 
 
-def find_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
+def find_images(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+) -> list[Path]:
     """List files, and the images of folders: of each folder its own, sorted, without hidden ones.
 
     Raises:
@@ -73,16 +93,23 @@ def find_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
         if not path.exists():
             raise ValueError(f"{str(given)!r} does not exist.")
         inside = sorted(path.iterdir()) if path.is_dir() else []
-        images = [file for file in inside if is_image_name(file.name) and not file.is_dir()]
+        images = [
+            file for file in inside if is_image_name(file.name) and not file.is_dir()
+        ]
         if path.is_dir() and not images:
-            raise ValueError(f"Folder {str(given)!r} holds no images; the folders in it are not searched.")
+            raise ValueError(
+                f"Folder {str(given)!r} holds no images; the folders in it are not searched."
+            )
         found += images or [path]
     return found
 
 
 def is_image_name(name: str) -> bool:
     """Whether a file of a folder counts as an image: it has an image's ending and is not hidden."""
-    return re.fullmatch(rf"[^.].*\.({_ENDINGS})", name, re.IGNORECASE | re.DOTALL) is not None
+    return (
+        re.fullmatch(rf"[^.].*\.({_ENDINGS})", name, re.IGNORECASE | re.DOTALL)
+        is not None
+    )
 
 
 def _upright_rgb(image: Image) -> Image:
@@ -95,7 +122,9 @@ def _upright_rgb(image: Image) -> Image:
         image = _from_array(np.asarray(image), is_16_bit=image.mode.startswith("I"))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+        image = PIL.Image.alpha_composite(
+            PIL.Image.new("RGBA", image.size, "white"), image
+        )
     return image.convert("RGB")
 
 
@@ -103,9 +132,13 @@ def _from_array(array: np.ndarray[Any, Any], is_16_bit: bool = False) -> Image:
     """Scale an array to 8 bits."""
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
-    is_picture = array.size and (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4)))
+    is_picture = array.size and (
+        array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    )
     if not is_picture or array.dtype.kind not in "buif":
-        raise ValueError(f"an array must hold numbers (H, W) or (H, W, 1, 3 or 4), got {array.dtype} {array.shape}")
+        raise ValueError(
+            f"an array must hold numbers (H, W) or (H, W, 1, 3 or 4), got {array.dtype} {array.shape}"
+        )
     if array.dtype == np.uint8:
         return PIL.Image.fromarray(array)
     low, high = float(array.min()), float(array.max())

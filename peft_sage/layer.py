@@ -47,8 +47,17 @@ class SageLayer(nn.Module, BaseTunerLayer):
     the layer is ours.
     """
 
-    adapter_layer_names = tuple(f"{PREFIX}{part}" for part in ("norm", "down", "key", "value", "up", "scaling"))
-    other_param_names = ("peft_sage_dropout", "peft_sage_guidance", "shared", "fixed_scaling", "num_heads", "unloaded")
+    adapter_layer_names = tuple(
+        f"{PREFIX}{part}" for part in ("norm", "down", "key", "value", "up", "scaling")
+    )
+    other_param_names = (
+        "peft_sage_dropout",
+        "peft_sage_guidance",
+        "shared",
+        "fixed_scaling",
+        "num_heads",
+        "unloaded",
+    )
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -56,7 +65,11 @@ class SageLayer(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = mlp_widths(base_layer)
         self.input_index, self.input_name = mlp_input(base_layer)
         for name in self.adapter_layer_names:
-            setattr(self, name, nn.ParameterDict() if name == "peft_sage_scaling" else nn.ModuleDict())
+            setattr(
+                self,
+                name,
+                nn.ParameterDict() if name == "peft_sage_scaling" else nn.ModuleDict(),
+            )
         self.peft_sage_dropout = nn.ModuleDict()
         self.peft_sage_guidance = BufferDict(persistent=True)
         self.fixed_scaling: dict[str, float] = {}
@@ -65,7 +78,13 @@ class SageLayer(nn.Module, BaseTunerLayer):
         # Adapters whose weights are still to be loaded.
         self.unloaded: dict[str, bool] = {}
 
-    def update_layer(self, adapter_name: str, config: Any, guidance: SharedGuidance | None, scaling: float) -> None:
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: Any,
+        guidance: SharedGuidance | None,
+        scaling: float,
+    ) -> None:
         """Add an adapter, by a [`SageConfig`] with `r` set; `scaling` is where a learnable one starts."""
         self.num_heads[adapter_name] = config.num_heads
         self.peft_sage_norm[adapter_name] = nn.LayerNorm(self.in_features)
@@ -74,9 +93,13 @@ class SageLayer(nn.Module, BaseTunerLayer):
         nn.init.zeros_(down.bias)
         for parameter in up.parameters() if config.init_weights else ():
             nn.init.zeros_(parameter)
-        self.peft_sage_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.peft_sage_dropout[adapter_name] = (
+            nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        )
         if config.learnable_scaling:
-            self.peft_sage_scaling[adapter_name] = nn.Parameter(torch.full((1,), scaling))
+            self.peft_sage_scaling[adapter_name] = nn.Parameter(
+                torch.full((1,), scaling)
+            )
         else:
             self.fixed_scaling[adapter_name] = scaling
         if guidance is not None:
@@ -85,7 +108,9 @@ class SageLayer(nn.Module, BaseTunerLayer):
                 self.peft_sage_guidance[adapter_name] = guidance.rows
                 guidance.owner = self.peft_sage_guidance
             for projections in (self.peft_sage_key, self.peft_sage_value):
-                projections[adapter_name] = projection = nn.Linear(guidance.rows.shape[1], config.r, bias=False)
+                projections[adapter_name] = projection = nn.Linear(
+                    guidance.rows.shape[1], config.r, bias=False
+                )
                 # A unit row of the guidance becomes a key and a value with components of unit variance.
                 nn.init.normal_(projection.weight)
         if config.saved:
@@ -98,9 +123,15 @@ class SageLayer(nn.Module, BaseTunerLayer):
     def adapter_tensors(self, adapter_name: str) -> list[Tensor]:
         """Return the weights of an adapter in this block, and the guidance if it is a buffer of this block."""
         state = self.state_dict(keep_vars=True)
-        return [value for key, value in state.items() if is_of_adapter(f".{key}", adapter_name)]
+        return [
+            value
+            for key, value in state.items()
+            if is_of_adapter(f".{key}", adapter_name)
+        ]
 
-    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> Tensor:
         """Run the MLP and add the active adapters' updates, in the MLP's precision.
 
         `adapter_names`, given by PEFT, has the adapter of each sample of a mixed batch, `"__base__"` for none.
@@ -122,7 +153,11 @@ class SageLayer(nn.Module, BaseTunerLayer):
 
     def tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return the tokens (..., d) among the arguments of the MLP."""
-        return args[self.input_index] if len(args) > self.input_index else kwargs[self.input_name]
+        return (
+            args[self.input_index]
+            if len(args) > self.input_index
+            else kwargs[self.input_name]
+        )
 
     def update(self, x: Tensor, adapter_name: str) -> Tensor:
         """Return what an adapter adds to the output of the MLP for its input (..., d), in the adapter's precision."""
@@ -131,55 +166,87 @@ class SageLayer(nn.Module, BaseTunerLayer):
         z = self.queries(x, adapter_name)
         if adapter_name in self.shared:
             z = z + self.attend(z, adapter_name)
-        update = self.peft_sage_up[adapter_name](self.peft_sage_dropout[adapter_name](F.gelu(z)))
-        scaling = self.peft_sage_scaling if adapter_name in self.peft_sage_scaling else self.fixed_scaling
+        update = self.peft_sage_up[adapter_name](
+            self.peft_sage_dropout[adapter_name](F.gelu(z))
+        )
+        scaling = (
+            self.peft_sage_scaling
+            if adapter_name in self.peft_sage_scaling
+            else self.fixed_scaling
+        )
         return update * scaling[adapter_name]
 
     def attend(self, z: Tensor, adapter_name: str) -> Tensor:
         """Return the attention (..., r) of queries (..., r) to the guidance; the weights are never kept."""
         guidance = self.shared[adapter_name].rows.to(z.dtype)
-        keys, values = self.peft_sage_key[adapter_name](guidance), self.peft_sage_value[adapter_name](guidance)
+        keys, values = (
+            self.peft_sage_key[adapter_name](guidance),
+            self.peft_sage_value[adapter_name](guidance),
+        )
         q, k, v = (self.split_heads(t, adapter_name) for t in (z, keys, values))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(z.shape)
 
     def queries(self, x: Tensor, adapter_name: str) -> Tensor:
         """Return the bottleneck (..., r) of tokens (..., d)."""
         down = self.peft_sage_down[adapter_name]
-        return down(self.peft_sage_norm[adapter_name](self._cast_input_dtype(x, down.weight.dtype)))
+        return down(
+            self.peft_sage_norm[adapter_name](
+                self._cast_input_dtype(x, down.weight.dtype)
+            )
+        )
 
     def split_heads(self, t: Tensor, adapter_name: str) -> Tensor:
         """Bring (..., r) into (1, h, n, r / h): the tokens of all images share their keys and values."""
         heads = self.num_heads[adapter_name]
         return t.reshape(1, -1, heads, t.shape[-1] // heads).transpose(1, 2)
 
-    def _mixed_batch_forward(self, x: Tensor, result: Tensor, adapter_names: list[str]) -> Tensor:
+    def _mixed_batch_forward(
+        self, x: Tensor, result: Tensor, adapter_names: list[str]
+    ) -> Tensor:
         if len(adapter_names) != len(x):
-            raise ValueError(f"`adapter_names` must have one entry per sample, {len(x)}, got {len(adapter_names)}.")
+            raise ValueError(
+                f"`adapter_names` must have one entry per sample, {len(x)}, got {len(adapter_names)}."
+            )
         result = result.clone()
         for name in dict.fromkeys(adapter_names):
             if name in self.peft_sage_down:
-                index = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
+                index = torch.tensor(
+                    [i for i, other in enumerate(adapter_names) if other == name],
+                    device=x.device,
+                )
                 result[index] += self.update(x[index], name).to(result.dtype)
         return result
 
     def _check_loaded(self, adapter_name: str) -> None:
         # PEFT's loaders refuse what is incomplete; transformers' own only warns.
-        if not all(tensor.isfinite().all() for tensor in self.adapter_tensors(adapter_name)):
-            raise RuntimeError(f"The weights of the adapter {adapter_name!r} were not loaded, or are not finite.")
+        if not all(
+            tensor.isfinite().all() for tensor in self.adapter_tensors(adapter_name)
+        ):
+            raise RuntimeError(
+                f"The weights of the adapter {adapter_name!r} were not loaded, or are not finite."
+            )
         self.unloaded.pop(adapter_name, None)
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[Any, Any]:
         # An MLP has no `weight` of its own; quantised ones hold integers beside the floats that tell the precision.
         tensors = [*base_layer.parameters(), *base_layer.buffers()]
         # Weights that were loaded must not follow a base that is still to be loaded.
         device = tensors[0].device if tensors and not tensors[0].is_meta else None
-        return device, next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
+        return device, next(
+            (tensor.dtype for tensor in tensors if tensor.is_floating_point()), None
+        )
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
         kept = dict(self.peft_sage_guidance.items())
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         # The guidance is data and keeps its precision: only the device follows.
-        self.peft_sage_guidance.update({k: rows.to(self.peft_sage_guidance[k].device) for k, rows in kept.items()})
+        self.peft_sage_guidance.update(
+            {k: rows.to(self.peft_sage_guidance[k].device) for k, rows in kept.items()}
+        )
 
     def __getattr__(self, name: str) -> Any:
         # Some models look into a block from outside, as open_clip does at `mlp.c_fc.weight`.

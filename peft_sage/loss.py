@@ -16,7 +16,10 @@ from .validation import as_numbers, check_class_counts, check_labels, check_numb
 MEMORY = 0.95
 
 EMBEDS = ("image_embeds", "base_image_embeds", "class_embeds", "text_embeds")
-NEEDS = {"text_prior": EMBEDS[2:], "text_guidance": (*EMBEDS[:2], "text_embeds", "logit_scale")}
+NEEDS = {
+    "text_prior": EMBEDS[2:],
+    "text_guidance": (*EMBEDS[:2], "text_embeds", "logit_scale"),
+}
 
 
 class SageLoss(nn.Module):
@@ -74,28 +77,52 @@ class SageLoss(nn.Module):
         check_number("tau", tau)
         check_number("label_smoothing", label_smoothing, 0, 1)
         if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f'`reduction` must be "mean", "sum" or "none", got {reduction!r}.')
-        self.tau, self.compensation, self.text_prior, self.text_guidance = tau, compensation, text_prior, text_guidance
-        self.label_smoothing, self.ignore_index, self.reduction = label_smoothing, ignore_index, reduction
+            raise ValueError(
+                f'`reduction` must be "mean", "sum" or "none", got {reduction!r}.'
+            )
+        self.tau, self.compensation, self.text_prior, self.text_guidance = (
+            tau,
+            compensation,
+            text_prior,
+            text_guidance,
+        )
+        self.label_smoothing, self.ignore_index, self.reduction = (
+            label_smoothing,
+            ignore_index,
+            reduction,
+        )
         for name in ("compensation", "text_prior", "text_guidance"):
             check_number(name, getattr(self, name), 0)
         counts = check_class_counts(class_counts).double().clamp(min=1)
-        target = torch.ones_like(counts) if target_prior is None else _check_target_prior(target_prior, len(counts))
+        target = (
+            torch.ones_like(counts)
+            if target_prior is None
+            else _check_target_prior(target_prior, len(counts))
+        )
         adjustment = tau * (counts / counts.sum() / target * target.sum()).log()
         self.register_buffer("adjustment", adjustment.float(), persistent=False)
-        self.register_buffer("gamma", (compensation * (0.4 + 8 / counts)).float(), persistent=False)
+        self.register_buffer(
+            "gamma", (compensation * (0.4 + 8 / counts)).float(), persistent=False
+        )
         # The sum of squares within classes, and its degrees of freedom: batches count by how many pairs they hold.
         self.register_buffer("scatter", torch.zeros(0, 0))
         self.register_buffer("degrees", torch.zeros(()))
 
     @classmethod
-    def from_labels(cls, labels: Sequence[int] | Tensor, num_classes: int, **kwargs: Any) -> "SageLoss":
+    def from_labels(
+        cls, labels: Sequence[int] | Tensor, num_classes: int, **kwargs: Any
+    ) -> "SageLoss":
         """The loss for the class counts of the training labels (N,), with the further arguments of [`SageLoss`]."""
         labels = as_numbers(labels, "labels")
         check_labels(labels, labels.numel(), num_classes)
         return cls(torch.bincount(labels, minlength=num_classes), **kwargs)
 
-    def forward(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    def forward(
+        self,
+        outputs: Any,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
         """Compute the loss.
 
         Args:
@@ -110,28 +137,48 @@ class SageLoss(nn.Module):
         logits, entries = _logits(outputs)
         shape, num_classes = tuple(logits.shape), len(self.adjustment)
         if shape[1:] != (num_classes,):
-            raise ValueError(f"`logits` must have shape (B, {num_classes}), got {shape}.")
+            raise ValueError(
+                f"`logits` must have shape (B, {num_classes}), got {shape}."
+            )
         soft = isinstance(labels, Tensor) and labels.ndim == 2
         if soft and (labels.shape != shape or not labels.is_floating_point()):
-            raise ValueError(f"`labels` must be indices (B,) or probabilities {shape}, got {tuple(labels.shape)}.")
+            raise ValueError(
+                f"`labels` must be indices (B,) or probabilities {shape}, got {tuple(labels.shape)}."
+            )
         if not soft:
             check_labels(labels, len(logits), num_classes, self.ignore_index)
-        if self.adjustment.device != logits.device and not torch.compiler.is_compiling():
+        if (
+            self.adjustment.device != logits.device
+            and not torch.compiler.is_compiling()
+        ):
             self.to(logits.device)  # Trainer moves the model, but not its loss
         labels = labels.to(logits.device)
-        counted = torch.ones_like(labels[:, 0], dtype=torch.bool) if soft else labels != self.ignore_index
+        counted = (
+            torch.ones_like(labels[:, 0], dtype=torch.bool)
+            if soft
+            else labels != self.ignore_index
+        )
         labels = labels.to(logits) if soft else labels.long().where(counted, -1)
         with torch.autocast(logits.device.type, enabled=False):
             losses = self._losses(logits, entries, labels, soft).where(counted, 0)
         if num_items_in_batch is not None:
-            return losses.sum() * (num_classes if soft else 1) / torch.as_tensor(num_items_in_batch).to(losses)
+            return (
+                losses.sum()
+                * (num_classes if soft else 1)
+                / torch.as_tensor(num_items_in_batch).to(losses)
+            )
         if self.reduction == "none":
             return losses
         return losses.sum() / (counted.sum() if self.reduction == "mean" else 1)
 
-    def _losses(self, logits: Tensor, entries: dict[str, Any], labels: Tensor, soft: bool) -> Tensor:
+    def _losses(
+        self, logits: Tensor, entries: dict[str, Any], labels: Tensor, soft: bool
+    ) -> Tensor:
         """The loss (B,) of each image, where the label -1 does not count."""
-        logits, smoothing = logits.to(torch.promote_types(logits.dtype, torch.float32)), self.label_smoothing
+        logits, smoothing = (
+            logits.to(torch.promote_types(logits.dtype, torch.float32)),
+            self.label_smoothing,
+        )
         adjusted = compensated = logits + self.adjustment.to(logits)
         extra: Tensor | int = 0
         if self.training and torch.is_grad_enabled():
@@ -142,11 +189,21 @@ class SageLoss(nn.Module):
                 compensated = self._compensate(adjusted, entries, labels, own)
                 if smoothing:  # The noise belongs to the denominator, not to the classes that smoothing aims at.
                     noise = compensated - adjusted
-                    extra = extra + smoothing * (noise.mean(dim=1) - noise.gather(1, own[:, None])[:, 0])
-        losses = F.cross_entropy(compensated, labels, ignore_index=-1, reduction="none", label_smoothing=smoothing)
+                    extra = extra + smoothing * (
+                        noise.mean(dim=1) - noise.gather(1, own[:, None])[:, 0]
+                    )
+        losses = F.cross_entropy(
+            compensated,
+            labels,
+            ignore_index=-1,
+            reduction="none",
+            label_smoothing=smoothing,
+        )
         return losses + extra
 
-    def _compensate(self, logits: Tensor, entries: dict[str, Any], labels: Tensor, own: Tensor) -> Tensor:
+    def _compensate(
+        self, logits: Tensor, entries: dict[str, Any], labels: Tensor, own: Tensor
+    ) -> Tensor:
         """Logits (B, K) and `gamma_y V_yk / 2`, but for the variance of `z_y` in it, which all classes share.
 
         The gradient reaches the head or the logits through it: detached it hurts.
@@ -163,7 +220,9 @@ class SageLoss(nn.Module):
             rows = (residuals / degrees.clamp(min=1).sqrt()).T
             variance, factor = rows.square().sum(dim=1), rows[own]
         gamma = self.gamma.to(logits)[own]
-        return torch.addr(logits, gamma / 2, variance).addmm_(gamma[:, None] * factor, rows.T, alpha=-1)
+        return torch.addr(logits, gamma / 2, variance).addmm_(
+            gamma[:, None] * factor, rows.T, alpha=-1
+        )
 
     @torch.no_grad()
     def _update(self, features: Tensor, labels: Tensor) -> None:
@@ -173,25 +232,35 @@ class SageLoss(nn.Module):
             self.scatter = torch.zeros_like(scatter)
         # A batch that overflowed in half precision, of which the gradient scaler skips the step, leaves no trace.
         finite = scatter.isfinite().all()
-        self.scatter = torch.where(finite, MEMORY * self.scatter + scatter, self.scatter)
-        self.degrees = torch.where(finite, MEMORY * self.degrees + degrees.float(), self.degrees)
+        self.scatter = torch.where(
+            finite, MEMORY * self.scatter + scatter, self.scatter
+        )
+        self.degrees = torch.where(
+            finite, MEMORY * self.degrees + degrees.float(), self.degrees
+        )
 
     def _text_terms(self, entries: dict[str, Any]) -> Tensor | int:
         """The prior, which is one number, and the guidance (B,)."""
         total: Tensor | int = 0
         if self.text_prior:
             rows, texts = entries["class_embeds"], entries["text_embeds"].detach()
-            cosine = (rows * texts).sum(dim=1) / (rows.norm(dim=1) * texts.norm(dim=1)).clamp(min=1e-8)
+            cosine = (rows * texts).sum(dim=1) / (
+                rows.norm(dim=1) * texts.norm(dim=1)
+            ).clamp(min=1e-8)
             total = self.text_prior * (1 - cosine).mean()
         if self.text_guidance:
             # Detached, as a learned scale would shrink to please the term.
-            texts = (entries["logit_scale"] * F.normalize(entries["text_embeds"], dim=-1)).detach()
+            texts = (
+                entries["logit_scale"] * F.normalize(entries["text_embeds"], dim=-1)
+            ).detach()
             seen, frozen = (F.normalize(entries[name], dim=-1) for name in EMBEDS[:2])
             # The divergence of two softmaxes, as the Bregman divergence of their log-normaliser.
             view = (frozen @ texts.T).detach()
             slope = view.softmax(dim=-1) @ texts
             divergence = (seen @ texts.T).logsumexp(dim=-1) - view.logsumexp(dim=-1)
-            total = total + self.text_guidance * (divergence - ((seen - frozen.detach()) * slope).sum(dim=-1))
+            total = total + self.text_guidance * (
+                divergence - ((seen - frozen.detach()) * slope).sum(dim=-1)
+            )
         return total
 
     def _check_entries(self, entries: dict[str, Any], logits: Tensor) -> None:
@@ -199,25 +268,51 @@ class SageLoss(nn.Module):
         for term, names in NEEDS.items():
             missing = ", ".join(f"`{name}`" for name in names if name not in entries)
             if getattr(self, term) and missing:
-                raise ValueError(f"`{term}` needs {missing} in `outputs`, as a training `SageClassifier` gives.")
+                raise ValueError(
+                    f"`{term}` needs {missing} in `outputs`, as a training `SageClassifier` gives."
+                )
         widths = {}
-        rows = dict(zip(EMBEDS, [len(logits), len(logits), logits.shape[1], logits.shape[1]], strict=True))
+        rows = dict(
+            zip(
+                EMBEDS,
+                [len(logits), len(logits), logits.shape[1], logits.shape[1]],
+                strict=True,
+            )
+        )
         for name in [name for name in EMBEDS if name in entries]:
             embeds = entries[name]
-            if not isinstance(embeds, Tensor) or embeds.ndim != 2 or len(embeds) != rows[name]:
-                raise ValueError(f"`{name}` must be ({rows[name]}, e), got {getattr(embeds, 'shape', type(embeds))}.")
-            if embeds.device.type == "cpu" and not torch.compiler.is_compiling() and not embeds.isfinite().all():
+            if (
+                not isinstance(embeds, Tensor)
+                or embeds.ndim != 2
+                or len(embeds) != rows[name]
+            ):
+                raise ValueError(
+                    f"`{name}` must be ({rows[name]}, e), got {getattr(embeds, 'shape', type(embeds))}."
+                )
+            if (
+                embeds.device.type == "cpu"
+                and not torch.compiler.is_compiling()
+                and not embeds.isfinite().all()
+            ):
                 raise ValueError(f"`{name}` must be finite, got NaN or infinity.")
             entries[name], widths[name] = embeds.to(logits), embeds.shape[1]
         if len(set(widths.values())) > 1:
-            raise ValueError(f"`outputs` must hold embeddings of one width, got {widths}.")
+            raise ValueError(
+                f"`outputs` must hold embeddings of one width, got {widths}."
+            )
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
         if f"{prefix}scatter" in state_dict:
-            self.scatter = torch.zeros_like(state_dict[f"{prefix}scatter"], device=self.scatter.device)
+            self.scatter = torch.zeros_like(
+                state_dict[f"{prefix}scatter"], device=self.scatter.device
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SageLoss":
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> "SageLoss":
         # Follow `.to(device)`, but keep float32: rounding the adjustment would bias every logit of a class alike.
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
@@ -233,7 +328,9 @@ def _residuals(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def _from_all_processes(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The batches of all processes as one, so that several train as one; a shorter batch is filled with label -1."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not (
+        dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    ):
         return features, labels
     size = torch.tensor(len(features), device=features.device)
     dist.all_reduce(size, dist.ReduceOp.MAX)
@@ -250,17 +347,29 @@ def _logits(outputs: Any) -> tuple[Tensor, dict[str, Any]]:
     if isinstance(outputs, Mapping):
         entries = {name: value for name, value in outputs.items() if value is not None}
         if "logits" not in outputs:
-            raise ValueError(f"`outputs` must have `logits`, got only {sorted(outputs)}.")
+            raise ValueError(
+                f"`outputs` must have `logits`, got only {sorted(outputs)}."
+            )
         outputs = outputs["logits"]
     elif isinstance(outputs, (tuple, list)) and outputs:
         outputs = outputs[0]
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
-        raise TypeError(f"`logits` must be a floating-point tensor, got {getattr(outputs, 'dtype', type(outputs))}.")
+        raise TypeError(
+            f"`logits` must be a floating-point tensor, got {getattr(outputs, 'dtype', type(outputs))}."
+        )
     return outputs, entries
 
 
-def _check_target_prior(target_prior: Sequence[float] | Tensor, num_classes: int) -> Tensor:
+def _check_target_prior(
+    target_prior: Sequence[float] | Tensor, num_classes: int
+) -> Tensor:
     prior = as_numbers(target_prior, "target_prior").double()
-    if prior.shape != (num_classes,) or not (prior > 0).all() or abs(prior.sum() - 1) > 1e-4:
-        raise ValueError(f"`target_prior` must be {num_classes} positive numbers with the sum 1, got {prior}.")
+    if (
+        prior.shape != (num_classes,)
+        or not (prior > 0).all()
+        or abs(prior.sum() - 1) > 1e-4
+    ):
+        raise ValueError(
+            f"`target_prior` must be {num_classes} positive numbers with the sum 1, got {prior}."
+        )
     return prior

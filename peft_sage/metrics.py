@@ -31,11 +31,19 @@ class LongTailAccuracy(Metric):
     correct: Tensor
     total: Tensor
 
-    def __init__(self, class_counts: Sequence[int] | Tensor, many: int = 100, few: int = 20, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        class_counts: Sequence[int] | Tensor,
+        many: int = 100,
+        few: int = 20,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         counts = check_class_counts(class_counts)
         if not 0 <= few <= many:
-            raise ValueError(f"`few` must be at least 0 and at most `many`, got few={few} and many={many}.")
+            raise ValueError(
+                f"`few` must be at least 0 and at most `many`, got few={few} and many={many}."
+            )
         self.many, self.few = many, few
         self.register_buffer("class_counts", counts, persistent=False)
         self.add_state("correct", torch.zeros_like(counts), dist_reduce_fx="sum")
@@ -54,7 +62,9 @@ class LongTailAccuracy(Metric):
         num_classes = len(self.class_counts)
         if preds.ndim == 2:
             if preds.shape[1] != num_classes:
-                raise ValueError(f"`preds` must have {num_classes} classes, got shape {tuple(preds.shape)}.")
+                raise ValueError(
+                    f"`preds` must have {num_classes} classes, got shape {tuple(preds.shape)}."
+                )
             preds = preds.argmax(dim=1)
         check_labels(preds, len(labels), num_classes, name="preds")
         check_labels(labels, len(preds), num_classes)
@@ -76,7 +86,10 @@ class LongTailAccuracy(Metric):
         return {
             "overall": self.correct.sum() / self.total.sum(),
             "macro": accuracy.mean(),
-            **{name: accuracy[groups[name]].mean() for name in ("many", "medium", "few")},
+            **{
+                name: accuracy[groups[name]].mean()
+                for name in ("many", "medium", "few")
+            },
             "worst": accuracy.min() if len(accuracy) else accuracy.mean(),
             "per_class": per_class,
             **{f"num_{name}": groups[name].sum() for name in ("many", "medium", "few")},

@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _ExcludedModule,
+    check_target_module_exists,
+)
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
@@ -39,15 +44,32 @@ class SageModel(BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = SageLayer
 
-    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: Any,
+        adapter_name: str,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         # Here and not in `inject_adapter`, as PEFT replaces the other adapter's configuration before that: two methods
         # of one name would be saved as one of them.
-        others = (m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, SageLayer))
-        if any(adapter_name in other._all_available_adapter_names() for other in others):
-            raise ValueError(f"`adapter_name` must not be that of another method's adapter, got {adapter_name!r}.")
+        others = (
+            m
+            for m in model.modules()
+            if isinstance(m, BaseTunerLayer) and not isinstance(m, SageLayer)
+        )
+        if any(
+            adapter_name in other._all_available_adapter_names() for other in others
+        ):
+            raise ValueError(
+                f"`adapter_name` must not be that of another method's adapter, got {adapter_name!r}."
+            )
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
         """Inject an adapter, as PEFT's own method does. What may fail is done first, before the model is changed."""
         # A copy, so that what is filled in does not stay on the user's object; PEFT's loading wants the object itself.
         config: Any = self.peft_config[adapter_name]
@@ -61,13 +83,21 @@ class SageModel(BaseTuner):
             config.class_names = getattr(model, "class_names", None)
         classes = 0 if own is None else len(own)
         if config.class_descriptions is not None and config.num_classes < classes:
-            raise ValueError(f"`class_descriptions` has {config.num_classes} classes, but the head has {classes}.")
+            raise ValueError(
+                f"`class_descriptions` has {config.num_classes} classes, but the head has {classes}."
+            )
         r = config.r or default_r(config.num_classes or classes, max(1, len(targets)))
         config.r = -(-r // config.num_heads) * config.num_heads
         rows: Tensor | None = None
         if not config.saved:
-            source = config.class_descriptions if config.guidance is None else config.guidance
-            rows, config.row_names = make_guidance(model, config, source, config.class_names)
+            source = (
+                config.class_descriptions
+                if config.guidance is None
+                else config.guidance
+            )
+            rows, config.row_names = make_guidance(
+                model, config, source, config.class_names
+            )
             config.guidance_shape = [0, 0] if rows is None else list(rows.shape)
         elif config.guidance_shape[0]:
             rows = torch.full(config.guidance_shape, torch.nan)
@@ -81,7 +111,9 @@ class SageModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self.peft_config[adapter_name] = config
 
-    def set_guidance(self, guidance: Any = None, adapter_name: str | None = None) -> None:
+    def set_guidance(
+        self, guidance: Any = None, adapter_name: str | None = None
+    ) -> None:
         """Give a trained adapter another set of classes, without training; see [`set_guidance`].
 
         Args:
@@ -89,17 +121,30 @@ class SageModel(BaseTuner):
                 text tower; or `None` for the `text_embeds` of a [`SageClassifier`].
             adapter_name: Default: the active one.
         """
-        set_guidance(self.model, guidance, self.active_adapters[0] if adapter_name is None else adapter_name)
+        set_guidance(
+            self.model,
+            guidance,
+            self.active_adapters[0] if adapter_name is None else adapter_name,
+        )
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         # `target_modules=None` stays: it means the blocks of whatever class holds the tower at loading time.
         return peft_config
 
     def _create_and_replace(  # type: ignore[override]
-        self, config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: str
+        self,
+        config: Any,
+        adapter_name: str,
+        target: Any,
+        target_name: str,
+        parent: Any,
+        current_key: str,
     ) -> None:
         layer = target if isinstance(target, SageLayer) else SageLayer(target)
-        scaling, scale = float(config.scaling), mlps.layer_scale(self.model, current_key)
+        scaling, scale = (
+            float(config.scaling),
+            mlps.layer_scale(self.model, current_key),
+        )
         if config.learnable_scaling and scale is not None and not scale.is_meta:
             scaling /= scale.detach().abs().mean().item() or 1.0
         layer.update_layer(adapter_name, config, config.shared, scaling)
@@ -108,31 +153,54 @@ class SageModel(BaseTuner):
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+    def _replace_module(
+        self,
+        parent: nn.Module,
+        child_name: str,
+        new_module: nn.Module,
+        child: nn.Module,
+    ) -> None:
         # PEFT's own version reads `child.weight`, which an MLP does not have. The layer moved itself.
         setattr(parent, child_name, new_module)
-        for key in [k for k, hook in parent._forward_pre_hooks.items() if hook is _start_graph_at_checkpoint]:
+        for key in [
+            k
+            for k, hook in parent._forward_pre_hooks.items()
+            if hook is _start_graph_at_checkpoint
+        ]:
             del parent._forward_pre_hooks[key]
         if isinstance(new_module, SageLayer):
             parent.register_forward_pre_hook(_start_graph_at_checkpoint)
 
     def _check_merge_allowed(self) -> None:
-        raise NotImplementedError("Sage adapters are not linear, so they cannot be merged; use `unload()`.")
+        raise NotImplementedError(
+            "Sage adapters are not linear, so they cannot be merged; use `unload()`."
+        )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.pop("adapter_names", None)
         if names is not None and self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+            raise ValueError(
+                "Cannot pass `adapter_names` when the model is in training mode."
+            )
         if unknown := set(names or ()) - set(self.peft_config) - {"__base__"}:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}"
+            )
 
         def pass_names(_: nn.Module, args: Any, kwargs: Any) -> Any:
             return args, {**kwargs, "adapter_names": names}
 
         modules = () if names is None else self.modules()
-        takers = [module for module in modules if isinstance(module, (SageLayer, AuxiliaryTrainingWrapper))]
-        handles = [taker.register_forward_pre_hook(pass_names, with_kwargs=True) for taker in takers]
+        takers = [
+            module
+            for module in modules
+            if isinstance(module, (SageLayer, AuxiliaryTrainingWrapper))
+        ]
+        handles = [
+            taker.register_forward_pre_hook(pass_names, with_kwargs=True)
+            for taker in takers
+        ]
         try:
             yield
         finally:
@@ -143,23 +211,45 @@ class SageModel(BaseTuner):
     def _get_adapter_state_dict(cls, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         # PEFT collects every tuner layer, those of a LoRA beside Sage as well.
         state_dict = super()._get_adapter_state_dict(**kwargs)
-        return {key: value for key, value in state_dict.items() if f".{cls.prefix}" in key}
+        return {
+            key: value for key, value in state_dict.items() if f".{cls.prefix}" in key
+        }
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
-        layers = {name: layer for name, layer in _layers(model) if adapter_name in layer.peft_sage_down}
+        layers = {
+            name: layer
+            for name, layer in _layers(model)
+            if adapter_name in layer.peft_sage_down
+        }
         try:
             state_dict = weights.align_names(state_dict, layers)
-            state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+            state_dict = super()._remap_adapter_state_dict_for_load(
+                model, config, adapter_name, state_dict
+            )
             saved = f".modules_to_save.{adapter_name}."
-            own = {key: value for key, value in model.state_dict().items() if not key.endswith("_extra_state")}
-            expected = {key: own[key] for key in own if is_of_adapter(key, adapter_name) or saved in key}
+            own = {
+                key: value
+                for key, value in model.state_dict().items()
+                if not key.endswith("_extra_state")
+            }
+            expected = {
+                key: own[key]
+                for key in own
+                if is_of_adapter(key, adapter_name) or saved in key
+            }
             weights.check_complete(state_dict, expected)
         except ValueError:
             # What was injected for these weights is removed again.
-            if isinstance(model, PeftModel) and any(adapter_name in layer.unloaded for layer in layers.values()):
+            if isinstance(model, PeftModel) and any(
+                adapter_name in layer.unloaded for layer in layers.values()
+            ):
                 if len(model.peft_config) > 1:
                     model.delete_adapter(adapter_name)
                 else:
@@ -170,7 +260,9 @@ class SageModel(BaseTuner):
         return state_dict
 
 
-def set_guidance(model: nn.Module, source: Tensor | Descriptions | None, adapter_name: str) -> None:
+def set_guidance(
+    model: nn.Module, source: Tensor | Descriptions | None, adapter_name: str
+) -> None:
     """Give a trained adapter another set of classes, without training: attention is over a set of any size.
 
     `guidance_rows` of the configuration limits the rows as at the start. A head is not touched.
@@ -183,10 +275,21 @@ def set_guidance(model: nn.Module, source: Tensor | Descriptions | None, adapter
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     config = configs.get(adapter_name)
     if not isinstance(config, SageConfig):
-        raise ValueError(f"`adapter_name` must be a Sage adapter of {list(configs)}, got {adapter_name!r}.")
-    shared = next((layer.shared[adapter_name] for _, layer in _layers(model) if adapter_name in layer.shared), None)
+        raise ValueError(
+            f"`adapter_name` must be a Sage adapter of {list(configs)}, got {adapter_name!r}."
+        )
+    shared = next(
+        (
+            layer.shared[adapter_name]
+            for _, layer in _layers(model)
+            if adapter_name in layer.shared
+        ),
+        None,
+    )
     if shared is None:
-        raise ValueError(f"The adapter {adapter_name!r} was made without guidance, so it cannot be given any.")
+        raise ValueError(
+            f"The adapter {adapter_name!r} was made without guidance, so it cannot be given any."
+        )
     texts: Any = None
     if source is None:
         names = getattr(model, "class_names", None)
@@ -197,13 +300,21 @@ def set_guidance(model: nn.Module, source: Tensor | Descriptions | None, adapter
     rows, row_names = make_guidance(model, config, source, names)
     if rows is None or rows.shape[1] != shared.rows.shape[1]:
         shape = f"(M, {shared.rows.shape[1]})"
-        raise ValueError(f"`guidance` must have the shape {shape}, got {getattr(rows, 'shape', None)}.")
+        raise ValueError(
+            f"`guidance` must have the shape {shape}, got {getattr(rows, 'shape', None)}."
+        )
     shared.owner[adapter_name] = rows.to(shared.rows)
-    config.class_names, config.class_descriptions, config.row_names = names, texts, row_names
+    config.class_names, config.class_descriptions, config.row_names = (
+        names,
+        texts,
+        row_names,
+    )
     config.guidance, config.guidance_shape = None, list(rows.shape)
 
 
-def find_targets(model: nn.Module, config: SageConfig, state_dict: dict[str, Tensor] | None = None) -> list[str]:
+def find_targets(
+    model: nn.Module, config: SageConfig, state_dict: dict[str, Tensor] | None = None
+) -> list[str]:
     """Find the modules that a configuration asks to adapt, in the order of depth.
 
     `state_dict`, if given, tells them by its keys instead, as in PEFT's `inject_adapter_in_model`.
@@ -216,14 +327,24 @@ def find_targets(model: nn.Module, config: SageConfig, state_dict: dict[str, Ten
     asked: Any = copy.copy(config)
     asked.target_modules, asked.target_parameters = config.target_modules or set(), None
     if state_dict is not None:
-        wanted = {key.partition(f".{PREFIX}")[0] for key in state_dict if f".{PREFIX}" in key}
+        wanted = {
+            key.partition(f".{PREFIX}")[0] for key in state_dict if f".{PREFIX}" in key
+        }
         targets = [name for name in names if name in wanted]
     elif config.target_modules is None:
         found = _select_layers(mlps.find_mlps(model), config.layers_to_transform)
-        targets = [name for name in found if not isinstance(check_target_module_exists(asked, name), _ExcludedModule)]
+        targets = [
+            name
+            for name in found
+            if not isinstance(check_target_module_exists(asked, name), _ExcludedModule)
+        ]
     else:  # what is excluded counts as false
         targets = [name for name in names if check_target_module_exists(asked, name)]
-    head_alone = config.target_modules is not None and not config.target_modules and config.modules_to_save
+    head_alone = (
+        config.target_modules is not None
+        and not config.target_modules
+        and config.modules_to_save
+    )
     if not targets and not head_alone:
         raise ValueError(
             f"`target_modules`={config.target_modules!r} matches none of {mlps.candidate_modules(model)}."
@@ -232,7 +353,9 @@ def find_targets(model: nn.Module, config: SageConfig, state_dict: dict[str, Ten
         try:
             mlps.mlp_widths(model.get_submodule(name))
         except ValueError as error:
-            raise ValueError(f"`target_modules` matches {name!r}, which cannot be adapted: {error}") from error
+            raise ValueError(
+                f"`target_modules` matches {name!r}, which cannot be adapted: {error}"
+            ) from error
     return targets
 
 
@@ -246,35 +369,78 @@ def default_r(num_classes: int, num_mlps: int) -> int:
 
 
 def _select_layers(blocks: list[str], layers: int | list[int] | None) -> list[str]:
-    layers = [layers] if isinstance(layers, int) else list(range(len(blocks))) if layers is None else layers
+    layers = (
+        [layers]
+        if isinstance(layers, int)
+        else list(range(len(blocks)))
+        if layers is None
+        else layers
+    )
     outside = [layer for layer in layers if not -len(blocks) <= layer < len(blocks)]
     if outside:
-        raise ValueError(f"`layers_to_transform` must be within the {len(blocks)} blocks of the tower, got {outside}.")
-    return [blocks[depth] for depth in sorted({layer % len(blocks) for layer in layers})]
+        raise ValueError(
+            f"`layers_to_transform` must be within the {len(blocks)} blocks of the tower, got {outside}."
+        )
+    return [
+        blocks[depth] for depth in sorted({layer % len(blocks) for layer in layers})
+    ]
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, SageLayer]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, SageLayer))
+    return (
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, SageLayer)
+    )
 
 
 def _check_names(adapter_name: str, config: SageConfig) -> None:
     """Check that the adapter's parts can have its name, and that `modules_to_save` does not mean them."""
-    if not adapter_name or {".", "/", "\\"} & set(adapter_name) or hasattr(nn.ModuleDict, adapter_name):
-        raise ValueError(f"`adapter_name` must be able to name a module and a folder, got {adapter_name!r}.")
+    if (
+        not adapter_name
+        or {".", "/", "\\"} & set(adapter_name)
+        or hasattr(nn.ModuleDict, adapter_name)
+    ):
+        raise ValueError(
+            f"`adapter_name` must be able to name a module and a folder, got {adapter_name!r}."
+        )
     # PEFT matches by ending, and the parts of the adapter are there by then.
-    parts = (*SageLayer.adapter_layer_names, "peft_sage_dropout", "peft_sage_guidance", "base_layer", adapter_name)
-    clashes = [(name, part) for name in config.modules_to_save or () for part in parts if f".{part}".endswith(name)]
+    parts = (
+        *SageLayer.adapter_layer_names,
+        "peft_sage_dropout",
+        "peft_sage_guidance",
+        "base_layer",
+        adapter_name,
+    )
+    clashes = [
+        (name, part)
+        for name in config.modules_to_save or ()
+        for part in parts
+        if f".{part}".endswith(name)
+    ]
     for name, part in clashes:
-        raise ValueError(f"`modules_to_save` must not match the adapter's own parts, but {name!r} matches {part!r}.")
+        raise ValueError(
+            f"`modules_to_save` must not match the adapter's own parts, but {name!r} matches {part!r}."
+        )
 
 
-def _start_graph_at_checkpoint(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def _start_graph_at_checkpoint(
+    module: nn.Module, args: tuple[Any, ...]
+) -> tuple[Any, ...] | None:
     """Let gradients reach the adapters inside a block that is checkpointed in the reentrant mode.
 
     In that mode PyTorch builds no graph for a block whose inputs need no gradient, which is so for the first adapted
     block of a frozen tower: its adapter would not be trained, in silence.
     """
-    first, checkpointed = args[0] if args else None, getattr(module, "gradient_checkpointing", False)
-    if not (checkpointed and module.training and torch.is_grad_enabled() and isinstance(first, Tensor)):
+    first, checkpointed = (
+        args[0] if args else None,
+        getattr(module, "gradient_checkpointing", False),
+    )
+    if not (
+        checkpointed
+        and module.training
+        and torch.is_grad_enabled()
+        and isinstance(first, Tensor)
+    ):
         return None
     return None if first.requires_grad else (first.detach().requires_grad_(), *args[1:])

@@ -8,7 +8,9 @@ from torch import nn
 from .validation import check_number
 
 
-def parameter_groups(model: nn.Module, lr: float, head_lr: float | None = None) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, lr: float, head_lr: float | None = None
+) -> list[dict[str, Any]]:
     """Groups of the trainable parameters for an optimizer: `torch.optim.AdamW(parameter_groups(model, 0.002))`.
 
     With Trainer: `Trainer(..., optimizers=(torch.optim.AdamW(parameter_groups(model, 0.002)), None))`.
@@ -24,9 +26,25 @@ def parameter_groups(model: nn.Module, lr: float, head_lr: float | None = None) 
     check_number("lr", lr, 0)
     head_lr = 2.5 * lr if head_lr is None else head_lr
     check_number("head_lr", head_lr, 0)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
     if not trained:
         raise ValueError("`model` must have trainable parameters, got none.")
-    head = [parameter for name, parameter in trained.items() if "class_head" in name.split(".")]
-    rest = [parameter for name, parameter in trained.items() if "class_head" not in name.split(".")]
-    return [{"params": params, "lr": rate} for params, rate in ((rest, lr), (head, head_lr)) if params]
+    head = [
+        parameter
+        for name, parameter in trained.items()
+        if "class_head" in name.split(".")
+    ]
+    rest = [
+        parameter
+        for name, parameter in trained.items()
+        if "class_head" not in name.split(".")
+    ]
+    return [
+        {"params": params, "lr": rate}
+        for params, rate in ((rest, lr), (head, head_lr))
+        if params
+    ]

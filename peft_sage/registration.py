@@ -39,4 +39,9 @@ def add_peft_type(name: str) -> PeftType:
 def register(config_cls: type, model_cls: type) -> None:
     """Register the method with PEFT, once; KeyError, by PEFT, if another package holds the name or the prefix."""
     if PEFT_TYPE_TO_CONFIG_MAPPING.get(add_peft_type(PEFT_TYPE_NAME)) is not config_cls:
-        register_peft_method(name=PEFT_TYPE_NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix=PREFIX)
+        register_peft_method(
+            name=PEFT_TYPE_NAME.lower(),
+            config_cls=config_cls,
+            model_cls=model_cls,
+            prefix=PREFIX,
+        )

@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from .loss import SageLoss
-from .validation import as_numbers, check_class_counts, check_embeddings, check_integer, check_labels, check_number
+from .validation import (
+    as_numbers,
+    check_class_counts,
+    check_embeddings,
+    check_integer,
+    check_labels,
+    check_number,
+)
 
 
 #: The heads that are tried: optimizer steps, images per step, learning rate, and the scale of their cosines.
@@ -34,7 +41,10 @@ class TextPrior:
     label_probability: Tensor = field(repr=False)
 
     def __str__(self) -> str:
-        tried = ", ".join(f"{strength:g}: {100 * score:.1f} %" for strength, score in self.scores.items())
+        tried = ", ".join(
+            f"{strength:g}: {100 * score:.1f} %"
+            for strength, score in self.scores.items()
+        )
         return f"text prior {self.strength:g} (held-out balanced accuracy by strength: {tried})"
 
 
@@ -69,34 +79,65 @@ def choose_text_prior(
     """
     labels = as_numbers(labels, "labels")
     groups = None if groups is None else as_numbers(groups, "groups")
-    strengths, rng = _check(features, labels, text_embeds, strengths, folds, groups), Generator().manual_seed(seed)
-    given = torch.bincount(labels, minlength=len(text_embeds)) if class_counts is None else class_counts
+    strengths, rng = (
+        _check(features, labels, text_embeds, strengths, folds, groups),
+        Generator().manual_seed(seed),
+    )
+    given = (
+        torch.bincount(labels, minlength=len(text_embeds))
+        if class_counts is None
+        else class_counts
+    )
     counts = check_class_counts(given, len(text_embeds))
     present = labels.unique()
     present = present[torch.randperm(len(present), generator=rng)[:MAX_CLASSES]]
-    images = (torch.isin(labels, present) & (_rank(labels, rng) < MAX_IMAGES)).nonzero()[:, 0]
+    images = (
+        torch.isin(labels, present) & (_rank(labels, rng) < MAX_IMAGES)
+    ).nonzero()[:, 0]
     classes, own = labels[images].unique(return_inverse=True)
     fold = _folds(own, None if groups is None else groups[images], folds, rng)
     held_out = own[fold >= 0].unique()
     if not len(held_out):
-        raise ValueError("`labels` must have a class with two images (or groups) to hold out; give a text prior.")
-    features, texts = (F.normalize(x.float(), dim=-1) for x in (features[images], text_embeds[classes]))
+        raise ValueError(
+            "`labels` must have a class with two images (or groups) to hold out; give a text prior."
+        )
+    features, texts = (
+        F.normalize(x.float(), dim=-1) for x in (features[images], text_embeds[classes])
+    )
     texts, pulls = texts.to(features), torch.tensor(strengths).to(features)
-    probability, correct = _cross_validate(features, own, texts, counts[classes], fold, pulls, rng)
-    scores = torch.stack([correct[:, (fold >= 0) & (own == k)].mean(dim=1) for k in held_out]).mean(dim=0)
+    probability, correct = _cross_validate(
+        features, own, texts, counts[classes], fold, pulls, rng
+    )
+    scores = torch.stack(
+        [correct[:, (fold >= 0) & (own == k)].mean(dim=1) for k in held_out]
+    ).mean(dim=0)
     chosen = int(scores.argmax())
-    label_probability = torch.full(labels.shape, torch.nan).index_copy(0, images, probability[chosen])
-    return TextPrior(strengths[chosen], dict(zip(strengths, scores.tolist(), strict=True)), label_probability)
+    label_probability = torch.full(labels.shape, torch.nan).index_copy(
+        0, images, probability[chosen]
+    )
+    return TextPrior(
+        strengths[chosen],
+        dict(zip(strengths, scores.tolist(), strict=True)),
+        label_probability,
+    )
 
 
 def _cross_validate(
-    features: Tensor, labels: Tensor, texts: Tensor, counts: Tensor, fold: Tensor, pulls: Tensor, rng: Generator
+    features: Tensor,
+    labels: Tensor,
+    texts: Tensor,
+    counts: Tensor,
+    fold: Tensor,
+    pulls: Tensor,
+    rng: Generator,
 ) -> Tensor:
     """Probability of its own label and whether that is the likeliest, of each held-out image: (2, strengths, n)."""
     results = torch.full((2, len(pulls), len(labels)), torch.nan)
     for k in fold[fold >= 0].unique():
         kept, out = (fold != k).nonzero()[:, 0], (fold == k).nonzero()[:, 0]
-        share = torch.bincount(labels[kept], minlength=len(texts)) / torch.bincount(labels)
+        share = torch.bincount(labels[kept], minlength=len(texts)) / torch.bincount(
+            labels
+        )
         loss = SageLoss((counts * share).round()).to(features.device)
         heads = _train_heads(features[kept], labels[kept], texts, loss, pulls, rng)
         logits = (SCALE * features[out] @ heads.mT).cpu()
@@ -129,32 +170,50 @@ def _rank(labels: Tensor, rng: Generator) -> Tensor:
     order = torch.randperm(len(labels), generator=rng)
     order = order[labels[order].argsort(stable=True)]
     sizes = torch.bincount(labels)
-    return (torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[labels[order]])[order.argsort()]
+    return (torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[labels[order]])[
+        order.argsort()
+    ]
 
 
 def _folds(labels: Tensor, groups: Tensor | None, folds: int, rng: Generator) -> Tensor:
     """The fold (n,) in which each image is held out; -1 for classes with a single image or group."""
-    _, unit = (torch.arange(len(labels)) if groups is None else groups).unique(return_inverse=True)
+    _, unit = (torch.arange(len(labels)) if groups is None else groups).unique(
+        return_inverse=True
+    )
     # A group that holds several classes counts for that of its first image.
-    first = torch.full((int(unit.max()) + 1,), len(labels)).scatter_reduce(0, unit, torch.arange(len(labels)), "amin")
+    first = torch.full((int(unit.max()) + 1,), len(labels)).scatter_reduce(
+        0, unit, torch.arange(len(labels)), "amin"
+    )
     fold = ((_rank(labels[first], rng) + labels[first]) % folds)[unit]
     pairs = torch.stack([labels, unit]).unique(dim=1)
     return torch.where(torch.bincount(pairs[0])[labels] < 2, -1, fold)
 
 
 def _train_heads(
-    features: Tensor, labels: Tensor, texts: Tensor, loss: SageLoss, pulls: Tensor, rng: Generator
+    features: Tensor,
+    labels: Tensor,
+    texts: Tensor,
+    loss: SageLoss,
+    pulls: Tensor,
+    rng: Generator,
 ) -> Tensor:
     """Train a head from the texts for each strength, all at once, and return their rows (strengths, K, e)."""
     size = min(BATCH_SIZE, len(labels))
     epochs = range(-(-STEPS * size // len(labels)))
-    order = torch.cat([torch.randperm(len(labels), generator=rng) for _ in epochs])[: STEPS * size]
+    order = torch.cat([torch.randperm(len(labels), generator=rng) for _ in epochs])[
+        : STEPS * size
+    ]
     labels = labels.to(texts.device)
     # The features are frozen, and so is their covariance within the classes.
     images = torch.bincount(labels, minlength=len(texts))
-    means = torch.zeros_like(texts).index_add_(0, labels, features) / images.clamp(min=1)[:, None]
+    means = (
+        torch.zeros_like(texts).index_add_(0, labels, features)
+        / images.clamp(min=1)[:, None]
+    )
     residuals = SCALE * (features - means[labels])
-    covariance = residuals.T @ residuals / (len(labels) - (images > 0).sum()).clamp(min=1)
+    covariance = (
+        residuals.T @ residuals / (len(labels) - (images > 0).sum()).clamp(min=1)
+    )
     weight = texts.expand(len(pulls), -1, -1).clone().requires_grad_()
     optimizer = torch.optim.AdamW([weight], lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
@@ -163,12 +222,24 @@ def _train_heads(
             label, rows = labels[batch], F.normalize(weight, dim=-1)
             projected = rows @ covariance
             variance = (projected * rows).sum(dim=-1)
-            spread = variance[:, None] + variance[:, label, None] - 2 * projected[:, label] @ rows.mT
-            adjusted = SCALE * features[batch] @ rows.mT + loss.adjustment + loss.gamma[label, None] / 2 * spread
+            spread = (
+                variance[:, None]
+                + variance[:, label, None]
+                - 2 * projected[:, label] @ rows.mT
+            )
+            adjusted = (
+                SCALE * features[batch] @ rows.mT
+                + loss.adjustment
+                + loss.gamma[label, None] / 2 * spread
+            )
             pull = pulls @ (1 - (rows * texts).sum(dim=-1)).mean(dim=1)
             optimizer.zero_grad()
             # Each strength is a run of its own: their losses add up.
-            (len(pulls) * F.cross_entropy(adjusted.flatten(0, 1), label.repeat(len(pulls))) + pull).backward()
+            (
+                len(pulls)
+                * F.cross_entropy(adjusted.flatten(0, 1), label.repeat(len(pulls)))
+                + pull
+            ).backward()
             optimizer.step()
             schedule.step()
     return F.normalize(weight.detach(), dim=-1)

@@ -13,19 +13,29 @@ from .towers.mlps import same_module
 PEFT_ROOT = "base_model.model."
 
 
-def align_names(state_dict: dict[str, Tensor], mlps: Iterable[str]) -> dict[str, Tensor]:
+def align_names(
+    state_dict: dict[str, Tensor], mlps: Iterable[str]
+) -> dict[str, Tensor]:
     """Rename the adapted MLPs of a weights file to those of the model, which may hold the same tower in another class.
 
     Raises:
         ValueError: They do not correspond one to one.
     """
     in_model = sorted((name.removeprefix(PEFT_ROOT) for name in mlps), key=_natural)
-    in_file = sorted({_mlp(key) for key in state_dict if f".{PREFIX}" in key}, key=_natural)
+    in_file = sorted(
+        {_mlp(key) for key in state_dict if f".{PREFIX}" in key}, key=_natural
+    )
     if len(in_file) != len(in_model) or not all(map(same_module, in_file, in_model)):
         blocks = f"adapted blocks {_some(in_file)}, the model {_some(in_model)}"
-        raise ValueError(f"The adapter's weights do not fit the model: the file has {blocks}.")
+        raise ValueError(
+            f"The adapter's weights do not fit the model: the file has {blocks}."
+        )
     renamed = dict(zip(in_file, in_model, strict=True))
-    keys = {k: PEFT_ROOT + renamed[_mlp(k)] + k[k.index(f".{PREFIX}") :] for k in state_dict if f".{PREFIX}" in k}
+    keys = {
+        k: PEFT_ROOT + renamed[_mlp(k)] + k[k.index(f".{PREFIX}") :]
+        for k in state_dict
+        if f".{PREFIX}" in k
+    }
     return {keys.get(key, key): value for key, value in state_dict.items()}
 
 
@@ -37,17 +47,23 @@ def check_complete(found: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
             as in a blank head), or holds NaN or infinity.
     """
     missing = sorted(expected.keys() - found.keys())
-    unknown = sorted(key for key in found.keys() - expected.keys() if f".{PREFIX}" in key)
+    unknown = sorted(
+        key for key in found.keys() - expected.keys() if f".{PREFIX}" in key
+    )
     if missing or unknown:
         what = f"missing from the file {_some(missing)}, not expected in it {_some(unknown)}"
         raise ValueError(f"The adapter's weights do not fit its configuration: {what}.")
     for key, value in expected.items():
         got, sized = found[key], value.numel() or f".{PREFIX}" in key
-        if (sized and value.shape != got.shape) or got.is_floating_point() != value.is_floating_point():
+        if (
+            sized and value.shape != got.shape
+        ) or got.is_floating_point() != value.is_floating_point():
             kinds = f"{got.dtype} {tuple(got.shape)} in the file, expected {value.dtype} {tuple(value.shape)}"
             raise ValueError(f"The adapter's weights do not fit: {key!r} is {kinds}.")
         if not got.is_meta and not got.isfinite().all():
-            raise ValueError(f"The adapter's weights are damaged: {key!r} holds NaN or infinity.")
+            raise ValueError(
+                f"The adapter's weights are damaged: {key!r} holds NaN or infinity."
+            )
 
 
 def _mlp(key: str) -> str:
@@ -55,7 +71,10 @@ def _mlp(key: str) -> str:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [
+        (int(part), "") if part.isdigit() else (-1, part)
+        for part in re.split(r"(\d+)", name)
+    ]
 
 
 def _some(names: list[str]) -> str:

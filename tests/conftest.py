@@ -4,7 +4,13 @@
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast, SiglipConfig, SiglipModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipModel,
+)
 
 
 TEXT = {
@@ -34,7 +40,9 @@ def tiny_clip(seed: int = 0) -> CLIPModel:
     """A `CLIPModel` with three vision blocks of width 32 and embeddings of width 16."""
     torch.manual_seed(seed)
     text = {**TEXT, "bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 0}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=16)).eval()
+    return CLIPModel(
+        CLIPConfig(text_config=text, vision_config=VISION, projection_dim=16)
+    ).eval()
 
 
 def tiny_siglip(seed: int = 0) -> SiglipModel:
@@ -49,14 +57,20 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     Not 2: transformers takes that for an old checkpoint and pools the highest id instead.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "<unk>", "</s>", *alphabet])}
+    vocab = {
+        token: i for i, token in enumerate(["<pad>", "<s>", "<unk>", "</s>", *alphabet])
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 3)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=40
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=40,
     )
 
 

@@ -11,7 +11,10 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -30,7 +33,10 @@ GLOBAL_BATCH = 8
 def make_data(count: int) -> list[dict]:
     generator = torch.Generator().manual_seed(5)
     images = torch.randn(count, 3, 16, 16, generator=generator)
-    return [{"index": i, "pixel_values": image, "labels": i % 3} for i, image in enumerate(images)]
+    return [
+        {"index": i, "pixel_values": image, "labels": i % 3}
+        for i, image in enumerate(images)
+    ]
 
 
 def make_model() -> PeftModel:
@@ -38,13 +44,17 @@ def make_model() -> PeftModel:
     torch.manual_seed(0)
     classifier = SageClassifier(tiny_clip(), torch.randn(3, 16, generator=generator))
     guidance = torch.randn(3, 24, generator=torch.Generator().manual_seed(3))
-    return get_peft_model(classifier, SageConfig(guidance=guidance, modules_to_save=["class_head"]))
+    return get_peft_model(
+        classifier, SageConfig(guidance=guidance, modules_to_save=["class_head"])
+    )
 
 
 def make_vision_model() -> PeftModel:
     """Without CLIP's `logit_scale`: DeepSpeed takes no scalars."""
     torch.manual_seed(0)
-    vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION, projection_dim=16))
+    vision = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(**VISION, projection_dim=16)
+    )
     config = SageConfig(guidance=torch.randn(3, 24), modules_to_save=["class_head"])
     return get_peft_model(SageClassifier(vision, torch.randn(3, 16)), config)
 
@@ -53,23 +63,34 @@ class LossOfOneProcess(SageLoss):
     """The reference, which each process computes for itself."""
 
     def forward(self, *args):
-        with mock.patch.object(loss_module, "_from_all_processes", lambda *batch: batch):
+        with mock.patch.object(
+            loss_module, "_from_all_processes", lambda *batch: batch
+        ):
             return super().forward(*args)
 
 
 def train(folder: Path) -> None:
     """The same global batches whatever the number of processes; then a state round trip."""
-    accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=False)])
+    accelerator = Accelerator(
+        cpu=True,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=False)],
+    )
     model = make_model()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    loader = DataLoader(make_data(32), batch_size=GLOBAL_BATCH // accelerator.num_processes)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2
+    )
+    loader = DataLoader(
+        make_data(32), batch_size=GLOBAL_BATCH // accelerator.num_processes
+    )
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     loss = SageLoss(COUNTS)
     accelerator.register_for_checkpointing(loss)
 
     def epoch() -> None:
         for batch in loader:
-            accelerator.backward(loss(model(pixel_values=batch["pixel_values"]), batch["labels"]))
+            accelerator.backward(
+                loss(model(pixel_values=batch["pixel_values"]), batch["labels"])
+            )
             optimizer.step()
             optimizer.zero_grad()
 
@@ -83,7 +104,9 @@ def train(folder: Path) -> None:
     torch.testing.assert_close(again, after)
 
     unwrapped = accelerator.unwrap_model(model)
-    unwrapped.save_pretrained(folder / "adapter", is_main_process=accelerator.is_main_process)
+    unwrapped.save_pretrained(
+        folder / "adapter", is_main_process=accelerator.is_main_process
+    )
 
 
 def accumulate(folder: Path) -> None:
@@ -91,10 +114,14 @@ def accumulate(folder: Path) -> None:
     where another run, of any number of processes, left its state."""
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("gloo")
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, processes = (
+        (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    )
     model = make_model().double()
     wrapped = DistributedDataParallel(model) if processes > 1 else model
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9
+    )
     data, loss = make_data(52), SageLoss(COUNTS, text_prior=0.5, reduction="none")
     parts, half = [model, optimizer, loss], folder / "half.pt"
     resumed = half.exists()
@@ -104,7 +131,10 @@ def accumulate(folder: Path) -> None:
         for micro in (step[:13], step[13:]):
             mine = micro[rank::processes]
             images = torch.stack([item["pixel_values"] for item in mine]).double()
-            losses = loss(wrapped(pixel_values=images), torch.tensor([item["labels"] for item in mine]))
+            losses = loss(
+                wrapped(pixel_values=images),
+                torch.tensor([item["labels"] for item in mine]),
+            )
             # The mean over the images of all processes, which DDP's mean over processes takes apart.
             (losses.sum() * processes / len(step)).backward()
         optimizer.step()
@@ -112,13 +142,18 @@ def accumulate(folder: Path) -> None:
         if rank == 0 and step[0]["index"] == 0:
             torch.save([part.state_dict() for part in parts], half)
     if rank == 0:
-        torch.save((get_peft_model_state_dict(model), loss.state_dict()), folder / "accumulated.pt")
+        torch.save(
+            (get_peft_model_state_dict(model), loss.state_dict()),
+            folder / "accumulated.pt",
+        )
 
 
 def gather(folder: Path) -> None:
     """Predictions for a number of images that the processes cannot share evenly."""
     accelerator = Accelerator(cpu=True)
-    model, loader = accelerator.prepare(make_model().eval(), DataLoader(make_data(13), batch_size=4))
+    model, loader = accelerator.prepare(
+        make_model().eval(), DataLoader(make_data(13), batch_size=4)
+    )
     seen, logits = [], []
     for batch in loader:
         with torch.no_grad():
@@ -127,15 +162,25 @@ def gather(folder: Path) -> None:
         seen.append(index)
         logits.append(output)
     if accelerator.is_main_process:
-        torch.save({"index": torch.cat(seen), "logits": torch.cat(logits)}, folder / "gathered.pt")
+        torch.save(
+            {"index": torch.cat(seen), "logits": torch.cat(logits)},
+            folder / "gathered.pt",
+        )
 
 
 def loss_outputs(step: int) -> tuple[dict, torch.Tensor]:
     """A batch of 13 images of 3 classes, as a classifier in training mode returns it, in float64."""
     generator = torch.Generator().manual_seed(step)
-    images, rows = (torch.randn(n, 4, generator=generator, dtype=torch.float64) for n in (13, 3))
+    images, rows = (
+        torch.randn(n, 4, generator=generator, dtype=torch.float64) for n in (13, 3)
+    )
     labels = torch.randint(0, 3, (13,), generator=generator)
-    return {"logits": images @ rows.T, "image_embeds": images, "class_embeds": rows, "logit_scale": 1.0}, labels
+    return {
+        "logits": images @ rows.T,
+        "image_embeds": images,
+        "class_embeds": rows,
+        "logit_scale": 1.0,
+    }, labels
 
 
 def loss_of_parts(folder: Path) -> None:
@@ -146,7 +191,9 @@ def loss_of_parts(folder: Path) -> None:
     function, losses = SageLoss(COUNTS, reduction="none"), []
     for step in range(3):
         outputs, labels = loss_outputs(step)
-        part = {name: outputs[name][rank::processes] for name in ("logits", "image_embeds")}
+        part = {
+            name: outputs[name][rank::processes] for name in ("logits", "image_embeds")
+        }
         losses.append(function(outputs | part, labels[rank::processes]))
     torch.save((losses, function.state_dict()), folder / f"loss{rank}.pt")
 
@@ -161,18 +208,33 @@ def fsdp2(folder: Path) -> None:
     for layer in sharded.get_base_model().model.vision_model.encoder.layers:
         fully_shard(layer, mesh=mesh)
     # It takes no scalars, and CLIP has one.
-    fully_shard(sharded, mesh=mesh, ignored_params={p for p in sharded.parameters() if p.ndim == 0})
+    fully_shard(
+        sharded,
+        mesh=mesh,
+        ignored_params={p for p in sharded.parameters() if p.ndim == 0},
+    )
     loss, alone, data = SageLoss(COUNTS), LossOfOneProcess(COUNTS), make_data(32)
-    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2) for m in (sharded, whole)]
+    optimizers = [
+        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2)
+        for m in (sharded, whole)
+    ]
     for start in range(0, len(data), GLOBAL_BATCH):
-        images = torch.stack([item["pixel_values"] for item in data[start : start + GLOBAL_BATCH]])
-        labels = torch.tensor([item["labels"] for item in data[start : start + GLOBAL_BATCH]])
-        loss(sharded(pixel_values=images[rank::processes]), labels[rank::processes]).backward()
+        images = torch.stack(
+            [item["pixel_values"] for item in data[start : start + GLOBAL_BATCH]]
+        )
+        labels = torch.tensor(
+            [item["labels"] for item in data[start : start + GLOBAL_BATCH]]
+        )
+        loss(
+            sharded(pixel_values=images[rank::processes]), labels[rank::processes]
+        ).backward()
         alone(whole(pixel_values=images), labels).backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    state = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state = get_model_state_dict(
+        sharded, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
     if rank == 0:
         state = get_peft_model_state_dict(sharded, state_dict=state)
         torch.save((state, get_peft_model_state_dict(whole)), folder / "fsdp2.pt")
@@ -185,7 +247,10 @@ def deepspeed(folder: Path) -> None:
     init_distributed("gloo")
     rank, processes = dist.get_rank(), dist.get_world_size()
     spread, whole = make_vision_model(), make_vision_model()
-    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2) for m in (spread, whole)]
+    optimizers = [
+        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2)
+        for m in (spread, whole)
+    ]
     settings = {
         "train_micro_batch_size_per_gpu": GLOBAL_BATCH // processes,
         "zero_optimization": {"stage": 2},
@@ -196,15 +261,24 @@ def deepspeed(folder: Path) -> None:
     engine, *_ = initialize(model=spread, optimizer=optimizers[0], config=settings)
     loss, alone, data = SageLoss(COUNTS), LossOfOneProcess(COUNTS), make_data(32)
     for start in range(0, len(data), GLOBAL_BATCH):
-        images = torch.stack([item["pixel_values"] for item in data[start : start + GLOBAL_BATCH]])
-        labels = torch.tensor([item["labels"] for item in data[start : start + GLOBAL_BATCH]])
-        engine.backward(loss(engine(pixel_values=images[rank::processes]), labels[rank::processes]))
+        images = torch.stack(
+            [item["pixel_values"] for item in data[start : start + GLOBAL_BATCH]]
+        )
+        labels = torch.tensor(
+            [item["labels"] for item in data[start : start + GLOBAL_BATCH]]
+        )
+        engine.backward(
+            loss(engine(pixel_values=images[rank::processes]), labels[rank::processes])
+        )
         engine.step()
         alone(whole(pixel_values=images), labels).backward()
         optimizers[1].step()
         optimizers[1].zero_grad()
     if rank == 0:
-        states = [get_peft_model_state_dict(model) for model in (spread, whole, make_vision_model())]
+        states = [
+            get_peft_model_state_dict(model)
+            for model in (spread, whole, make_vision_model())
+        ]
         torch.save((engine.zero_optimization_stage(), states), folder / "deepspeed.pt")
 
 

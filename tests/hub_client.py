@@ -29,7 +29,10 @@ def features(model) -> torch.Tensor:
 def round_trip(facts: dict) -> None:
     tiny_clip().push_to_hub("user/clip")
     byte_tokenizer().push_to_hub("user/clip")
-    model = get_peft_model(base(), SageConfig(class_descriptions={"cat": "fur", "dog \N{DOG FACE}": "bark"}))
+    model = get_peft_model(
+        base(),
+        SageConfig(class_descriptions={"cat": "fur", "dog \N{DOG FACE}": "bark"}),
+    )
     randomise(model)
     expected = features(model)
     model.push_to_hub("user/adapter", private=True)
@@ -38,18 +41,27 @@ def round_trip(facts: dict) -> None:
 
     loaded = {
         "PeftModel": PeftModel.from_pretrained(base(), "user/adapter"),
-        "low_cpu_mem_usage": PeftModel.from_pretrained(base(), "user/adapter", low_cpu_mem_usage=True),
+        "low_cpu_mem_usage": PeftModel.from_pretrained(
+            base(), "user/adapter", low_cpu_mem_usage=True
+        ),
         "AutoPeftModel": AutoPeftModel.from_pretrained("user/adapter"),
         "AutoModel": AutoModel.from_pretrained("user/adapter"),
         "load_adapter": base(),
     }
     loaded["load_adapter"].load_adapter("user/adapter")
-    facts.update({route: torch.allclose(features(model), expected, atol=1e-6) for route, model in loaded.items()})
+    facts.update(
+        {
+            route: torch.allclose(features(model), expected, atol=1e-6)
+            for route, model in loaded.items()
+        }
+    )
     facts["class_names"] = PeftConfig.from_pretrained("user/adapter").class_names
 
 
 def several_adapters(facts: dict) -> None:
-    model = get_peft_model(base(), SageConfig(guidance=torch.randn(3, 4)), adapter_name="one")
+    model = get_peft_model(
+        base(), SageConfig(guidance=torch.randn(3, 4)), adapter_name="one"
+    )
     model.add_adapter("two", SageConfig(guidance=torch.randn(5, 6)))
     randomise(model)
     model.set_adapter("two")
@@ -75,13 +87,21 @@ def trainer(facts: dict) -> None:
     model = get_peft_model(SageClassifier(base(), torch.randn(3, 16)), config)
     data = [{"pixel_values": image, "labels": i % 3} for i, image in enumerate(IMAGES)]
     with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(folder, hub_model_id="user/trained", max_steps=2, report_to=[], use_cpu=True)
-        run = Trainer(model, args, train_dataset=data, compute_loss_func=SageLoss([9, 3, 1]))
+        args = TrainingArguments(
+            folder, hub_model_id="user/trained", max_steps=2, report_to=[], use_cpu=True
+        )
+        run = Trainer(
+            model, args, train_dataset=data, compute_loss_func=SageLoss([9, 3, 1])
+        )
         run.train()
         run.push_to_hub()
     model.eval()
-    again = PeftModel.from_pretrained(SageClassifier(base(), torch.randn(3, 16)), "user/trained")
-    facts["Trainer"] = torch.allclose(again(pixel_values=IMAGES).logits, model(pixel_values=IMAGES).logits, atol=1e-5)
+    again = PeftModel.from_pretrained(
+        SageClassifier(base(), torch.randn(3, 16)), "user/trained"
+    )
+    facts["Trainer"] = torch.allclose(
+        again(pixel_values=IMAGES).logits, model(pixel_values=IMAGES).logits, atol=1e-5
+    )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,9 @@ class Hub:
         self.repos = {}
         self.objects = {}
         self.requests = []
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
+        self.server = ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self})
+        )
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
         # Large files come from another host, as they do from the real one.
         self.storage = f"http://localhost:{self.server.server_port}"
@@ -45,7 +47,11 @@ class Hub:
     def environment(self, home):
         """The environment of a process that takes this for the Hub, with its cache in `home`."""
         return {
-            **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith("HF_")
+            },
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(home),
             "HF_TOKEN": TOKEN,
@@ -58,7 +64,10 @@ class Hub:
 
     def files(self, repo_id):
         """The content of a repository's latest commit, by path."""
-        return {path: self.content(entry) for path, entry in self.repos[repo_id]["commits"][-1]["files"].items()}
+        return {
+            path: self.content(entry)
+            for path, entry in self.repos[repo_id]["commits"][-1]["files"].items()
+        }
 
     def content(self, entry):
         return self.objects[entry["lfs"]] if "lfs" in entry else entry["content"]
@@ -99,9 +108,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, content, status=200, headers=None):
         if not isinstance(content, bytes):
-            content, headers = json.dumps(content).encode(), {"Content-Type": "application/json", **(headers or {})}
+            content, headers = (
+                json.dumps(content).encode(),
+                {"Content-Type": "application/json", **(headers or {})},
+            )
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
+        for name, value in {
+            "Content-Length": str(len(content)),
+            **(headers or {}),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -114,7 +129,9 @@ class Handler(BaseHTTPRequestHandler):
     def repo(self, repo_id):
         repo = self.hub.repos.get(repo_id)
         # As the real one does, it does not tell a private repository from one that does not exist.
-        if repo is None or (repo["private"] and self.headers.get("Authorization") != f"Bearer {TOKEN}"):
+        if repo is None or (
+            repo["private"] and self.headers.get("Authorization") != f"Bearer {TOKEN}"
+        ):
             raise Refusal(401, "RepoNotFound", "Repository not found")
         return repo
 
@@ -128,7 +145,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def whoami(self, body):
         self.check_token()
-        self.reply({"type": "user", "name": USER, "orgs": [], "auth": {"accessToken": {"role": "write"}}})
+        self.reply(
+            {
+                "type": "user",
+                "name": USER,
+                "orgs": [],
+                "auth": {"accessToken": {"role": "write"}},
+            }
+        )
 
     def create(self, body):
         self.check_token()
@@ -136,7 +160,9 @@ class Handler(BaseHTTPRequestHandler):
         repo_id = f"{request.get('organization') or USER}/{request['name']}"
         url = {"url": f"{self.hub.endpoint}/{repo_id}", "name": repo_id}
         if repo_id in self.hub.repos:
-            return self.reply({**url, "error": "You already created this model repo"}, 409)
+            return self.reply(
+                {**url, "error": "You already created this model repo"}, 409
+            )
         private = request.get("visibility") == "private" or bool(request.get("private"))
         first = {"oid": hashlib.sha1(repo_id.encode()).hexdigest(), "files": {}}
         self.hub.repos[repo_id] = {"private": private, "commits": [first]}
@@ -148,8 +174,22 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, body, repo, revision="main"):
         commit = self.commit(repo, revision)
         siblings = [{"rfilename": path} for path in commit["files"]]
-        about = {"private": self.repo(repo)["private"], "tags": [], "downloads": 0, "likes": 0}
-        self.reply({"_id": repo, "id": repo, "modelId": repo, "sha": commit["oid"], "siblings": siblings, **about})
+        about = {
+            "private": self.repo(repo)["private"],
+            "tags": [],
+            "downloads": 0,
+            "likes": 0,
+        }
+        self.reply(
+            {
+                "_id": repo,
+                "id": repo,
+                "modelId": repo,
+                "sha": commit["oid"],
+                "siblings": siblings,
+                **about,
+            }
+        )
 
     def tree(self, body, repo, revision):
         files = self.commit(repo, revision)["files"]
@@ -158,19 +198,29 @@ class Handler(BaseHTTPRequestHandler):
     def paths_info(self, body, repo, revision):
         files = self.commit(repo, revision)["files"]
         wanted = json.loads(body)["paths"]
-        self.reply([self.entry(path, file) for path, file in files.items() if path in wanted])
+        self.reply(
+            [self.entry(path, file) for path, file in files.items() if path in wanted]
+        )
 
     def entry(self, path, file):
         size = len(self.hub.content(file))
         entry = {"type": "file", "path": path, "size": size, "oid": file["etag"]}
-        return {**entry, "lfs": {"oid": file["lfs"], "size": size, "pointerSize": 1}} if "lfs" in file else entry
+        return (
+            {**entry, "lfs": {"oid": file["lfs"], "size": size, "pointerSize": 1}}
+            if "lfs" in file
+            else entry
+        )
 
     def preupload(self, body, repo, revision):
         self.check_token()
         self.repo(repo)
         large = (".safetensors", ".bin")
         files = [
-            {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(large) else "regular", "shouldIgnore": False}
+            {
+                "path": f["path"],
+                "uploadMode": "lfs" if f["path"].endswith(large) else "regular",
+                "shouldIgnore": False,
+            }
             for f in json.loads(body)["files"]
         ]
         self.reply({"files": files})
@@ -181,7 +231,11 @@ class Handler(BaseHTTPRequestHandler):
         objects = []
         for wanted in json.loads(body)["objects"]:
             upload = {"href": f"{self.hub.endpoint}/lfs/{wanted['oid']}", "header": {}}
-            actions = {} if wanted["oid"] in self.hub.objects else {"actions": {"upload": upload}}
+            actions = (
+                {}
+                if wanted["oid"] in self.hub.objects
+                else {"actions": {"upload": upload}}
+            )
             objects.append({"oid": wanted["oid"], "size": wanted["size"], **actions})
         self.reply({"transfer": "basic", "objects": objects})
 
@@ -203,7 +257,10 @@ class Handler(BaseHTTPRequestHandler):
             value = item["value"]
             if item["key"] == "file":
                 content = base64.b64decode(value["content"])
-                files[value["path"]] = {"content": content, "etag": hashlib.sha1(content).hexdigest()}
+                files[value["path"]] = {
+                    "content": content,
+                    "etag": hashlib.sha1(content).hexdigest(),
+                }
             elif item["key"] == "lfsFile":
                 files[value["path"]] = {"lfs": value["oid"], "etag": value["oid"]}
             elif item["key"] == "deletedFile":
@@ -211,7 +268,9 @@ class Handler(BaseHTTPRequestHandler):
         oid = hashlib.sha1(body + commits[-1]["oid"].encode()).hexdigest()
         commits.append({"oid": oid, "files": files})
         url = f"{self.hub.endpoint}/{repo}/commit/{oid}"
-        self.reply({"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""})
+        self.reply(
+            {"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""}
+        )
 
     def resolve(self, body, repo, revision, path):
         commit = self.commit(repo, revision)
@@ -222,8 +281,15 @@ class Handler(BaseHTTPRequestHandler):
         headers["ETag"] = f'"{file["etag"]}"'
         if "lfs" not in file:
             return self.reply(file["content"], headers=headers)
-        linked = {"X-Linked-ETag": f'"{file["lfs"]}"', "X-Linked-Size": str(len(self.hub.objects[file["lfs"]]))}
-        self.reply(b"", 302, {**headers, **linked, "Location": f"{self.hub.storage}/lfs/{file['lfs']}"})
+        linked = {
+            "X-Linked-ETag": f'"{file["lfs"]}"',
+            "X-Linked-Size": str(len(self.hub.objects[file["lfs"]])),
+        }
+        self.reply(
+            b"",
+            302,
+            {**headers, **linked, "Location": f"{self.hub.storage}/lfs/{file['lfs']}"},
+        )
 
 
 REPO = r"(?P<repo>[^/]+/[^/]+)"

@@ -32,12 +32,16 @@ def watch(owner: type, method: str, note) -> None:
 def note_images(classifier, pixel_values):
     if classifier.training:
         processor = classifier.image_processor
-        red = pixel_values[:, 0, 0, 0] * processor.image_std[0] + processor.image_mean[0]
+        red = (
+            pixel_values[:, 0, 0, 0] * processor.image_std[0] + processor.image_mean[0]
+        )
         seen[-1].append((red * 255).round().int().tolist())
 
 
 def note_labels(loss, outputs, labels):
-    seen[-1].append([list(pair) for pair in zip(seen[-1].pop(), labels.tolist(), strict=True)])
+    seen[-1].append(
+        [list(pair) for pair in zip(seen[-1].pop(), labels.tolist(), strict=True)]
+    )
 
 
 if __name__ == "__main__":
@@ -51,7 +55,11 @@ if __name__ == "__main__":
         seen.clear()
         sys.argv = [str(SCRIPT), *arguments]
         names = runpy.run_path(str(SCRIPT), run_name="__main__")
-        weights = {name: p.detach() for name, p in names["classifier"].named_parameters() if p.requires_grad}
+        weights = {
+            name: p.detach()
+            for name, p in names["classifier"].named_parameters()
+            if p.requires_grad
+        }
         found = (seen, weights, names["counts"], names["prior"].strength)
         torch.save(found, Path(names["args"].output_dir, f"seen{names['rank']}.pt"))
     if torch.distributed.is_initialized():

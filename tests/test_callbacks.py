@@ -6,19 +6,30 @@ import torch
 from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from peft_sage import LongTailAccuracy, LongTailCallback, SageClassifier, SageConfig, SageLoss
+from peft_sage import (
+    LongTailAccuracy,
+    LongTailCallback,
+    SageClassifier,
+    SageConfig,
+    SageLoss,
+)
 from tests.conftest import tiny_clip
 
 
 LABELS = [0] * 6 + [1] * 3 + [2]
 IMAGES = torch.randn(len(LABELS), 3, 16, 16, generator=torch.Generator().manual_seed(5))
-DATA = [{"pixel_values": image, "labels": label} for image, label in zip(IMAGES, LABELS, strict=True)]
+DATA = [
+    {"pixel_values": image, "labels": label}
+    for image, label in zip(IMAGES, LABELS, strict=True)
+]
 COUNTS = [6, 3, 1]
 
 
 def make_trainer(folder, loss, counts=COUNTS, **arguments):
     torch.manual_seed(0)
-    config = SageConfig(guidance=torch.randn(3, 8), dropout=0.5, modules_to_save=["class_head"])
+    config = SageConfig(
+        guidance=torch.randn(3, 8), dropout=0.5, modules_to_save=["class_head"]
+    )
     model = get_peft_model(SageClassifier(tiny_clip(), torch.randn(3, 16)), config)
     settings = {
         "per_device_train_batch_size": 4,
@@ -45,10 +56,15 @@ def make_trainer(folder, loss, counts=COUNTS, **arguments):
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path):
     """Resumed from a copy elsewhere, in the middle of an epoch, with a loss that is new."""
     states = []
-    for folder, checkpoint in ((tmp_path / "whole", None), (tmp_path / "resumed", tmp_path / "whole/checkpoint-2")):
+    for folder, checkpoint in (
+        (tmp_path / "whole", None),
+        (tmp_path / "resumed", tmp_path / "whole/checkpoint-2"),
+    ):
         loss = SageLoss(COUNTS, text_prior=0.3)
         trainer = make_trainer(folder, loss, save_strategy="steps", save_steps=2)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.train(
+            resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
+        )
         assert trainer.state.global_step == 6
         states.append({**trainer.model.state_dict(), **loss.state_dict()})
     assert states[0]["scatter"].any()
@@ -61,15 +77,23 @@ def test_reports_many_medium_and_few(tmp_path):
     metrics = trainer.evaluate()
     accuracy = LongTailAccuracy([200, 50, 0])
     with torch.no_grad():
-        accuracy.update(trainer.model.eval()(pixel_values=IMAGES).logits, torch.tensor(LABELS))
+        accuracy.update(
+            trainer.model.eval()(pixel_values=IMAGES).logits, torch.tensor(LABELS)
+        )
     for name in ("overall", "macro", "many", "medium", "few", "worst"):
         assert metrics[f"eval_{name}"] == pytest.approx(accuracy.compute()[name].item())
-    trainer.compute_metrics = LongTailCallback(SageLoss([200, 200, 200]), [200, 200, 200]).compute_metrics
+    trainer.compute_metrics = LongTailCallback(
+        SageLoss([200, 200, 200]), [200, 200, 200]
+    ).compute_metrics
     assert "eval_few" not in trainer.evaluate()
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(ValueError, match=r"`class_counts` must have the shape \(3,\), got \(2,\)"):
+    with pytest.raises(
+        ValueError, match=r"`class_counts` must have the shape \(3,\), got \(2,\)"
+    ):
         LongTailCallback(SageLoss(COUNTS), [1, 2])
-    with pytest.raises(ValueError, match="`label_smoothing_factor` is ignored by Trainer"):
+    with pytest.raises(
+        ValueError, match="`label_smoothing_factor` is ignored by Trainer"
+    ):
         make_trainer(tmp_path, SageLoss(COUNTS), label_smoothing_factor=0.4).train()

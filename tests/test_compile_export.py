@@ -28,7 +28,9 @@ def nothing_compiled():
     torch._dynamo.reset()
 
 
-@pytest.fixture(params=[5, pytest.param(0, marks=pytest.mark.slow)], ids=["guidance", "no guidance"])
+@pytest.fixture(
+    params=[5, pytest.param(0, marks=pytest.mark.slow)], ids=["guidance", "no guidance"]
+)
 def model(request):
     guidance = {"guidance": torch.randn(request.param, 24)} if request.param else {}
     config = SageConfig(r=8, num_heads=2, modules_to_save=["class_head"], **guidance)
@@ -43,15 +45,22 @@ def test_compile_without_graph_breaks(model, pixel_values):
     torch.testing.assert_close(compiled(pixel_values), expected)
 
     expected.square().sum().backward()
-    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    gradients = {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad
+    }
     model.zero_grad()
     compiled(pixel_values).square().sum().backward()
-    torch.testing.assert_close({n: p.grad for n, p in model.named_parameters() if p.requires_grad}, gradients)
+    torch.testing.assert_close(
+        {n: p.grad for n, p in model.named_parameters() if p.requires_grad}, gradients
+    )
 
 
 @pytest.mark.slow
 def test_compile_follows_a_new_guidance_and_another_adapter(pixel_values):
-    peft_model = get_peft_model(SageClassifier(tiny_clip(), torch.randn(6, 16)), SageConfig(guidance=torch.eye(5)))
+    peft_model = get_peft_model(
+        SageClassifier(tiny_clip(), torch.randn(6, 16)),
+        SageConfig(guidance=torch.eye(5)),
+    )
     peft_model.add_adapter("second", SageConfig(guidance=torch.randn(3, 7)))
     randomise(peft_model)
     model = Logits(peft_model).eval()
@@ -67,7 +76,10 @@ def test_compile_follows_a_new_guidance_and_another_adapter(pixel_values):
 
 def adapted_classifier():
     torch.manual_seed(0)
-    model = get_peft_model(SageClassifier(tiny_clip(), torch.randn(6, 16)), SageConfig(guidance=torch.randn(5, 24)))
+    model = get_peft_model(
+        SageClassifier(tiny_clip(), torch.randn(6, 16)),
+        SageConfig(guidance=torch.randn(5, 24)),
+    )
     return model.eval()
 
 
@@ -76,7 +88,13 @@ def test_compiles_once_for_all_that_has_the_same_shapes(pixel_values):
     model = adapted_classifier()
     model.add_adapter("second", SageConfig(guidance=torch.randn(3, 7)))
     compiled = torch.compile(Logits(model), fullgraph=True, backend=counter)
-    for count, name in ((1, "default"), (2, "second"), (2, "default"), (2, "second"), (2, "default")):
+    for count, name in (
+        (1, "default"),
+        (2, "second"),
+        (2, "default"),
+        (2, "second"),
+        (2, "default"),
+    ):
         model.set_adapter(name)
         compiled(pixel_values)
         assert counter.frame_count == count
@@ -90,7 +108,9 @@ def test_compiles_once_for_all_that_has_the_same_shapes(pixel_values):
     torch._dynamo.reset()
     counter.clear()
     for _ in range(3):
-        torch.compile(Logits(adapted_classifier()), fullgraph=True, backend=counter)(pixel_values)
+        torch.compile(Logits(adapted_classifier()), fullgraph=True, backend=counter)(
+            pixel_values
+        )
     assert counter.frame_count == 1
 
 
@@ -99,7 +119,9 @@ def test_compiles_two_blocks_for_any_depth(pixel_values):
     counter = CompileCounter()
     torch.manual_seed(0)
     vision = CLIPVisionConfig(**{**VISION, "num_hidden_layers": 12})
-    model = get_peft_model(CLIPVisionModel(vision).eval(), SageConfig(guidance=torch.randn(5, 24)))
+    model = get_peft_model(
+        CLIPVisionModel(vision).eval(), SageConfig(guidance=torch.randn(5, 24))
+    )
     randomise(model)
     expected = model(pixel_values=pixel_values).pooler_output
     for layer in model.base_model.model.encoder.layers:
@@ -111,14 +133,18 @@ def test_compiles_two_blocks_for_any_depth(pixel_values):
 @pytest.mark.slow
 def test_inductor(model, pixel_values):
     compiled = torch.compile(model, fullgraph=True)
-    torch.testing.assert_close(compiled(pixel_values), model(pixel_values), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        compiled(pixel_values), model(pixel_values), atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.slow
 def test_compile_a_loaded_adapter(model, pixel_values, tmp_path):
     expected = model(pixel_values)
     model.model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(SageClassifier(tiny_clip(), torch.randn(6, 16)), tmp_path)
+    loaded = PeftModel.from_pretrained(
+        SageClassifier(tiny_clip(), torch.randn(6, 16)), tmp_path
+    )
     compiled = torch.compile(Logits(loaded).eval(), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(pixel_values), expected)
 
@@ -126,7 +152,12 @@ def test_compile_a_loaded_adapter(model, pixel_values, tmp_path):
 def test_export_keeps_guidance_as_one_buffer(model, pixel_values):
     expected = model(pixel_values)
     batch = torch.export.Dim("batch", min=1, max=64)
-    exported = torch.export.export(model, (pixel_values,), dynamic_shapes={"pixel_values": {0: batch}}, strict=False)
+    exported = torch.export.export(
+        model,
+        (pixel_values,),
+        dynamic_shapes={"pixel_values": {0: batch}},
+        strict=False,
+    )
     torch.testing.assert_close(exported.module()(pixel_values), expected)
     torch.testing.assert_close(exported.module()(pixel_values[:3]), expected[:3])
     buffers = [name for name in exported.graph_signature.buffers if "guidance" in name]
@@ -142,8 +173,16 @@ def test_onnx(model, pixel_values, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     path = str(tmp_path / "model.onnx")
     batch = torch.export.Dim("batch", min=1, max=64)
-    torch.onnx.export(model, (pixel_values,), path, dynamo=True, dynamic_shapes={"pixel_values": {0: batch}})
+    torch.onnx.export(
+        model,
+        (pixel_values,),
+        path,
+        dynamo=True,
+        dynamic_shapes={"pixel_values": {0: batch}},
+    )
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for images in (pixel_values, pixel_values[:3]):
         (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-        torch.testing.assert_close(torch.from_numpy(logits), model(images).detach(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            torch.from_numpy(logits), model(images).detach(), atol=1e-4, rtol=1e-4
+        )

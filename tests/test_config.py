@@ -8,7 +8,10 @@ from peft import PeftConfig
 from peft_sage import SageConfig
 
 
-DESCRIPTIONS = {"zebra": ["a striped horse", "black and white stripes"], "ant": "a small insect"}
+DESCRIPTIONS = {
+    "zebra": ["a striped horse", "black and white stripes"],
+    "ant": "a small insect",
+}
 
 
 def test_descriptions_keep_their_order_in_the_file(tmp_path):
@@ -21,7 +24,11 @@ def test_descriptions_keep_their_order_in_the_file(tmp_path):
 
 def test_round_trip_gives_an_equal_config(tmp_path):
     config = SageConfig(
-        class_descriptions=["cat", "dog"], r=6, num_heads=3, target_modules=["mlp"], layers_to_transform=[0, 2]
+        class_descriptions=["cat", "dog"],
+        r=6,
+        num_heads=3,
+        target_modules=["mlp"],
+        layers_to_transform=[0, 2],
     )
     config.save_pretrained(tmp_path)
     assert PeftConfig.from_pretrained(tmp_path) == config
@@ -41,16 +48,44 @@ def test_tensor_is_not_serialised_and_stays_on_the_object(tmp_path):
         ({"class_descriptions": []}, ValueError, "`class_descriptions` is empty"),
         ({"class_descriptions": "cat"}, TypeError, "got str"),
         ({"class_descriptions": {"cat": []}}, ValueError, "'cat' must not be empty"),
-        ({"class_descriptions": {"cat": ["fur", "  "]}}, ValueError, "'cat' must not be empty or have an empty text"),
-        ({"class_descriptions": ["cat", ""]}, ValueError, "1 must not be empty or have an empty text"),
-        ({"class_descriptions": ["cat", ["dog"], 3]}, TypeError, "2 must be a str or a list"),
-        ({"class_descriptions": {"cat": "a"}, "class_names": ["cat"]}, ValueError, "`class_names` must not be given"),
-        ({"class_descriptions": [["a"], ["b"]], "class_names": ["cat"]}, ValueError, "1 entries, but there are 2"),
+        (
+            {"class_descriptions": {"cat": ["fur", "  "]}},
+            ValueError,
+            "'cat' must not be empty or have an empty text",
+        ),
+        (
+            {"class_descriptions": ["cat", ""]},
+            ValueError,
+            "1 must not be empty or have an empty text",
+        ),
+        (
+            {"class_descriptions": ["cat", ["dog"], 3]},
+            TypeError,
+            "2 must be a str or a list",
+        ),
+        (
+            {"class_descriptions": {"cat": "a"}, "class_names": ["cat"]},
+            ValueError,
+            "`class_names` must not be given",
+        ),
+        (
+            {"class_descriptions": [["a"], ["b"]], "class_names": ["cat"]},
+            ValueError,
+            "1 entries, but there are 2",
+        ),
         ({"guidance": [[1.0]]}, TypeError, "got <class 'list'>"),
         ({"guidance": torch.ones(2, 3, dtype=torch.int64)}, TypeError, "torch.int64"),
         ({"guidance": torch.ones(3)}, ValueError, r"shape \(M, e\), got \(3,\)"),
-        ({"guidance": torch.tensor([[1.0, 2.0], [float("nan"), 0.0]])}, ValueError, r"NaN or infinity in rows \[1\]"),
-        ({"guidance": torch.tensor([[0.0, 0.0], [1.0, 0.0]])}, ValueError, r"rows of zeros, got them in rows \[0\]"),
+        (
+            {"guidance": torch.tensor([[1.0, 2.0], [float("nan"), 0.0]])},
+            ValueError,
+            r"NaN or infinity in rows \[1\]",
+        ),
+        (
+            {"guidance": torch.tensor([[0.0, 0.0], [1.0, 0.0]])},
+            ValueError,
+            r"rows of zeros, got them in rows \[0\]",
+        ),
         (
             {"guidance": torch.ones(2, 3), "class_descriptions": ["a"]},
             ValueError,
@@ -58,22 +93,54 @@ def test_tensor_is_not_serialised_and_stays_on_the_object(tmp_path):
         ),
         ({"text_templates": ["no place"]}, ValueError, "exactly one `{}`"),
         ({"text_templates": []}, ValueError, "`text_templates` must be texts"),
-        ({"r": 0}, ValueError, "`r` must be an integer, at least 1, at most 65536, got 0"),
+        (
+            {"r": 0},
+            ValueError,
+            "`r` must be an integer, at least 1, at most 65536, got 0",
+        ),
         ({"r": 8.0}, ValueError, "got 8.0"),
-        ({"r": 6, "num_heads": 4}, ValueError, "divisible by `num_heads`, got r=6, num_heads=4"),
+        (
+            {"r": 6, "num_heads": 4},
+            ValueError,
+            "divisible by `num_heads`, got r=6, num_heads=4",
+        ),
         ({"num_heads": 0}, ValueError, "`num_heads`"),
-        ({"guidance_rows": -1}, ValueError, "`guidance_rows` must be an integer, at least 0, got -1"),
+        (
+            {"guidance_rows": -1},
+            ValueError,
+            "`guidance_rows` must be an integer, at least 0, got -1",
+        ),
         ({"guidance_rows": True}, ValueError, "`guidance_rows` must be .*, got True"),
-        ({"class_names": ["a"], "guidance_shape": [2, 3]}, ValueError, "2 rows, but there are 1 classes"),
+        (
+            {"class_names": ["a"], "guidance_shape": [2, 3]},
+            ValueError,
+            "2 rows, but there are 1 classes",
+        ),
         ({"r": 2**63}, ValueError, "`r` must be an integer, at least 1, at most 65536"),
-        ({"target_modules": "("}, ValueError, "`target_modules` must hold names or regular expressions"),
-        ({"modules_to_save": ["("]}, ValueError, "`modules_to_save` must hold names or regular expressions"),
+        (
+            {"target_modules": "("},
+            ValueError,
+            "`target_modules` must hold names or regular expressions",
+        ),
+        (
+            {"modules_to_save": ["("]},
+            ValueError,
+            "`modules_to_save` must hold names or regular expressions",
+        ),
         ({"task_type": "CAUSAL_LM"}, ValueError, "`task_type` must be None"),
         ({"scaling": float("inf")}, ValueError, "`scaling`"),
         ({"dropout": 1.0}, ValueError, "`dropout` must be .* at most 0.999, got 1.0"),
         ({"target_modules": 3}, TypeError, "`target_modules`"),
-        ({"target_modules": ".*mlp", "layers_to_transform": 1}, ValueError, "`layers_to_transform` cannot be used"),
-        ({"layers_to_transform": "last"}, ValueError, "`layers_to_transform` must be an integer"),
+        (
+            {"target_modules": ".*mlp", "layers_to_transform": 1},
+            ValueError,
+            "`layers_to_transform` cannot be used",
+        ),
+        (
+            {"layers_to_transform": "last"},
+            ValueError,
+            "`layers_to_transform` must be an integer",
+        ),
         ({"layers_pattern": "layers"}, ValueError, "`layers_pattern`"),
         ({"guidance_shape": [1, 2, 3]}, ValueError, "`guidance_shape`"),
     ],

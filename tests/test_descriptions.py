@@ -16,7 +16,9 @@ TEXTS = {"snowy_owl": ["a white owl", "an owl, in snow"], "cow": ["a cow"]}
 @pytest.fixture
 def json_file(tmp_path):
     path = tmp_path / "texts.json"
-    path.write_text(json.dumps({"snowy_owl": TEXTS["snowy_owl"], "cow": "a cow"}), encoding="utf-8")
+    path.write_text(
+        json.dumps({"snowy_owl": TEXTS["snowy_owl"], "cow": "a cow"}), encoding="utf-8"
+    )
     return path
 
 
@@ -41,9 +43,16 @@ def test_texts_come_in_the_order_of_the_classes(shape, json_file, csv_file):
 
 def test_names_without_texts(tmp_path):
     (tmp_path / "names.json").write_text('["snowy_owl", "cow"]')
-    for source in (["snowy_owl", "cow"], ClassLabel(names=["snowy_owl", "cow"]), tmp_path / "names.json"):
+    for source in (
+        ["snowy_owl", "cow"],
+        ClassLabel(names=["snowy_owl", "cow"]),
+        tmp_path / "names.json",
+    ):
         assert read_class_descriptions(source) == ["snowy_owl", "cow"]
-        assert read_class_descriptions(source, class_names=["cow", "snowy_owl"]) == ["cow", "snowy_owl"]
+        assert read_class_descriptions(source, class_names=["cow", "snowy_owl"]) == [
+            "cow",
+            "snowy_owl",
+        ]
 
 
 def test_refusals(tmp_path, json_file):
@@ -67,7 +76,9 @@ def test_refusals(tmp_path, json_file):
         read_class_descriptions(7)
 
 
-@pytest.mark.parametrize("name", ["NATURAL", "SPECIES", "PRODUCTS", "SATELLITE", "MEDICAL", "TEXTURE"])
+@pytest.mark.parametrize(
+    "name", ["NATURAL", "SPECIES", "PRODUCTS", "SATELLITE", "MEDICAL", "TEXTURE"]
+)
 def test_template_sets_are_templates(name):
     chosen = getattr(templates, name)
     assert check_templates(chosen) == chosen and len(set(chosen)) == len(chosen)
@@ -75,17 +86,31 @@ def test_template_sets_are_templates(name):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_texts_survive_their_file(encoding, tmp_path):
-    texts = {"caf\u00e9": ["an ox\nwith horns", "a\u2028b \u0085 c"], "NA": ['so "quoted", yes']}
-    (tmp_path / "texts.json").write_text(json.dumps(texts, ensure_ascii=False), encoding=encoding)
-    lines = [f'"{name}","{text.replace(chr(34), 2 * chr(34))}"' for name, entries in texts.items() for text in entries]
+    texts = {
+        "caf\u00e9": ["an ox\nwith horns", "a\u2028b \u0085 c"],
+        "NA": ['so "quoted", yes'],
+    }
+    (tmp_path / "texts.json").write_text(
+        json.dumps(texts, ensure_ascii=False), encoding=encoding
+    )
+    lines = [
+        f'"{name}","{text.replace(chr(34), 2 * chr(34))}"'
+        for name, entries in texts.items()
+        for text in entries
+    ]
     for delimiter in ",;\t":
-        table = "\r\n".join(["class,description", *lines]).replace('","', f'"{delimiter}"')
+        table = "\r\n".join(["class,description", *lines]).replace(
+            '","', f'"{delimiter}"'
+        )
         table = table.replace("class,", f"class{delimiter}")
         (tmp_path / "texts.csv").write_text(table, encoding=encoding, newline="")
         assert read_class_descriptions(tmp_path / "texts.csv") == texts
     assert read_class_descriptions(tmp_path / "texts.json") == texts
     # Folders may spell a letter and its accent apart.
-    assert list(read_class_descriptions(texts, ["NA", "cafe\u0301"])) == ["NA", "cafe\u0301"]
+    assert list(read_class_descriptions(texts, ["NA", "cafe\u0301"])) == [
+        "NA",
+        "cafe\u0301",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -96,16 +121,36 @@ def test_texts_survive_their_file(encoding, tmp_path):
             '{"cow": "a", "owl": "b", "cow": "c"}',
             r"a.json' cannot be read: .*more than one entry .*\['cow'\]",
         ),
-        ("a.json", '{"cow": " "}', "a.json': .*'cow' must not be empty or have an empty text"),
+        (
+            "a.json",
+            '{"cow": " "}',
+            "a.json': .*'cow' must not be empty or have an empty text",
+        ),
         ("a.json", '{"cow": []}', "a.json': .*'cow' must not be empty"),
         ("a.json", "{}", "a.json': .*is empty"),
-        ("a.csv", "class,description\ncow,\n", r"a.csv' has an empty description in line 2 \(class 'cow'\)"),
+        (
+            "a.csv",
+            "class,description\ncow,\n",
+            r"a.csv' has an empty description in line 2 \(class 'cow'\)",
+        ),
         ("a.csv", "class,description\n,a cow\n", "empty class in line 2"),
-        ("a.csv", "class,description\nowl,an owl, in snow\n", r"fields beside \['class', 'description'\] in line 2"),
-        ("a.csv", 'class,description\nowl,"an owl\n', "a.csv' cannot be read at line 2"),
+        (
+            "a.csv",
+            "class,description\nowl,an owl, in snow\n",
+            r"fields beside \['class', 'description'\] in line 2",
+        ),
+        (
+            "a.csv",
+            'class,description\nowl,"an owl\n',
+            "a.csv' cannot be read at line 2",
+        ),
         ("a.csv", "class,class\na,b\n", "names a column twice"),
         ("a.csv", "", "is empty"),
-        ("a.csv", "class,description\nk\xfche,eine Kuh\n", "cannot be read as UTF-8: .*byte 0xfc"),
+        (
+            "a.csv",
+            "class,description\nk\xfche,eine Kuh\n",
+            "cannot be read as UTF-8: .*byte 0xfc",
+        ),
     ],
 )
 def test_files_that_say_something_else_are_refused(name, text, message, tmp_path):
@@ -115,5 +160,7 @@ def test_files_that_say_something_else_are_refused(name, text, message, tmp_path
 
 
 def test_classes_that_are_not_used_are_named():
-    with pytest.warns(UserWarning, match=r"1 classes that are not used: \['snowy_owl'\]"):
+    with pytest.warns(
+        UserWarning, match=r"1 classes that are not used: \['snowy_owl'\]"
+    ):
         assert read_class_descriptions(TEXTS, ["cow"]) == {"cow": ["a cow"]}

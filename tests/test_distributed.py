@@ -22,20 +22,43 @@ ROOT = Path(__file__).parent.parent
 def run(folder, processes, *jobs):
     folder.mkdir(exist_ok=True)
     launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        if processes > 1
+        else []
     )
-    command = [sys.executable, *launcher, "-m", "tests.distributed_job", str(folder), *jobs]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        *launcher,
+        "-m",
+        "tests.distributed_job",
+        str(folder),
+        *jobs,
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stderr[-4000:]
 
 
 def test_one_and_two_processes_give_the_same_weights(tmp_path):
     run(tmp_path / "one", 1, "train")
     run(tmp_path / "two", 2, "train")
-    one, two = (load_file(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("one", "two"))
+    one, two = (
+        load_file(tmp_path / n / "adapter" / "adapter_model.safetensors")
+        for n in ("one", "two")
+    )
     torch.testing.assert_close(two, one, atol=1e-5, rtol=1e-4)
-    start = {name: p for name, p in make_model().named_parameters() if "peft_sage_up" in name and "weight" in name}
+    start = {
+        name: p
+        for name, p in make_model().named_parameters()
+        if "peft_sage_up" in name and "weight" in name
+    }
     assert not any(p.any() for p in start.values())
     assert all(one[name.replace(".default", "")].any() for name in start)
 
@@ -48,16 +71,27 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("processes", "resumed"), [(2, False), (2, True), pytest.param(4, False, marks=pytest.mark.slow)]
+    ("processes", "resumed"),
+    [(2, False), (2, True), pytest.param(4, False, marks=pytest.mark.slow)],
 )
-def test_accumulation_and_uneven_batches_give_the_weights_of_one_process(alone, processes, resumed, tmp_path):
+def test_accumulation_and_uneven_batches_give_the_weights_of_one_process(
+    alone, processes, resumed, tmp_path
+):
     if resumed:  # from the state that one process left after its first step
         shutil.copy(alone / "half.pt", tmp_path)
     run(tmp_path, processes, "accumulate")
-    expected, found = (torch.load(folder / "accumulated.pt") for folder in (alone, tmp_path))
-    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)  # the moving average of the loss too
+    expected, found = (
+        torch.load(folder / "accumulated.pt") for folder in (alone, tmp_path)
+    )
+    torch.testing.assert_close(
+        found, expected, atol=1e-12, rtol=1e-12
+    )  # the moving average of the loss too
     start, weights = get_peft_model_state_dict(make_model().double()), found[0]
-    assert all((weights[name] - start[name]).abs().max() > 1e-4 for name in start if "up.weight" in name)
+    assert all(
+        (weights[name] - start[name]).abs().max() > 1e-4
+        for name in start
+        if "up.weight" in name
+    )
 
 
 @pytest.fixture(scope="module")
@@ -97,4 +131,8 @@ def test_deepspeed_gives_the_weights_of_one_process(tmp_path):
     stage, (spread, whole, start) = torch.load(tmp_path / "deepspeed.pt")
     assert stage == 2
     torch.testing.assert_close(spread, whole, atol=1e-5, rtol=1e-4)
-    assert any((start[name] - whole[name]).abs().max() > 1e-2 for name in whole if "peft_sage_up" in name)
+    assert any(
+        (start[name] - whole[name]).abs().max() > 1e-2
+        for name in whole
+        if "peft_sage_up" in name
+    )

@@ -27,20 +27,39 @@ import finetune  # noqa: E402
 
 
 DEMO_CLIP = "examples/emoji_lt/tiny-clip"
-DOCS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
-PAGES = ["README.md", "CONTRIBUTING.md", "examples/README.md", "examples/by_feature/README.md", *DOCS]
+DOCS = sorted(
+    path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")
+)
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "examples/README.md",
+    "examples/by_feature/README.md",
+    *DOCS,
+]
 #: Twelve classes, as of a small user: most have few images.
-COUNTS = dict(zip([f"colour_{i}" for i in range(12)], [20, 12, 8, 6, 5, 4, 3, 3, 3, 3, 3, 3], strict=True))
+COUNTS = dict(
+    zip(
+        [f"colour_{i}" for i in range(12)],
+        [20, 12, 8, 6, 5, 4, 3, 3, 3, 3, 3, 3],
+        strict=True,
+    )
+)
 
 
 def blocks(page, *languages):
     """The code blocks of a page."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    return re.findall(rf"^```(?:{'|'.join(languages)})\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return re.findall(
+        rf"^```(?:{'|'.join(languages)})\n(.*?)^```", text, re.MULTILINE | re.DOTALL
+    )
 
 
 def snippets(page):
-    return [code.replace("openai/clip-vit-base-patch16", DEMO_CLIP) for code in blocks(page, "python")]
+    return [
+        code.replace("openai/clip-vit-base-patch16", DEMO_CLIP)
+        for code in blocks(page, "python")
+    ]
 
 
 @pytest.fixture
@@ -52,8 +71,14 @@ def folder(tmp_path, monkeypatch):
         for k, (name, count) in enumerate(COUNTS.items()):
             (tmp_path / "photos" / split / name).mkdir(parents=True)
             for i in range(count if split == "train" else 2):
-                pixels = np.clip(rng.normal((20 * k, 128, 255 - 20 * k), 20, size=(40, 56, 3)), 0, 255)
-                Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "photos" / split / name / f"{i}.jpg")
+                pixels = np.clip(
+                    rng.normal((20 * k, 128, 255 - 20 * k), 20, size=(40, 56, 3)),
+                    0,
+                    255,
+                )
+                Image.fromarray(pixels.astype(np.uint8)).save(
+                    tmp_path / "photos" / split / name / f"{i}.jpg"
+                )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     return tmp_path
@@ -66,24 +91,39 @@ def run(page):
     return names
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page) and page != "docs/hub.md"])
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if snippets(page) and page != "docs/hub.md"]
+)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_snippets_run(page, folder, capsys):
     names = run(page)
     if page == "README.md":
         # The first block is the whole job, from texts to the predictions of a saved model.
-        assert snippets(page)[0].startswith("import torch") and (folder / "drawings").is_dir()
+        assert (
+            snippets(page)[0].startswith("import torch")
+            and (folder / "drawings").is_dir()
+        )
         scores = names["trainer"].state.log_history[-1]
-        assert scores["eval_macro"] > 0.2 and {"eval_many", "eval_medium", "eval_few"} <= scores.keys()
-        assert "text prior" in (printed := capsys.readouterr().out) and "'label': " in printed
+        assert (
+            scores["eval_macro"] > 0.2
+            and {"eval_many", "eval_medium", "eval_few"} <= scores.keys()
+        )
+        assert (
+            "text prior" in (printed := capsys.readouterr().out)
+            and "'label': " in printed
+        )
     if page == "docs/quick_start.md":
         assert [len(answer) for answer in names["answers"]] == [3, 3]
     if page == "docs/trainer.md":
-        assert [entry for entry in names["trainer"].state.log_history if "eval_few" in entry]
+        assert [
+            entry for entry in names["trainer"].state.log_history if "eval_few" in entry
+        ]
     if page == "docs/long_tails.md":
         assert names["prior"].label_probability.nan_to_num(1).argmin() == 3
     if page == "docs/faq.md":
-        assert (folder / "attention.png").stat().st_size > 1000 and names["maps"].shape[1] == 3
+        assert (folder / "attention.png").stat().st_size > 1000 and names["maps"].shape[
+            1
+        ] == 3
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -95,7 +135,11 @@ def test_hub_snippets_run(folder):
     with Hub() as hub:
         environment = hub.environment(folder / "home")
         done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.strip().endswith("['owl', 'cow']")
@@ -103,7 +147,10 @@ def test_hub_snippets_run(folder):
 
 def commands(page):
     for block in blocks(page, "sh", "bash"):
-        yield from (shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines())
+        yield from (
+            shlex.split(line, comments=True)
+            for line in block.replace("\\\n", " ").splitlines()
+        )
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -118,7 +165,9 @@ def test_commands_are_ones(page):
 
 
 def test_ci_runs_what_the_readme_says():
-    section = (ROOT / "README.md").read_text().split("## Quick start")[1].split("\n## ")[0]
+    section = (
+        (ROOT / "README.md").read_text().split("## Quick start")[1].split("\n## ")[0]
+    )
     demo, tests = re.findall(r"^```bash\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
     assert demo.splitlines()[-1] == "accelerate launch examples/finetune.py"
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
@@ -129,18 +178,35 @@ def test_links_lead_somewhere_and_the_site_has_every_page():
     for page in PAGES:
         text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
         for target in re.findall(r"\]\(([^)#]+)", text):
-            assert target.startswith("http") or (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
+            assert (
+                target.startswith("http")
+                or (ROOT / page).parent.joinpath(target).exists()
+            ), f"{page}: {target}"
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
     assert sorted(f"docs/{page}" for page in nav) == DOCS
 
 
-@pytest.mark.skipif(importlib.util.find_spec("mkdocstrings") is None, reason="needs the `docs` extra")
+@pytest.mark.skipif(
+    importlib.util.find_spec("mkdocstrings") is None, reason="needs the `docs` extra"
+)
 def test_the_site_has_every_public_name(tmp_path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--quiet",
+        "--strict",
+        "--site-dir",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     page = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
-    for name in set(peft_sage.__all__) - {"__version__", "templates"}:  # a module, with a heading of its own
+    for name in set(peft_sage.__all__) - {
+        "__version__",
+        "templates",
+    }:  # a module, with a heading of its own
         assert f'id="peft_sage.{name}"' in page, name
 
 
@@ -152,13 +218,17 @@ def test_it_stays_short():
 
 
 def test_the_picture_is_fresh(tmp_path):
-    runpy.run_path(str(ROOT / "docs" / "draw_adapter.py"))["draw"](str(tmp_path / "adapter.svg"))
+    runpy.run_path(str(ROOT / "docs" / "draw_adapter.py"))["draw"](
+        str(tmp_path / "adapter.svg")
+    )
 
     def labels(path):
         return re.findall(r"<text[^>]*>([^<]+)</text>", path.read_text())
 
     made = labels(tmp_path / "adapter.svg")
-    assert "attention" in made and labels(ROOT / "docs" / "adapter.svg") == made, "run: python docs/draw_adapter.py"
+    assert "attention" in made and labels(ROOT / "docs" / "adapter.svg") == made, (
+        "run: python docs/draw_adapter.py"
+    )
 
 
 def public_functions():
@@ -178,7 +248,13 @@ def test_docstrings_name_the_arguments_that_there_are():
         if not inspect.isclass(function) and "." in name and not docstring:
             continue  # an override that says nothing new
         assert docstring and docstring[0].isupper(), name
-        section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", docstring, re.MULTILINE | re.DOTALL)
-        described = re.findall(r"^    \*{0,2}(\w+): ", section[1], re.MULTILINE) if section else []
+        section = re.search(
+            r"^Args:\n(.*?)(?=^\S|\Z)", docstring, re.MULTILINE | re.DOTALL
+        )
+        described = (
+            re.findall(r"^    \*{0,2}(\w+): ", section[1], re.MULTILINE)
+            if section
+            else []
+        )
         unknown = set(described) - set(inspect.signature(function).parameters)
         assert not unknown, f"{name}: {unknown}"

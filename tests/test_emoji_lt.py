@@ -28,7 +28,10 @@ SPLITS = ("train", "validation", "test")
 
 @pytest.fixture(scope="module")
 def tables() -> dict[str, dict[str, list]]:
-    return {split: pq.read_table(FOLDER / f"{split}.parquet").to_pydict() for split in SPLITS}
+    return {
+        split: pq.read_table(FOLDER / f"{split}.parquet").to_pydict()
+        for split in SPLITS
+    }
 
 
 @pytest.fixture(scope="module")
@@ -55,22 +58,31 @@ def test_splits_share_no_concept(tables: dict[str, dict[str, list]]) -> None:
 
 def test_held_out_images_are_no_copies(tables: dict[str, dict[str, list]]) -> None:
     def digests(split: str) -> set[bytes]:
-        return {hashlib.sha256(zero_shot.decode(image["bytes"])).digest() for image in tables[split]["image"]}
+        return {
+            hashlib.sha256(zero_shot.decode(image["bytes"])).digest()
+            for image in tables[split]["image"]
+        }
 
     train, validation, test = (digests(split) for split in SPLITS)
     assert not test & (train | validation)
     assert not validation & train
 
 
-def test_training_set_has_a_long_tail(tables: dict[str, dict[str, list]], names: list[str]) -> None:
+def test_training_set_has_a_long_tail(
+    tables: dict[str, dict[str, list]], names: list[str]
+) -> None:
     counts = np.bincount(tables["train"]["label"], minlength=len(names))
     assert counts.min() > 0
     assert 80 <= counts.max() / counts.min() <= 110
-    groups = Counter("many" if n > 100 else "medium" if n >= 20 else "few" for n in counts)
+    groups = Counter(
+        "many" if n > 100 else "medium" if n >= 20 else "few" for n in counts
+    )
     assert min(groups[name] for name in ("many", "medium", "few")) >= 10
 
 
-def test_every_class_is_tested(tables: dict[str, dict[str, list]], names: list[str]) -> None:
+def test_every_class_is_tested(
+    tables: dict[str, dict[str, list]], names: list[str]
+) -> None:
     concepts = set(zip(tables["test"]["label"], tables["test"]["concept"], strict=True))
     sizes = Counter(label for label, _ in concepts)
     assert set(sizes) == set(range(len(names)))
@@ -88,7 +100,9 @@ def test_images_are_drawings_laid_on_white(tables: dict[str, dict[str, list]]) -
 
 
 def test_descriptions_cover_the_classes_and_keep_the_secret(
-    tables: dict[str, dict[str, list]], names: list[str], descriptions: dict[str, list[str]]
+    tables: dict[str, dict[str, list]],
+    names: list[str],
+    descriptions: dict[str, list[str]],
 ) -> None:
     assert list(descriptions) == names
     held_out = {*tables["validation"]["concept"], *tables["test"]["concept"]}
@@ -96,7 +110,11 @@ def test_descriptions_cover_the_classes_and_keep_the_secret(
         assert texts
         for text in texts:
             assert text.startswith(name)
-            told = [c for c in held_out if re.search(rf"(?<!\w){re.escape(c.lower())}(?!\w)", text.lower())]
+            told = [
+                c
+                for c in held_out
+                if re.search(rf"(?<!\w){re.escape(c.lower())}(?!\w)", text.lower())
+            ]
             assert not told, text
 
 
@@ -108,13 +126,17 @@ def test_distractors_of_scenes_are_split_by_concept() -> None:
     assert set(owner.values()) == set(SPLITS)
 
 
-def test_text_tower_pools_the_end_token_and_tells_classes_apart(clip: CLIPModel, names: list[str]) -> None:
+def test_text_tower_pools_the_end_token_and_tells_classes_apart(
+    clip: CLIPModel, names: list[str]
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / "tiny-clip")
     assert clip.config.text_config.eos_token_id == tokenizer.eos_token_id
     with torch.no_grad():
         alone = clip.text_model(**tokenizer(["cow"], return_tensors="pt")).pooler_output
         texts = ["cow", "a much longer text about a cow in the meadow"]
-        padded = clip.text_model(**tokenizer(texts, padding=True, return_tensors="pt")).pooler_output
+        padded = clip.text_model(
+            **tokenizer(texts, padding=True, return_tensors="pt")
+        ).pooler_output
     torch.testing.assert_close(alone[0], padded[0], atol=1e-5, rtol=1e-4)
     assert not torch.allclose(padded[0], padded[1], atol=1e-2)
     classes = zero_shot.encode_classes(clip, tokenizer, [[name] for name in names])
@@ -123,15 +145,28 @@ def test_text_tower_pools_the_end_token_and_tells_classes_apart(clip: CLIPModel,
 
 
 def test_checkpoint_beats_chance(
-    clip: CLIPModel, tables: dict[str, dict[str, list]], names: list[str], descriptions: dict[str, list[str]]
+    clip: CLIPModel,
+    tables: dict[str, dict[str, list]],
+    names: list[str],
+    descriptions: dict[str, list[str]],
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / "tiny-clip")
     processor = AutoImageProcessor.from_pretrained(FOLDER / "tiny-clip")
-    classes = zero_shot.encode_classes(clip, tokenizer, [descriptions[name] for name in names])
+    classes = zero_shot.encode_classes(
+        clip, tokenizer, [descriptions[name] for name in names]
+    )
     table = tables["validation"]
-    images = [Image.fromarray(zero_shot.decode(image["bytes"])) for image in table["image"][::4]]
+    images = [
+        Image.fromarray(zero_shot.decode(image["bytes"]))
+        for image in table["image"][::4]
+    ]
     labels = torch.tensor(table["label"][::4])
-    logits = zero_shot.encode_images(clip, processor(images, return_tensors="pt")["pixel_values"]) @ classes.T
+    logits = (
+        zero_shot.encode_images(
+            clip, processor(images, return_tensors="pt")["pixel_values"]
+        )
+        @ classes.T
+    )
     result = zero_shot.group_accuracy(logits, labels)
     assert result["macro"] > 10 * 100 / len(names)
     assert result["top5"] > 4 * 500 / len(names)

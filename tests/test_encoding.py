@@ -13,7 +13,9 @@ from tests.conftest import byte_tokenizer, tiny_clip, tiny_siglip
 def by_hand(model, tokenizer, text: str) -> torch.Tensor:
     """One text through the model's public interface, without batches or padding tricks."""
     padding = "max_length" if model.config.model_type == "siglip" else False
-    inputs = tokenizer([text], return_tensors="pt", padding=padding, max_length=40, truncation=True)
+    inputs = tokenizer(
+        [text], return_tensors="pt", padding=padding, max_length=40, truncation=True
+    )
     inputs = {"input_ids": inputs["input_ids"]}
     return F.normalize(model.get_text_features(**inputs).pooler_output[0], dim=-1)
 
@@ -22,43 +24,67 @@ def by_hand(model, tokenizer, text: str) -> torch.Tensor:
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
 def test_rows_are_means_of_normalised_embeddings(make, batch_size):
     model, tokenizer = make(), byte_tokenizer()
-    descriptions = {"cat": ["fur", "a long tail"], "dog": "barks", "ant": ["six legs", "fur", "tiny"]}
-    rows = encode_class_descriptions(model, tokenizer, descriptions, batch_size=batch_size)
-    assert rows.shape == (3, by_hand(model, tokenizer, "fur").numel()) and rows.dtype == torch.float32
+    descriptions = {
+        "cat": ["fur", "a long tail"],
+        "dog": "barks",
+        "ant": ["six legs", "fur", "tiny"],
+    }
+    rows = encode_class_descriptions(
+        model, tokenizer, descriptions, batch_size=batch_size
+    )
+    assert (
+        rows.shape == (3, by_hand(model, tokenizer, "fur").numel())
+        and rows.dtype == torch.float32
+    )
     for row, texts in zip(rows, descriptions.values(), strict=True):
         texts = [texts] if isinstance(texts, str) else texts
-        expected = F.normalize(torch.stack([by_hand(model, tokenizer, text) for text in texts]).mean(0), dim=-1)
+        expected = F.normalize(
+            torch.stack([by_hand(model, tokenizer, text) for text in texts]).mean(0),
+            dim=-1,
+        )
         torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_long_work_shows_a_progress_bar_on_the_main_process_only(clip, capsys, monkeypatch, rank):
+def test_long_work_shows_a_progress_bar_on_the_main_process_only(
+    clip, capsys, monkeypatch, rank
+):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
 
     def shown(count):
-        encode_class_descriptions(clip, byte_tokenizer(), [[f"text {i}"] for i in range(count)], batch_size=1)
+        encode_class_descriptions(
+            clip, byte_tokenizer(), [[f"text {i}"] for i in range(count)], batch_size=1
+        )
         return "Encoding class descriptions" in capsys.readouterr().err
 
     assert shown(21) == (rank == 0) and not shown(20)
 
 
 def test_names_go_into_templates(clip):
-    names = encode_class_descriptions(clip, byte_tokenizer(), ["cat", "{}"], templates=["a {}", "{} x"])
-    texts = encode_class_descriptions(clip, byte_tokenizer(), [["a cat", "cat x"], ["a {}", "{} x"]])
+    names = encode_class_descriptions(
+        clip, byte_tokenizer(), ["cat", "{}"], templates=["a {}", "{} x"]
+    )
+    texts = encode_class_descriptions(
+        clip, byte_tokenizer(), [["a cat", "cat x"], ["a {}", "{} x"]]
+    )
     torch.testing.assert_close(names, texts)
 
 
 def test_default_template(clip):
     names = encode_class_descriptions(clip, byte_tokenizer(), ["c", "d"])
     with warnings.catch_warnings(record=True):
-        texts = encode_class_descriptions(clip, byte_tokenizer(), [["a photo of a c."], ["a photo of a d."]])
+        texts = encode_class_descriptions(
+            clip, byte_tokenizer(), [["a photo of a c."], ["a photo of a d."]]
+        )
     torch.testing.assert_close(names, texts)
 
 
 def test_repeated_names_are_warned_of_by_name(clip):
     with pytest.warns(UserWarning, match=r"\['crane'\]"):
-        encode_class_descriptions(clip, byte_tokenizer(), ["crane", "cat", "crane"], templates=["{}"])
+        encode_class_descriptions(
+            clip, byte_tokenizer(), ["crane", "cat", "crane"], templates=["{}"]
+        )
 
 
 def test_identical_rows_are_an_error():
@@ -71,8 +97,12 @@ def test_identical_rows_are_an_error():
 
 def test_long_texts_are_cut_with_one_warning(clip):
     long = "a very long description of a class that says it all"
-    with pytest.warns(UserWarning, match="2 of 3 class descriptions were cut to 40 tokens") as caught:
-        rows = encode_class_descriptions(clip, byte_tokenizer(), [["cat"], [long], [long + " that goes on"]])
+    with pytest.warns(
+        UserWarning, match="2 of 3 class descriptions were cut to 40 tokens"
+    ) as caught:
+        rows = encode_class_descriptions(
+            clip, byte_tokenizer(), [["cat"], [long], [long + " that goes on"]]
+        )
     assert len(caught) == 1 and rows.isfinite().all()
     torch.testing.assert_close(rows[1], rows[2])
 
@@ -88,7 +118,9 @@ def test_errors(clip):
     with pytest.raises(ValueError, match="`batch_size`"):
         encode_class_descriptions(clip, byte_tokenizer(), ["cat"], batch_size=0)
     with pytest.raises(ValueError, match="no text tower"):
-        encode_class_descriptions(CLIPVisionModel(clip.config.vision_config), byte_tokenizer(), ["cat"])
+        encode_class_descriptions(
+            CLIPVisionModel(clip.config.vision_config), byte_tokenizer(), ["cat"]
+        )
 
 
 @pytest.mark.parametrize("make", [tiny_clip, tiny_siglip])
@@ -103,23 +135,35 @@ def test_classifier_encodes_through_its_clip(make):
 
 def test_tokenizer_that_is_a_function(clip):
     def tokenize(texts: list[str]) -> torch.Tensor:
-        return byte_tokenizer()(texts, padding="max_length", max_length=40, return_tensors="pt")["input_ids"]
+        return byte_tokenizer()(
+            texts, padding="max_length", max_length=40, return_tensors="pt"
+        )["input_ids"]
 
     torch.testing.assert_close(
-        encode_class_descriptions(clip, tokenize, [["cat"], ["a dog"], ["an ox"]], batch_size=2),
-        encode_class_descriptions(clip, byte_tokenizer(), [["cat"], ["a dog"], ["an ox"]]),
+        encode_class_descriptions(
+            clip, tokenize, [["cat"], ["a dog"], ["an ox"]], batch_size=2
+        ),
+        encode_class_descriptions(
+            clip, byte_tokenizer(), [["cat"], ["a dog"], ["an ox"]]
+        ),
     )
 
 
 # Pooling
 
 
-def grouped(num_groups: int = 6, size: int = 20, spread: float = 0.05) -> tuple[torch.Tensor, torch.Tensor]:
+def grouped(
+    num_groups: int = 6, size: int = 20, spread: float = 0.05
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Unit rows around orthogonal directions, in random order, and those directions."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.eye(num_groups, 16)
-    rows = directions.repeat(size, 1) + spread * torch.randn(num_groups * size, 16, generator=generator)
-    return F.normalize(rows[torch.randperm(len(rows), generator=generator)], dim=1), directions
+    rows = directions.repeat(size, 1) + spread * torch.randn(
+        num_groups * size, 16, generator=generator
+    )
+    return F.normalize(
+        rows[torch.randperm(len(rows), generator=generator)], dim=1
+    ), directions
 
 
 def test_few_rows_stay_as_they_are():
@@ -136,11 +180,16 @@ def test_the_result_is_unit_rows_of_float32_whatever_comes_in():
 
 def test_every_row_is_nearer_to_its_mean_than_to_the_start_and_the_means_are_those_of_their_rows():
     rows, _ = grouped(spread=0.4)
-    start, pooled = pool_guidance(rows, 9, iterations=1), pool_guidance(rows, 9, iterations=100)
+    start, pooled = (
+        pool_guidance(rows, 9, iterations=1),
+        pool_guidance(rows, 9, iterations=100),
+    )
     assert (rows @ pooled.T).amax(1).mean() > (rows @ start.T).amax(1).mean()
     nearest = (rows @ pooled.T).argmax(1)
     for group in nearest.unique():  # a fixed point of k-means
-        torch.testing.assert_close(pooled[group], F.normalize(rows[nearest == group].sum(0), dim=0))
+        torch.testing.assert_close(
+            pooled[group], F.normalize(rows[nearest == group].sum(0), dim=0)
+        )
 
 
 def test_clear_groups_are_found():
@@ -166,9 +215,21 @@ def test_equal_rows_leave_no_nan():
         ({"guidance": [[1.0, 0.0]]}, TypeError, "`guidance`.*list"),
         ({"guidance": torch.full((4, 2), torch.nan)}, ValueError, "`guidance`.*NaN"),
         ({"guidance": torch.ones(4, 2), "num_rows": 0}, ValueError, "`num_rows`.*0"),
-        ({"guidance": torch.ones(4, 2), "num_rows": 2.5}, ValueError, "`num_rows`.*2.5"),
-        ({"guidance": torch.ones(4, 2), "num_rows": True}, ValueError, "`num_rows`.*True"),
-        ({"guidance": torch.ones(4, 2), "iterations": -1}, ValueError, "`iterations`.*-1"),
+        (
+            {"guidance": torch.ones(4, 2), "num_rows": 2.5},
+            ValueError,
+            "`num_rows`.*2.5",
+        ),
+        (
+            {"guidance": torch.ones(4, 2), "num_rows": True},
+            ValueError,
+            "`num_rows`.*True",
+        ),
+        (
+            {"guidance": torch.ones(4, 2), "iterations": -1},
+            ValueError,
+            "`iterations`.*-1",
+        ),
         ({"guidance": torch.ones(4, 2), "seed": 0.5}, ValueError, "`seed`.*0.5"),
     ],
 )

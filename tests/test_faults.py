@@ -31,8 +31,13 @@ def features(model, pixel_values):
 
 def picture(model):
     """All that a refused load must not change."""
-    modules = [(name, type(module), len(module._forward_pre_hooks)) for name, module in model.named_modules()]
-    parameters = [(name, p.requires_grad, p.dtype) for name, p in model.named_parameters()]
+    modules = [
+        (name, type(module), len(module._forward_pre_hooks))
+        for name, module in model.named_modules()
+    ]
+    parameters = [
+        (name, p.requires_grad, p.dtype) for name, p in model.named_parameters()
+    ]
     return modules, parameters, model.training, hasattr(model, "peft_config")
 
 
@@ -40,8 +45,12 @@ def assert_load_fails(folder, error, message, make=tiny_clip):
     """Loading fails alike as the first adapter, as a further one, and with `low_cpu_mem_usage`."""
     for low_cpu_mem_usage in (False, True):
         with pytest.raises(error, match=message):
-            PeftModel.from_pretrained(make(), folder, low_cpu_mem_usage=low_cpu_mem_usage)
-    model = get_peft_model(make(), SageConfig(guidance=torch.randn(3, 4)), adapter_name="mine")
+            PeftModel.from_pretrained(
+                make(), folder, low_cpu_mem_usage=low_cpu_mem_usage
+            )
+    model = get_peft_model(
+        make(), SageConfig(guidance=torch.randn(3, 4)), adapter_name="mine"
+    )
     before = picture(model)
     with pytest.raises(error, match=message):
         model.load_adapter(folder, "other")
@@ -51,7 +60,11 @@ def assert_load_fails(folder, error, message, make=tiny_clip):
 def assert_refused(folder, message, make=tiny_clip):
     """What a weights file lacks, or has too much, is refused with the model as it was."""
     model, before = assert_load_fails(folder, ValueError, message, make)
-    assert picture(model) == before and list(model.peft_config) == ["mine"] and model.active_adapters == ["mine"]
+    assert (
+        picture(model) == before
+        and list(model.peft_config) == ["mine"]
+        and model.active_adapters == ["mine"]
+    )
     base = make()
     modules = picture(base)[0]
     with pytest.raises(ValueError, match=message):
@@ -61,7 +74,9 @@ def assert_refused(folder, message, make=tiny_clip):
 
 @pytest.fixture
 def adapter_dir(tmp_path):
-    model = get_peft_model(tiny_clip(), SageConfig(guidance=torch.randn(5, 24), r=8, num_heads=2))
+    model = get_peft_model(
+        tiny_clip(), SageConfig(guidance=torch.randn(5, 24), r=8, num_heads=2)
+    )
     randomise(model)
     model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
@@ -92,7 +107,15 @@ def edit_config(folder, **values):
         lambda raw: raw + b"more",
         lambda raw: pickle.dumps({"a": 1}),
     ],
-    ids=["half", "five bytes", "empty", "garbage", "garbled header", "longer", "pickle"],
+    ids=[
+        "half",
+        "five bytes",
+        "empty",
+        "garbage",
+        "garbled header",
+        "longer",
+        "pickle",
+    ],
 )
 def test_damaged_weights(damage, adapter_dir, pixel_values):
     raw = (adapter_dir / WEIGHTS).read_bytes()
@@ -100,7 +123,9 @@ def test_damaged_weights(damage, adapter_dir, pixel_values):
     base = tiny_clip()
     with pytest.raises(SafetensorError):
         PeftModel.from_pretrained(base, adapter_dir)
-    with pytest.raises(RuntimeError, match="were not loaded"):  # never on random weights
+    with pytest.raises(
+        RuntimeError, match="were not loaded"
+    ):  # never on random weights
         features(base, pixel_values)
     assert_load_fails(adapter_dir, SafetensorError, "")
 
@@ -152,7 +177,10 @@ def test_missing_or_invalid_config(text, error, adapter_dir):
     [
         ({"r": 16}, r"peft_sage_down.*\(8.*expected .*\(16"),
         ({"r": 4}, r"expected .*\(4"),
-        ({"guidance_shape": [6, 24]}, r"peft_sage_guidance.*\(5, 24\).*expected .*\(6, 24\)"),
+        (
+            {"guidance_shape": [6, 24]},
+            r"peft_sage_guidance.*\(5, 24\).*expected .*\(6, 24\)",
+        ),
         ({"guidance_shape": [5, 12]}, r"expected .*\((5|8), 12\)"),
         ({"guidance_shape": [0, 0]}, "not expected"),
         ({"num_heads": 3}, "`r` must be divisible"),
@@ -175,7 +203,9 @@ def test_other_configs_that_disagree(adapter_dir):
     for other in (["self_attn.q_proj"], r".*text_model.*mlp"):
         edit_config(adapter_dir, modules_to_save=None, target_modules=other)
         assert_load_fails(adapter_dir, ValueError, "do not fit the model")
-    edit_config(adapter_dir, target_modules=None, guidance_shape=None)  # an AdaptFormer, by its configuration
+    edit_config(
+        adapter_dir, target_modules=None, guidance_shape=None
+    )  # an AdaptFormer, by its configuration
     assert_load_fails(adapter_dir, ValueError, "not expected.*guidance")
 
 
@@ -184,10 +214,24 @@ def test_other_configs_that_disagree(adapter_dir):
     [
         (lambda t: t.pop(FIRST + "peft_sage_guidance"), "missing.*peft_sage_guidance"),
         (lambda t: t.pop(FIRST + "peft_sage_up.weight"), "missing.*peft_sage_up"),
-        (lambda t: t.update({FIRST + "peft_sage_new": torch.zeros(1)}), "not expected.*peft_sage_new"),
-        (lambda t: t[FIRST + "peft_sage_up.weight"].fill_(torch.nan), "NaN or infinity"),
-        (lambda t: t[FIRST + "peft_sage_guidance"][3].fill_(torch.inf), "NaN or infinity"),
-        (lambda t: t.update({FIRST + "peft_sage_up.bias": torch.zeros(32, dtype=torch.long)}), "int64"),
+        (
+            lambda t: t.update({FIRST + "peft_sage_new": torch.zeros(1)}),
+            "not expected.*peft_sage_new",
+        ),
+        (
+            lambda t: t[FIRST + "peft_sage_up.weight"].fill_(torch.nan),
+            "NaN or infinity",
+        ),
+        (
+            lambda t: t[FIRST + "peft_sage_guidance"][3].fill_(torch.inf),
+            "NaN or infinity",
+        ),
+        (
+            lambda t: t.update(
+                {FIRST + "peft_sage_up.bias": torch.zeros(32, dtype=torch.long)}
+            ),
+            "int64",
+        ),
         (lambda t: t.clear(), r"file has adapted blocks \[\]"),
     ],
 )
@@ -205,15 +249,30 @@ def test_weights_of_another_method(adapter_dir, tmp_path):
 
 def wider_clip():
     vision = {**VISION, "hidden_size": 64}
-    return CLIPModel(CLIPConfig(text_config={"num_hidden_layers": 1}, vision_config=vision, projection_dim=16))
+    return CLIPModel(
+        CLIPConfig(
+            text_config={"num_hidden_layers": 1},
+            vision_config=vision,
+            projection_dim=16,
+        )
+    )
 
 
 def deeper_clip():
     vision = {**VISION, "num_hidden_layers": 4}
-    return CLIPModel(CLIPConfig(text_config={"num_hidden_layers": 1}, vision_config=vision, projection_dim=16))
+    return CLIPModel(
+        CLIPConfig(
+            text_config={"num_hidden_layers": 1},
+            vision_config=vision,
+            projection_dim=16,
+        )
+    )
 
 
-@pytest.mark.parametrize(("make", "message"), [(wider_clip, "expected .*64"), (deeper_clip, "do not fit the model")])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [(wider_clip, "expected .*64"), (deeper_clip, "do not fit the model")],
+)
 def test_wrong_base_model(make, message, adapter_dir):
     assert_refused(adapter_dir, message, make)
 
@@ -222,9 +281,14 @@ def test_a_head_with_other_classes(tmp_path):
     def classifier(classes):
         return SageClassifier(tiny_clip(), torch.randn(classes, 16))
 
-    model = get_peft_model(classifier(5), SageConfig(guidance=torch.randn(5, 24), modules_to_save=["class_head"]))
+    model = get_peft_model(
+        classifier(5),
+        SageConfig(guidance=torch.randn(5, 24), modules_to_save=["class_head"]),
+    )
     model.save_pretrained(tmp_path)
-    assert_refused(tmp_path, r"class_head.*\(5, 16\).*expected .*\(7, 16\)", lambda: classifier(7))
+    assert_refused(
+        tmp_path, r"class_head.*\(5, 16\).*expected .*\(7, 16\)", lambda: classifier(7)
+    )
 
 
 def test_a_misfit_does_not_touch_an_adapter_that_is_there(adapter_dir, pixel_values):
@@ -236,7 +300,9 @@ def test_a_misfit_does_not_touch_an_adapter_that_is_there(adapter_dir, pixel_val
     assert torch.equal(features(model, pixel_values), expected)
 
 
-def test_transformers_own_loader_never_runs_on_what_it_did_not_load(adapter_dir, pixel_values):
+def test_transformers_own_loader_never_runs_on_what_it_did_not_load(
+    adapter_dir, pixel_values
+):
     model = tiny_clip()
     expected = features(model, pixel_values)
     edit_weights(adapter_dir, lambda t: t.pop(FIRST + "peft_sage_guidance"))
@@ -247,7 +313,9 @@ def test_transformers_own_loader_never_runs_on_what_it_did_not_load(adapter_dir,
     assert torch.equal(features(model, pixel_values), expected)
 
 
-@pytest.mark.parametrize("name", ["../escape", "a/b", "/tmp/escape", "..", "", "v1.0", "keys"])
+@pytest.mark.parametrize(
+    "name", ["../escape", "a/b", "/tmp/escape", "..", "", "v1.0", "keys"]
+)
 def test_adapter_names_that_cannot_be_used(name):
     model = tiny_clip()
     before = picture(model)
@@ -256,12 +324,18 @@ def test_adapter_names_that_cannot_be_used(name):
     assert picture(model) == before
 
 
-@pytest.mark.parametrize("name", ["norm", "up", "value", "scaling", "base_layer", "default", "p"])
+@pytest.mark.parametrize(
+    "name", ["norm", "up", "value", "scaling", "base_layer", "default", "p"]
+)
 def test_modules_to_save_that_mean_the_adapter(name):
     model = tiny_clip()
     before = picture(model)
-    with pytest.raises(ValueError, match=f"`modules_to_save` .* '{name}' matches '.*{name}'"):
-        get_peft_model(model, SageConfig(guidance=torch.randn(3, 4), modules_to_save=[name]))
+    with pytest.raises(
+        ValueError, match=f"`modules_to_save` .* '{name}' matches '.*{name}'"
+    ):
+        get_peft_model(
+            model, SageConfig(guidance=torch.randn(3, 4), modules_to_save=[name])
+        )
     assert picture(model) == before
 
 
@@ -319,23 +393,34 @@ def tokenizer():
 
 def test_twenty_thousand_classes(clip_dir, pixel_values, tmp_path):
     descriptions = {f"class {i}": f"thing {i}" for i in range(20_000)}
-    model = get_peft_model(CLIPModel.from_pretrained(clip_dir), SageConfig(class_descriptions=descriptions)).eval()
+    model = get_peft_model(
+        CLIPModel.from_pretrained(clip_dir), SageConfig(class_descriptions=descriptions)
+    ).eval()
     model.save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(CLIPModel.from_pretrained(clip_dir).eval(), tmp_path / "adapter")
+    again = PeftModel.from_pretrained(
+        CLIPModel.from_pretrained(clip_dir).eval(), tmp_path / "adapter"
+    )
     assert again.peft_config["default"].class_names[-1] == "class 19999"
     assert torch.equal(features(again, pixel_values), features(model, pixel_values))
 
 
 @pytest.mark.parametrize(
     "descriptions",
-    [["猫", "Straße", "кошка"], ["🐈", "🐕‍🦺", "👩🏽‍🌾"], ["a\u0000b", "c\n\td"], ["ﷺ", "\u202eabc"]],
+    [
+        ["猫", "Straße", "кошка"],
+        ["🐈", "🐕‍🦺", "👩🏽‍🌾"],
+        ["a\u0000b", "c\n\td"],
+        ["ﷺ", "\u202eabc"],
+    ],
 )
 def test_any_unicode(descriptions, clip_dir, clip, tokenizer, tmp_path):
     rows = encode_class_descriptions(clip, tokenizer, descriptions)
     assert rows.shape == (len(descriptions), 16) and rows.isfinite().all()
     assert len(rows.unique(dim=0)) == len(descriptions)
     config = SageConfig(class_descriptions={name: [name] for name in descriptions})
-    get_peft_model(CLIPModel.from_pretrained(clip_dir), config).save_pretrained(tmp_path / "adapter")
+    get_peft_model(CLIPModel.from_pretrained(clip_dir), config).save_pretrained(
+        tmp_path / "adapter"
+    )
     assert SageConfig.from_pretrained(tmp_path / "adapter").class_names == descriptions
 
 

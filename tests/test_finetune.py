@@ -44,7 +44,12 @@ from checkpoints import TrainingProgress  # noqa: E402
 from peft_sage import SageClassifier  # noqa: E402
 
 
-COLOURS = {"blue": (30, 40, 220), "green": (40, 200, 60), "grey": (120, 120, 120), "red": (220, 30, 40)}
+COLOURS = {
+    "blue": (30, 40, 220),
+    "green": (40, 200, 60),
+    "grey": (120, 120, 120),
+    "red": (220, 30, 40),
+}
 TRAIN_COUNTS = {"blue": 11, "green": 6, "grey": 4, "red": 2}
 
 
@@ -53,21 +58,52 @@ def clip_folder(tmp_path_factory):
     """A random CLIP with tokenizer and image processor, saved as users have it."""
     folder = tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    words = ["<pad>", "<bos>", "<eos>", "<unk>", "a", "photo", "of", ".", "thing", *COLOURS]
-    text = CLIPTextConfig(**tower, vocab_size=len(words), pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    tower = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    words = [
+        "<pad>",
+        "<bos>",
+        "<eos>",
+        "<unk>",
+        "a",
+        "photo",
+        "of",
+        ".",
+        "thing",
+        *COLOURS,
+    ]
+    text = CLIPTextConfig(
+        **tower, vocab_size=len(words), pad_token_id=0, bos_token_id=1, eos_token_id=2
+    )
     vision = CLIPVisionConfig(**tower, image_size=16, patch_size=4)
-    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)
+    config = CLIPConfig(
+        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16
+    )
     CLIPModel(config).half().save_pretrained(folder)
 
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
     )
-    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=16, **special).save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
+    special = {
+        "pad_token": "<pad>",
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "unk_token": "<unk>",
+    }
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=16, **special
+    ).save_pretrained(folder)
+    CLIPImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    ).save_pretrained(folder)
     return folder
 
 
@@ -75,7 +111,9 @@ def _draw(folder, counts, rng):
     for name, count in counts.items():
         (folder / name).mkdir(parents=True)
         for i in range(count):
-            pixels = np.clip(rng.normal(COLOURS[name], 25, size=(20, 16, 3)), 0, 255).astype(np.uint8)
+            pixels = np.clip(
+                rng.normal(COLOURS[name], 25, size=(20, 16, 3)), 0, 255
+            ).astype(np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
 
 
@@ -104,18 +142,40 @@ def _own_state(tmp_path_factory, monkeypatch):
 def command(clip_folder, image_folder, tmp_path):
     """The flags of a short run that leaves its files in `tmp_path/out`."""
     flags = f"--model {clip_folder} --dataset {image_folder} --output-dir {tmp_path / 'out'} --cpu-threads 1"
-    return [*flags.split(), "--epochs", "2", "--batch-size", "4", "--r", "8", "--lr", "0.01"]
+    return [
+        *flags.split(),
+        "--epochs",
+        "2",
+        "--batch-size",
+        "4",
+        "--r",
+        "8",
+        "--lr",
+        "0.01",
+    ]
 
 
 def _folder_hash(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.iterdir()
+    }
 
 
 @pytest.mark.parametrize(
     ("method", "loss"),
-    [("sage", "sage"), ("adaptformer", "la"), ("lora", "ce"), ("head", "sage"), ("head", "la"), ("head", "ce")],
+    [
+        ("sage", "sage"),
+        ("adaptformer", "la"),
+        ("lora", "ce"),
+        ("head", "sage"),
+        ("head", "la"),
+        ("head", "ce"),
+    ],
 )
-def test_every_method_runs_and_leaves_an_adapter(command, clip_folder, tmp_path, method, loss):
+def test_every_method_runs_and_leaves_an_adapter(
+    command, clip_folder, tmp_path, method, loss
+):
     base = _folder_hash(clip_folder)
     returned = finetune.main([*command, "--method", method, "--loss", loss])
 
@@ -126,25 +186,45 @@ def test_every_method_runs_and_leaves_an_adapter(command, clip_folder, tmp_path,
     assert results["class_counts"] == list(TRAIN_COUNTS.values())
     assert len(results["validation"]) == 2 and 1 <= results["kept_epoch"] <= 2
     assert [entry["epoch"] for entry in results["validation"]] == [1, 2]
-    assert results["validation"][results["kept_epoch"] - 1]["macro"] == max(e["macro"] for e in results["validation"])
+    assert results["validation"][results["kept_epoch"] - 1]["macro"] == max(
+        e["macro"] for e in results["validation"]
+    )
     for key in ("zero_shot", "trained"):
         scores = results[key]
-        assert set(scores) == {"overall", "macro", "many", "medium", "few", "worst", "per_class", "num_classes"}
+        assert set(scores) == {
+            "overall",
+            "macro",
+            "many",
+            "medium",
+            "few",
+            "worst",
+            "per_class",
+            "num_classes",
+        }
         assert scores["num_classes"] == {"many": 0, "medium": 0, "few": 4}
         assert scores["many"] is None and scores["medium"] is None
         assert scores["few"] == pytest.approx(scores["macro"])
         assert scores["macro"] == pytest.approx(np.mean(scores["per_class"]))
         assert scores["worst"] == min(scores["per_class"])
         images = np.array([3, 3, 3, 2])
-        assert scores["overall"] == pytest.approx(images @ scores["per_class"] / images.sum())
+        assert scores["overall"] == pytest.approx(
+            images @ scores["per_class"] / images.sum()
+        )
 
     weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert (tmp_path / "out" / "adapter_config.json").is_file()
     assert not (tmp_path / "out" / "model.safetensors").exists()
-    kinds = {"sage": "peft_sage_", "adaptformer": "peft_sage_", "lora": "lora_", "head": None}
+    kinds = {
+        "sage": "peft_sage_",
+        "adaptformer": "peft_sage_",
+        "lora": "lora_",
+        "head": None,
+    }
     adapter = [name for name in weights if "head" not in name]
     assert any("head" in name for name in weights)
-    assert all(kinds[method] in name for name in adapter) if kinds[method] else not adapter
+    assert (
+        all(kinds[method] in name for name in adapter) if kinds[method] else not adapter
+    )
     assert not any("text_model" in name for name in weights)
     assert _folder_hash(clip_folder) == base
 
@@ -157,11 +237,15 @@ def test_it_learns(command):
 
 def test_losses_are_one_formula():
     def loss(*flags):
-        return finetune.make_loss(finetune.parse_args(list(flags)), np.array([8, 2]), 0.5, 0.2)
+        return finetune.make_loss(
+            finetune.parse_args(list(flags)), np.array([8, 2]), 0.5, 0.2
+        )
 
     prior = torch.tensor([0.8, 0.2]).log() - math.log(0.5)
     torch.testing.assert_close(loss("--loss", "ce").adjustment, torch.zeros(2))
-    torch.testing.assert_close(loss("--loss", "la", "--tau", "0.5").adjustment, 0.5 * prior)
+    torch.testing.assert_close(
+        loss("--loss", "la", "--tau", "0.5").adjustment, 0.5 * prior
+    )
     assert loss("--loss", "ce").compensation == loss("--loss", "la").compensation == 0
     sage = loss("--loss", "sage", "--tau", "2", "--compensation", "2")
     torch.testing.assert_close(sage.adjustment, 2 * prior)
@@ -169,22 +253,38 @@ def test_losses_are_one_formula():
 
 
 @pytest.mark.parametrize("method", ["sage", "adaptformer", "lora"])
-@pytest.mark.parametrize(("last", "adapted"), [(None, {1}), (0, {0, 1}), (1, {1}), (5, {0, 1})])
+@pytest.mark.parametrize(
+    ("last", "adapted"), [(None, {1}), (0, {0, 1}), (1, {1}), (5, {0, 1})]
+)
 def test_last_blocks_of_the_vision_tower_are_adapted(command, method, last, adapted):
     flags = [] if last is None else ["--last-blocks", str(last)]
     args = finetune.parse_args([*command, "--method", method, *flags])
     classifier = SageClassifier(CLIPModel.from_pretrained(args.model), torch.eye(2, 16))
     model = get_peft_model(classifier, finetune.peft_config(args, classifier))
-    trained = [name for name, p in model.named_parameters() if p.requires_grad and ".layers." in name]
-    assert {int(name.partition(".layers.")[2].partition(".")[0]) for name in trained} == adapted
+    trained = [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and ".layers." in name
+    ]
+    assert {
+        int(name.partition(".layers.")[2].partition(".")[0]) for name in trained
+    } == adapted
     assert not any("text_model" in name for name in trained)
 
 
-def test_many_classes_are_pooled_for_the_guidance_and_not_for_the_head(command, tmp_path):
+def test_many_classes_are_pooled_for_the_guidance_and_not_for_the_head(
+    command, tmp_path
+):
     finetune.main([*command, "--guidance-rows", "3", "--epochs", "1"])
     weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    (guidance,) = (tensor for name, tensor in weights.items() if "peft_sage_guidance" in name)
-    (head,) = (tensor for name, tensor in weights.items() if name.endswith(".class_head.weight"))
+    (guidance,) = (
+        tensor for name, tensor in weights.items() if "peft_sage_guidance" in name
+    )
+    (head,) = (
+        tensor
+        for name, tensor in weights.items()
+        if name.endswith(".class_head.weight")
+    )
     assert (len(guidance), len(head)) == (3, 4)
     loaded = SageClassifier.from_pretrained(tmp_path / "out")
     assert loaded.class_names == list(COLOURS)
@@ -194,16 +294,26 @@ def test_many_classes_are_pooled_for_the_guidance_and_not_for_the_head(command, 
 def test_the_text_terms_are_chosen_by_the_data_or_given(command, tmp_path, capsys):
     chosen = finetune.main(command)
     assert chosen["text_guidance"] == 0.4 * chosen["text_prior"]
-    assert str(chosen["text_prior"]) in {str(float(key)) for key in chosen["text_prior_scores"]} | {
+    assert str(chosen["text_prior"]) in {
+        str(float(key)) for key in chosen["text_prior_scores"]
+    } | {
         "0",
         "1",
         "3",
         "10",
     }
     printed = capsys.readouterr().out
-    assert printed.index("Zero-shot") < printed.index("Chosen: text prior") < printed.index("Training ")
+    assert (
+        printed.index("Zero-shot")
+        < printed.index("Chosen: text prior")
+        < printed.index("Training ")
+    )
     given = finetune.main([*command, "--text-prior", "2", "--text-guidance", "0.5"])
-    assert (given["text_prior"], given["text_guidance"], given["text_prior_scores"]) == (2, 0.5, None)
+    assert (
+        given["text_prior"],
+        given["text_guidance"],
+        given["text_prior_scores"],
+    ) == (2, 0.5, None)
     assert given["class_descriptions"] == [[name] for name in COLOURS]
     for flags in (["--loss", "la"], ["--text-prior", "0", "--text-guidance", "0"]):
         off = finetune.main([*command, *flags])
@@ -222,15 +332,32 @@ def test_few_images_get_more_epochs(command, monkeypatch):
     assert len(finetune.main([*flags, "--method", "head"])["validation"]) == 4
 
 
-def test_resumed_after_a_kill_ends_with_the_same_weights(command, tmp_path, monkeypatch):
-    command = [*command, "--epochs", "30", "--gradient-accumulation-steps", "2", "--checkpointing-steps", "1"]
+def test_resumed_after_a_kill_ends_with_the_same_weights(
+    command, tmp_path, monkeypatch
+):
+    command = [
+        *command,
+        "--epochs",
+        "30",
+        "--gradient-accumulation-steps",
+        "2",
+        "--checkpointing-steps",
+        "1",
+    ]
     command += ["--augmentation", "resized-crop-flip", "--num-workers", "0"]
     finetune.main([*command, "--output-dir", str(tmp_path / "whole")])
 
-    process = subprocess.Popen([sys.executable, str(EXAMPLES / "finetune.py"), *command], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, str(EXAMPLES / "finetune.py"), *command],
+        stdout=subprocess.DEVNULL,
+    )
     killed = tmp_path / "out"
     deadline = time.monotonic() + 300
-    while not (killed / "checkpoints" / "step_7").exists() and process.poll() is None and time.monotonic() < deadline:
+    while (
+        not (killed / "checkpoints" / "step_7").exists()
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -244,11 +371,19 @@ def test_resumed_after_a_kill_ends_with_the_same_weights(command, tmp_path, monk
     AcceleratorState._reset_state(reset_partial_state=True)
     finetune.main([*command, "--resume-from-checkpoint", "latest"])
     assert len(steps) < 30 * 5 - 7  # it went on, and did not start anew
-    whole, resumed = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "whole", killed))
+    whole, resumed = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (tmp_path / "whole", killed)
+    )
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    first, second = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "whole", killed))
-    assert all(first[key] == second[key] for key in ("trained", "validation", "kept_epoch"))
+    first, second = (
+        json.loads((folder / "results.json").read_text())
+        for folder in (tmp_path / "whole", killed)
+    )
+    assert all(
+        first[key] == second[key] for key in ("trained", "validation", "kept_epoch")
+    )
 
 
 def _counted(function, calls):
@@ -289,9 +424,13 @@ def test_checkpoints_hold_only_what_is_trained_and_know_their_run(command, tmp_p
         finetune.main([*command, "--resume-from-checkpoint", str(tmp_path)])
 
 
-def test_other_data_or_settings_are_refused_and_other_processes_are_not(command, image_folder, tmp_path):
+def test_other_data_or_settings_are_refused_and_other_processes_are_not(
+    command, image_folder, tmp_path
+):
     finetune.main([*command, "--method", "head"])
-    settings = json.loads((tmp_path / "out/checkpoints/step_5/settings.json").read_text())
+    settings = json.loads(
+        (tmp_path / "out/checkpoints/step_5/settings.json").read_text()
+    )
     assert settings["global_batch_size"] == 4 and "batch_size" not in settings
     other = tmp_path / "other"
     shutil.copytree(image_folder, other)
@@ -328,25 +467,44 @@ def test_a_full_disk_leaves_earlier_checkpoints_alone(command, tmp_path, monkeyp
         return save(self, folder)
 
     monkeypatch.setattr(finetune.Accelerator, "save_state", full)
-    with pytest.raises(OSError, match=r"step_10.*No space left on device.*Earlier ones are whole"):
+    with pytest.raises(
+        OSError, match=r"step_10.*No space left on device.*Earlier ones are whole"
+    ):
         finetune.main([*command, "--method", "head"])
-    assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["step_5"]
+    assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == [
+        "step_5"
+    ]
     monkeypatch.undo()
-    results = finetune.main([*command, "--method", "head", "--resume-from-checkpoint", "latest"])
+    results = finetune.main(
+        [*command, "--method", "head", "--resume-from-checkpoint", "latest"]
+    )
     assert len(results["validation"]) == 2
 
 
 @pytest.mark.slow
 def test_killed_50_times_it_ends_where_an_undisturbed_run_does(command, tmp_path):
     """At any moment, saving included: what was saved is whole, and the same command goes on from it."""
-    command = [*command, "--epochs", "6", "--checkpointing-steps", "1", "--method", "head", "--num-workers", "0"]
+    command = [
+        *command,
+        "--epochs",
+        "6",
+        "--checkpointing-steps",
+        "1",
+        "--method",
+        "head",
+        "--num-workers",
+        "0",
+    ]
     whole = finetune.main([*command, "--output-dir", str(tmp_path / "whole")])
     AcceleratorState._reset_state(reset_partial_state=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["finetune"])
     generator = np.random.default_rng(0)
     for _ in range(50):
-        process = context.Process(target=finetune.main, args=([*command, "--resume-from-checkpoint", "latest"],))
+        process = context.Process(
+            target=finetune.main,
+            args=([*command, "--resume-from-checkpoint", "latest"],),
+        )
         process.start()
         process.join(timeout=generator.uniform(0.2, 8))
         process.kill()
@@ -357,7 +515,10 @@ def test_killed_50_times_it_ends_where_an_undisturbed_run_does(command, tmp_path
         if (tmp_path / "out/results.json").exists():
             json.loads((tmp_path / "out/results.json").read_text())
     last = finetune.main([*command, "--resume-from-checkpoint", "latest"])
-    assert last["trained"] == whole["trained"] and last["validation"] == whole["validation"]
+    assert (
+        last["trained"] == whole["trained"]
+        and last["validation"] == whole["validation"]
+    )
 
 
 def test_latest_without_a_checkpoint_starts_anew(command, tmp_path, capsys):
@@ -373,35 +534,71 @@ def test_the_best_epoch_is_kept():
         model.weight.data.fill_(epoch)
         progress.epoch = epoch
         progress.record({"macro": score}, model)
-    assert progress.best_epoch == 2  # of two equals, the one that was trained for longer
+    assert (
+        progress.best_epoch == 2
+    )  # of two equals, the one that was trained for longer
     assert progress.best_weights["weight"].item() == 2
 
     restored = TrainingProgress()
     restored.load_state_dict(progress.state_dict())
-    assert restored.validation[2] == {"macro": 30.0, "epoch": 2} and restored.best_weights["weight"].item() == 2
+    assert (
+        restored.validation[2] == {"macro": 30.0, "epoch": 2}
+        and restored.best_weights["weight"].item() == 2
+    )
 
 
 def test_two_processes_agree_with_one(command, tmp_path):
     command = [*command, "--augmentation", "none", "--lr", "0.001", "--epochs", "3"]
-    one = finetune.main([*command, "--batch-size", "8", "--output-dir", str(tmp_path / "one")])
+    one = finetune.main(
+        [*command, "--batch-size", "8", "--output-dir", str(tmp_path / "one")]
+    )
     # On a CPU `accelerate launch` starts several processes through MPI only; torchrun needs nothing.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "--",
+    ]
     launched = [*launch, str(EXAMPLES / "finetune.py"), *command, "--batch-size", "4"]
     done = subprocess.run(launched, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("Zero-shot:") == done.stdout.count("epoch 1 of 3: validation") == 1
+    assert (
+        done.stdout.count("Zero-shot:")
+        == done.stdout.count("epoch 1 of 3: validation")
+        == 1
+    )
     two = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (one["num_processes"], two["num_processes"]) == (1, 2)
     assert two["zero_shot"] == one["zero_shot"]
     assert two["trained"] == one["trained"]
-    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "out"))
+    first, second = (
+        load_file(tmp_path / name / "adapter_model.safetensors")
+        for name in ("one", "out")
+    )
     for name in first:
-        torch.testing.assert_close(first[name], second[name], atol=1e-4, rtol=1e-3, msg=name)
+        torch.testing.assert_close(
+            first[name], second[name], atol=1e-4, rtol=1e-3, msg=name
+        )
 
 
 def test_a_run_goes_on_with_another_number_of_processes(command, tmp_path, monkeypatch):
-    command = [*command, "--augmentation", "none", "--lr", "0.001", "--epochs", "4", "--method", "head"]
-    whole = finetune.main([*command, "--batch-size", "8", "--output-dir", str(tmp_path / "whole")])
+    command = [
+        *command,
+        "--augmentation",
+        "none",
+        "--lr",
+        "0.001",
+        "--epochs",
+        "4",
+        "--method",
+        "head",
+    ]
+    whole = finetune.main(
+        [*command, "--batch-size", "8", "--output-dir", str(tmp_path / "whole")]
+    )
     AcceleratorState._reset_state(reset_partial_state=True)
     record = TrainingProgress.record
 
@@ -413,28 +610,54 @@ def test_a_run_goes_on_with_another_number_of_processes(command, tmp_path, monke
     monkeypatch.setattr(TrainingProgress, "record", interrupted)
     with pytest.raises(KeyboardInterrupt):
         finetune.main([*command, "--batch-size", "8"])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "--",
+    ]
     launched = [*launch, str(EXAMPLES / "finetune.py"), *command, "--batch-size", "4"]
-    done = subprocess.run([*launched, "--resume-from-checkpoint", "latest"], capture_output=True, text=True)
+    done = subprocess.run(
+        [*launched, "--resume-from-checkpoint", "latest"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Going on from" in done.stdout
     resumed = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [entry["epoch"] for entry in resumed["validation"]] == [1, 2, 3, 4]
     assert resumed["trained"] == whole["trained"]
-    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "out"))
+    first, second = (
+        load_file(tmp_path / name / "adapter_model.safetensors")
+        for name in ("whole", "out")
+    )
     for name in first:
-        torch.testing.assert_close(first[name], second[name], atol=1e-4, rtol=1e-3, msg=name)
+        torch.testing.assert_close(
+            first[name], second[name], atol=1e-4, rtol=1e-3, msg=name
+        )
 
 
 def test_tracking_bf16_imbalance_and_push(command, tmp_path, monkeypatch):
     pushed = []
-    monkeypatch.setattr(finetune, "create_repo", lambda repo, exist_ok: pushed.append(repo))
     monkeypatch.setattr(
-        finetune, "upload_folder", lambda repo_id, folder_path, ignore_patterns: pushed.append(repo_id)
+        finetune, "create_repo", lambda repo, exist_ok: pushed.append(repo)
+    )
+    monkeypatch.setattr(
+        finetune,
+        "upload_folder",
+        lambda repo_id, folder_path, ignore_patterns: pushed.append(repo_id),
     )
     flags = "--mixed-precision bf16 --with-tracking --imbalance-ratio 5 --push-to-hub --hub-model-id me/mine"
     results = finetune.main([*command, *flags.split()])
-    assert results["class_counts"] == [11, 6, 3, 2]  # int(11 * 0.2 ** (i / 3)) but no more than there are
+    assert results["class_counts"] == [
+        11,
+        6,
+        3,
+        2,
+    ]  # int(11 * 0.2 ** (i / 3)) but no more than there are
     assert list((tmp_path / "out" / "logs").glob("events*"))
     assert pushed == ["me/mine", "me/mine"]
 
@@ -442,13 +665,20 @@ def test_tracking_bf16_imbalance_and_push(command, tmp_path, monkeypatch):
 def test_images_that_are_not_cached_give_the_same_result(command, tmp_path):
     cached = finetune.main(command)
     uncached = finetune.main([*command, "--cache-gib", "0", "--num-workers", "0"])
-    assert cached["trained"] == uncached["trained"] and cached["zero_shot"] == uncached["zero_shot"]
+    assert (
+        cached["trained"] == uncached["trained"]
+        and cached["zero_shot"] == uncached["zero_shot"]
+    )
 
 
 def test_the_command_line_wins_over_yaml(tmp_path):
     config = tmp_path / "run.yaml"
-    config.write_text("lr: 1e-3\nbatch-size: 7\nmethod: lora\nmixed_precision: no\nwith_tracking: true\nseed: null\n")
-    args = finetune.parse_args(["--config", str(config), "--method", "head", "--no-with-tracking"])
+    config.write_text(
+        "lr: 1e-3\nbatch-size: 7\nmethod: lora\nmixed_precision: no\nwith_tracking: true\nseed: null\n"
+    )
+    args = finetune.parse_args(
+        ["--config", str(config), "--method", "head", "--no-with-tracking"]
+    )
     assert (args.lr, args.batch_size, args.mixed_precision) == (0.001, 7, "no")
     assert args.method == "head" and args.with_tracking is False
     assert args.seed == 0
@@ -458,18 +688,32 @@ def test_the_command_line_wins_over_yaml(tmp_path):
 def test_a_wrong_flag_is_refused_before_anything_slow_is_imported(tmp_path):
     code = "import sys, flags; flags.parse_args([]); assert not {'torch', 'numpy', 'transformers'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], cwd=EXAMPLES, check=True)
-    script = [sys.executable, str(EXAMPLES / "finetune.py"), "--output-dir", str(tmp_path / "out")]
+    script = [
+        sys.executable,
+        str(EXAMPLES / "finetune.py"),
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
     refused = subprocess.run([*script, "--lr", "0"], capture_output=True, text=True)
-    assert refused.returncode == 2 and "greater than 0, got 0.0" in refused.stderr and not refused.stdout
+    assert (
+        refused.returncode == 2
+        and "greater than 0, got 0.0" in refused.stderr
+        and not refused.stdout
+    )
 
 
 def test_the_first_line_says_what_comes_in_one_process_of_several(monkeypatch, capsys):
-    args = finetune.parse_args(["--model", "user/clip", "--dataset", "/a/photos/", "--method", "lora"])
+    args = finetune.parse_args(
+        ["--model", "user/clip", "--dataset", "/a/photos/", "--method", "lora"]
+    )
     for rank in ("0", "1"):
         monkeypatch.setenv("LOCAL_RANK", rank)
         finetune.announce(args)
     printed = capsys.readouterr().out
-    assert printed.count("Fine-tuning clip on photos (--method lora), into finetuned/") == 1
+    assert (
+        printed.count("Fine-tuning clip on photos (--method lora), into finetuned/")
+        == 1
+    )
 
 
 def test_the_frozen_tower_sees_batches(command, monkeypatch):
@@ -478,7 +722,9 @@ def test_the_frozen_tower_sees_batches(command, monkeypatch):
     monkeypatch.setattr(
         SageClassifier,
         "embed",
-        lambda self, batches: embed(self, (seen.append(len(b["pixel_values"])) or b for b in batches)),
+        lambda self, batches: embed(
+            self, (seen.append(len(b["pixel_values"])) or b for b in batches)
+        ),
     )
     finetune.main([*command, "--epochs", "1"])
     assert seen == [4, 4, 4, 4, 4, 3]
@@ -510,13 +756,21 @@ def test_bad_settings_are_refused(tmp_path, capsys, text, message):
 def test_bad_input_is_refused_before_training(command, image_folder, tmp_path):
     incomplete = tmp_path / "descriptions.json"
     incomplete.write_text(json.dumps({"red": "a red thing", "blue": ["a blue thing"]}))
-    _draw(tmp_path / "no_test" / "train", {"red": 1, "blue": 1}, np.random.default_rng(0))
+    _draw(
+        tmp_path / "no_test" / "train", {"red": 1, "blue": 1}, np.random.default_rng(0)
+    )
     cases = [
-        (["--image-column", "picture"], r"no column 'picture', only \['image', 'label'\].*`--image-column`"),
+        (
+            ["--image-column", "picture"],
+            r"no column 'picture', only \['image', 'label'\].*`--image-column`",
+        ),
         (["--label-column", "species"], r"no column 'species'"),
         (["--test-split", "evaluation"], r"no split 'evaluation', only"),
         (["--test-split", "train"], r"Three different splits"),
-        (["--descriptions", str(incomplete)], r"no entry for the classes \['green', 'grey'\]"),
+        (
+            ["--descriptions", str(incomplete)],
+            r"no entry for the classes \['green', 'grey'\]",
+        ),
         (["--descriptions", str(tmp_path / "absent.json")], "cannot be read"),
         (["--dataset", "./nowhere"], "'./nowhere' is not a folder"),
         (["--dataset", str(tmp_path / "no_test")], "no split 'test'"),
@@ -535,9 +789,17 @@ def test_imbalance_gives_the_published_sizes_of_cifar_100_lt(ratio, images):
     kept = image_data.long_tailed_subset(labels, 100, ratio, seed=0)
     counts = np.bincount(labels[kept], minlength=100)
     assert len(kept) == images == len(set(kept))
-    assert counts[0] == 500 and abs(counts[-1] - 500 / ratio) <= 1 and (np.diff(counts) <= 0).all()
-    np.testing.assert_array_equal(kept, image_data.long_tailed_subset(labels, 100, ratio, seed=0))
-    assert not np.array_equal(kept, image_data.long_tailed_subset(labels, 100, ratio, seed=1))
+    assert (
+        counts[0] == 500
+        and abs(counts[-1] - 500 / ratio) <= 1
+        and (np.diff(counts) <= 0).all()
+    )
+    np.testing.assert_array_equal(
+        kept, image_data.long_tailed_subset(labels, 100, ratio, seed=0)
+    )
+    assert not np.array_equal(
+        kept, image_data.long_tailed_subset(labels, 100, ratio, seed=1)
+    )
 
 
 def test_the_subset_of_cifar_100_lt_is_the_published_one():
@@ -549,12 +811,20 @@ def test_the_subset_of_cifar_100_lt_is_the_published_one():
         own = np.where(labels == label)[0]
         np.random.shuffle(own)
         expected.extend(own[: int(30 * 0.1 ** (label / 9))])
-    assert image_data.long_tailed_subset(labels, 10, 10, seed=0).tolist() == sorted(expected)
+    assert image_data.long_tailed_subset(labels, 10, 10, seed=0).tolist() == sorted(
+        expected
+    )
 
 
 def test_random_crops_of_the_original_image(clip_folder):
     processor = AutoImageProcessor.from_pretrained(clip_folder)
-    ramp = Image.fromarray(np.linspace(0, 255, 100).round().astype(np.uint8)[None, :, None].repeat(40, 0).repeat(3, 2))
+    ramp = Image.fromarray(
+        np.linspace(0, 255, 100)
+        .round()
+        .astype(np.uint8)[None, :, None]
+        .repeat(40, 0)
+        .repeat(3, 2)
+    )
     view = image_data.RandomCropView(processor, scale=0.1, seed=0)
     state = torch.get_rng_state()
     crops = torch.stack([view(ramp, index) for index in range(50)]).float()
@@ -568,7 +838,9 @@ def test_random_crops_of_the_original_image(clip_folder):
     assert torch.equal(view(ramp, 3), crops[3].byte())
     view.epoch = 1
     assert not torch.equal(view(ramp, 3), crops[3].byte())
-    whole = image_data.RandomCropView(processor, scale=1.0, seed=0)(Image.new("RGB", (30, 30), (9, 8, 7)), 0)
+    whole = image_data.RandomCropView(processor, scale=1.0, seed=0)(
+        Image.new("RGB", (30, 30), (9, 8, 7)), 0
+    )
     assert (whole == torch.tensor([9, 8, 7])[:, None, None]).all()
 
 
@@ -579,8 +851,12 @@ def test_five_crops_are_the_centre_and_the_corners_of_the_enlarged_image(clip_fo
     crops = image_data.FiveCropView(processor)(image, 0)
     assert crops.shape == (5, 3, 16, 16) and crops.dtype == torch.uint8
     enlarged = np.array(image.resize((27, 18), Image.BICUBIC))
-    for crop, (top, left) in zip(crops, [(1, 5), (0, 0), (0, 11), (2, 0), (2, 11)], strict=True):
-        np.testing.assert_array_equal(crop.permute(1, 2, 0), enlarged[top : top + 16, left : left + 16])
+    for crop, (top, left) in zip(
+        crops, [(1, 5), (0, 0), (0, 11), (2, 0), (2, 11)], strict=True
+    ):
+        np.testing.assert_array_equal(
+            crop.permute(1, 2, 0), enlarged[top : top + 16, left : left + 16]
+        )
 
 
 def test_logits_of_several_crops_are_averaged(clip_folder, image_folder, command):
@@ -607,29 +883,53 @@ def test_logits_of_several_crops_are_averaged(clip_folder, image_folder, command
     expected = mean.argmax(dim=-1)
     assert torch.equal(predictions, expected)
     torch.testing.assert_close(confidence, mean.softmax(dim=-1).amax(dim=-1))
-    assert not torch.equal(expected, torch.stack([row[0] for row in logits]).argmax(dim=-1))
+    assert not torch.equal(
+        expected, torch.stack([row[0] for row in logits]).argmax(dim=-1)
+    )
     assert loaders["validation"].dataset[0]["pixel_values"].shape == (3, 16, 16)
 
 
-def test_random_crops_do_not_depend_on_workers_and_change_every_epoch(command, monkeypatch):
+def test_random_crops_do_not_depend_on_workers_and_change_every_epoch(
+    command, monkeypatch
+):
     command = [*command, "--augmentation", "resized-crop-flip", "--crop-scale", "0.08"]
     alone = finetune.main([*command, "--num-workers", "0"])
     AcceleratorState._reset_state(reset_partial_state=True)
     with_workers = finetune.main([*command, "--num-workers", "1", "--cache-gib", "0"])
-    assert alone["validation"] == with_workers["validation"] and alone["trained"] == with_workers["trained"]
+    assert (
+        alone["validation"] == with_workers["validation"]
+        and alone["trained"] == with_workers["trained"]
+    )
 
     epochs = []
     crop = image_data.RandomCropView.__call__
     monkeypatch.setattr(
-        image_data.RandomCropView, "__call__", lambda self, *image: (epochs.append(self.epoch), crop(self, *image))[1]
+        image_data.RandomCropView,
+        "__call__",
+        lambda self, *image: (epochs.append(self.epoch), crop(self, *image))[1],
     )
     AcceleratorState._reset_state(reset_partial_state=True)
     finetune.main([*command, "--num-workers", "0", "--method", "head"])
-    assert set(epochs[:20]) == {0} and set(epochs[-20:]) == {1} and epochs == sorted(epochs)
+    assert (
+        set(epochs[:20]) == {0}
+        and set(epochs[-20:]) == {1}
+        and epochs == sorted(epochs)
+    )
 
 
 def test_sgd_with_momentum_is_the_textbooks():
-    args = finetune.parse_args(["--optimizer", "sgd", "--lr", "0.1", "--momentum", "0.5", "--weight-decay", "0.2"])
+    args = finetune.parse_args(
+        [
+            "--optimizer",
+            "sgd",
+            "--lr",
+            "0.1",
+            "--momentum",
+            "0.5",
+            "--weight-decay",
+            "0.2",
+        ]
+    )
     model = torch.nn.Linear(1, 1, bias=False)
     weight = model.weight
     torch.nn.init.constant_(weight, 2.0)
@@ -641,7 +941,9 @@ def test_sgd_with_momentum_is_the_textbooks():
         velocity = 0.5 * velocity + gradient + 0.2 * expected
         expected -= 0.1 * velocity
     assert weight.item() == pytest.approx(expected)
-    assert isinstance(finetune.make_optimizer(finetune.parse_args([]), model), torch.optim.AdamW)
+    assert isinstance(
+        finetune.make_optimizer(finetune.parse_args([]), model), torch.optim.AdamW
+    )
 
 
 @pytest.mark.parametrize("decay", ["step", "epoch"])
@@ -649,9 +951,16 @@ def test_the_learning_rate_falls_as_a_cosine(command, monkeypatch, decay):
     rates = []
     step = torch.optim.SGD.step
     monkeypatch.setattr(
-        torch.optim.SGD, "step", lambda self, *_: (rates.append(self.param_groups[0]["lr"]), step(self))
+        torch.optim.SGD,
+        "step",
+        lambda self, *_: (rates.append(self.param_groups[0]["lr"]), step(self)),
     )
-    finetune.main([*command, *f"--method head --optimizer sgd --epochs 4 --head-lr 0.1 --lr-decay {decay}".split()])
+    finetune.main(
+        [
+            *command,
+            *f"--method head --optimizer sgd --epochs 4 --head-lr 0.1 --lr-decay {decay}".split(),
+        ]
+    )
     done = np.arange(20) // 5 / 4 if decay == "epoch" else np.arange(20) / 20
     np.testing.assert_allclose(rates, 0.05 * (1 + np.cos(np.pi * done)))
 
@@ -663,7 +972,9 @@ def test_pixels_are_those_of_the_models_own_processor(clip_folder, image_folder)
     pixels = image_data.PixelDataset(split, image_data.ProcessorView(processor))
     transform = image_data.PixelTransform(processor, "crop-flip", crop_scale=0.5)
     batch = torch.stack([pixels[i]["pixel_values"] for i in range(len(split))])
-    expected = processor(images=[split.read(i) for i in range(len(split))], return_tensors="pt")["pixel_values"]
+    expected = processor(
+        images=[split.read(i) for i in range(len(split))], return_tensors="pt"
+    )["pixel_values"]
     torch.testing.assert_close(transform.eval()(batch), expected, atol=1e-5, rtol=0)
 
     transform.train()
@@ -678,11 +989,18 @@ def test_pixels_are_those_of_the_models_own_processor(clip_folder, image_folder)
 
 
 def test_a_model_that_takes_patches_is_refused():
-    with pytest.raises(ValueError, match="`--model` must take images as pixels, its Siglip2ImageProcessorPil cuts"):
-        image_data.ProcessorView(Siglip2ImageProcessorPil(patch_size=8, max_num_patches=4))
+    with pytest.raises(
+        ValueError,
+        match="`--model` must take images as pixels, its Siglip2ImageProcessorPil cuts",
+    ):
+        image_data.ProcessorView(
+            Siglip2ImageProcessorPil(patch_size=8, max_num_patches=4)
+        )
 
 
-def test_images_that_cannot_be_read_are_named_or_skipped(command, image_folder, tmp_path):
+def test_images_that_cannot_be_read_are_named_or_skipped(
+    command, image_folder, tmp_path
+):
     broken = tmp_path / "broken"
     _draw(broken / "train", TRAIN_COUNTS, np.random.default_rng(0))
     _draw(broken / "test", dict.fromkeys(COLOURS, 1), np.random.default_rng(1))
@@ -690,7 +1008,9 @@ def test_images_that_cannot_be_read_are_named_or_skipped(command, image_folder, 
     with pytest.raises(ValueError, match=r"red/0.png', split 'train' cannot be read"):
         finetune.main([*command, "--dataset", str(broken)])
     AcceleratorState._reset_state(reset_partial_state=True)
-    finetune.main([*command, "--dataset", str(broken), "--on-bad-image", "skip", "--epochs", "1"])
+    finetune.main(
+        [*command, "--dataset", str(broken), "--on-bad-image", "skip", "--epochs", "1"]
+    )
     data = json.loads((tmp_path / "out" / "results.json").read_text())["data"]
     assert data["splits"]["train"]["images_per_class"] == {**TRAIN_COUNTS, "red": 1}
     assert "red/0.png" in data["skipped"]["train"]["unreadable"][0]

@@ -28,7 +28,11 @@ from tests.conftest import randomise, tiny_clip
 
 EXAMPLES = int(os.environ.get("PEFT_SAGE_FUZZ_EXAMPLES", "200"))
 FUZZ = settings(
-    max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=True
+    max_examples=EXAMPLES,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+    print_blob=True,
 )
 #: Ours are ValueError and TypeError; PEFT's are KeyError, for an unknown `peft_type` or a module to save that the file
 #: lacks, and SafetensorError for a damaged file.
@@ -43,7 +47,9 @@ def saved():
     """A saved adapter (configuration, weights as bytes), images, and what the adapter gives on them."""
     torch.manual_seed(0)
     images = torch.randn(2, 3, 16, 16)
-    model = get_peft_model(tiny_clip(), SageConfig(guidance=torch.randn(5, 24), r=8, num_heads=2))
+    model = get_peft_model(
+        tiny_clip(), SageConfig(guidance=torch.randn(5, 24), r=8, num_heads=2)
+    )
     randomise(model)
     with torch.no_grad():
         expected = model.get_image_features(images).pooler_output
@@ -67,7 +73,9 @@ def load(images, config: bytes, weights: bytes):
         except DOCUMENTED as error:
             event(f"refused by {type(error).__name__}")
             try:
-                assert torch.equal(base.get_image_features(images).pooler_output, before)
+                assert torch.equal(
+                    base.get_image_features(images).pooler_output, before
+                )
             except RuntimeError as error:
                 assert "were not loaded" in str(error)
             return None
@@ -82,25 +90,48 @@ values = st.one_of(
     st.sampled_from([0, 1, 2, 4, 8, 2**31, 2**63, 10**30]),
     st.floats(),
     st.text(max_size=8),
-    st.sampled_from(["mlp", ".*mlp", "(", "layers.0.mlp", "all-linear", "PEFT_SAGE", "LORA", "CAUSAL_LM"]),
-    st.lists(st.one_of(st.integers(-4, 30), st.text(max_size=5), st.none()), max_size=4),
-    st.dictionaries(st.text(max_size=4), st.one_of(st.text(max_size=4), st.integers()), max_size=3),
+    st.sampled_from(
+        [
+            "mlp",
+            ".*mlp",
+            "(",
+            "layers.0.mlp",
+            "all-linear",
+            "PEFT_SAGE",
+            "LORA",
+            "CAUSAL_LM",
+        ]
+    ),
+    st.lists(
+        st.one_of(st.integers(-4, 30), st.text(max_size=5), st.none()), max_size=4
+    ),
+    st.dictionaries(
+        st.text(max_size=4), st.one_of(st.text(max_size=4), st.integers()), max_size=3
+    ),
 )
 #: Values that are valid, but may not be those of the weights.
 plausible = {
     "r": st.sampled_from([2, 4, 8, 16, None]),
     "num_heads": st.sampled_from([1, 2, 4, 8]),
     "guidance_rows": st.sampled_from([1, 4, 5, 6]),
-    "guidance_shape": st.lists(st.sampled_from([0, 4, 5, 6, 23, 24]), min_size=2, max_size=2),
+    "guidance_shape": st.lists(
+        st.sampled_from([0, 4, 5, 6, 23, 24]), min_size=2, max_size=2
+    ),
     "class_descriptions": st.lists(st.sampled_from(["cat", "dog", ""]), max_size=6),
     "class_names": st.lists(st.sampled_from(["cat", "dog"]), min_size=4, max_size=6),
     "scaling": st.floats(-2, 2),
     "learnable_scaling": st.booleans(),
     "init_weights": st.booleans(),
-    "target_modules": st.sampled_from(["mlp", ["mlp"], ["layers.0.mlp"], ".*vision.*mlp", ".*1.mlp", ["fc2"], []]),
-    "exclude_modules": st.sampled_from(["mlp", ["mlp"], ["layers.0.mlp"], ".*text.*", []]),
+    "target_modules": st.sampled_from(
+        ["mlp", ["mlp"], ["layers.0.mlp"], ".*vision.*mlp", ".*1.mlp", ["fc2"], []]
+    ),
+    "exclude_modules": st.sampled_from(
+        ["mlp", ["mlp"], ["layers.0.mlp"], ".*text.*", []]
+    ),
     "layers_to_transform": st.lists(st.integers(-3, 3), max_size=4),
-    "modules_to_save": st.sampled_from([["visual_projection"], ["layers.0.mlp"], ["logit_scale"], [""], []]),
+    "modules_to_save": st.sampled_from(
+        [["visual_projection"], ["layers.0.mlp"], ["logit_scale"], [""], []]
+    ),
     "peft_type": st.sampled_from(["LORA", "IA3", "peft_sage", "PEFT_SAGE"]),
     "task_type": st.sampled_from(["FEATURE_EXTRACTION", "SEQ_CLS"]),
 }
@@ -110,8 +141,15 @@ plausible = {
 @given(data=st.data())
 def test_any_field_of_the_configuration(saved, data):
     config, weights, images, expected = saved
-    fields = data.draw(st.lists(st.sampled_from([*sorted(config), "unknown_field"]), min_size=1, max_size=3))
-    drawn = {field: data.draw(st.one_of(plausible.get(field, values), values), label=field) for field in fields}
+    fields = data.draw(
+        st.lists(
+            st.sampled_from([*sorted(config), "unknown_field"]), min_size=1, max_size=3
+        )
+    )
+    drawn = {
+        field: data.draw(st.one_of(plausible.get(field, values), values), label=field)
+        for field in fields
+    }
     changed = {**config, **drawn}
     output = load(images, json.dumps(changed).encode(), weights)
     if output is not None and SILENT.isdisjoint(fields):
@@ -122,7 +160,9 @@ def test_any_field_of_the_configuration(saved, data):
 @given(
     text=st.one_of(
         st.binary(max_size=60),
-        st.recursive(values, lambda v: st.lists(v, max_size=3)).map(lambda v: json.dumps(v, default=str).encode()),
+        st.recursive(values, lambda v: st.lists(v, max_size=3)).map(
+            lambda v: json.dumps(v, default=str).encode()
+        ),
     )
 )
 def test_any_configuration_file(saved, text):
@@ -136,7 +176,9 @@ def test_any_change_of_the_weights_file(saved, data):
     config, weights, images, expected = saved
     numbers = 8 + struct.unpack("<Q", weights[:8])[0]
     changed = bytearray(weights)
-    kind = data.draw(st.sampled_from(["length", "header", "digits", "numbers", "cut", "longer"]))
+    kind = data.draw(
+        st.sampled_from(["length", "header", "digits", "numbers", "cut", "longer"])
+    )
     if kind == "cut":
         changed = changed[: data.draw(st.integers(0, len(weights) - 1))]
     elif kind == "longer":
@@ -145,11 +187,17 @@ def test_any_change_of_the_weights_file(saved, data):
         where = {
             "length": range(8),
             "header": range(8, numbers),
-            "digits": [i for i in range(8, numbers) if chr(weights[i]).isdigit()],  # the header stays well-formed
+            "digits": [
+                i for i in range(8, numbers) if chr(weights[i]).isdigit()
+            ],  # the header stays well-formed
             "numbers": range(numbers, len(weights)),
         }[kind]
-        what = st.sampled_from(b"0123456789") if kind == "digits" else st.integers(0, 255)
-        for position in data.draw(st.lists(st.sampled_from(where), min_size=1, max_size=4)):
+        what = (
+            st.sampled_from(b"0123456789") if kind == "digits" else st.integers(0, 255)
+        )
+        for position in data.draw(
+            st.lists(st.sampled_from(where), min_size=1, max_size=4)
+        ):
             changed[position] = data.draw(what)
     event(kind)
     output = load(images, json.dumps(config).encode(), bytes(changed))
@@ -167,16 +215,34 @@ def test_any_header(saved, data):
     config, weights, images, expected = saved
     length = struct.unpack("<Q", weights[:8])[0]
     header = json.loads(weights[8 : 8 + length])
-    for name in data.draw(st.lists(st.sampled_from(sorted(header)), min_size=1, max_size=3)):
+    for name in data.draw(
+        st.lists(st.sampled_from(sorted(header)), min_size=1, max_size=3)
+    ):
         entry = header.get(name)
-        match data.draw(st.sampled_from(["drop", "rename", "dtype", "shape", "reshape", "offsets", "value"])):
+        match data.draw(
+            st.sampled_from(
+                ["drop", "rename", "dtype", "shape", "reshape", "offsets", "value"]
+            )
+        ):
             case "drop":
                 header.pop(name, None)
             case "rename":
                 header[data.draw(st.text(max_size=60))] = header.pop(name, None)
             case "dtype" if isinstance(entry, dict):
                 entry["dtype"] = data.draw(
-                    st.sampled_from(["F16", "BF16", "I32", "F64", "BOOL", "U8", "X", "F8_E4M3", "U32"])
+                    st.sampled_from(
+                        [
+                            "F16",
+                            "BF16",
+                            "I32",
+                            "F64",
+                            "BOOL",
+                            "U8",
+                            "X",
+                            "F8_E4M3",
+                            "U32",
+                        ]
+                    )
                 )
             case "shape" if isinstance(entry, dict):
                 entry["shape"] = data.draw(st.lists(st.integers(-1, 70), max_size=4))
@@ -184,13 +250,23 @@ def test_any_header(saved, data):
                 isinstance(entry, dict) and "shape" in entry
             ):  # of the same size, which the format does not mind
                 shape = entry["shape"]
-                entry["shape"] = data.draw(st.sampled_from([shape[::-1], [1, *shape], [math.prod(shape)], shape]))
+                entry["shape"] = data.draw(
+                    st.sampled_from(
+                        [shape[::-1], [1, *shape], [math.prod(shape)], shape]
+                    )
+                )
             case "offsets" if isinstance(entry, dict):
-                entry["data_offsets"] = data.draw(st.lists(st.integers(-1, len(weights)), max_size=3))
+                entry["data_offsets"] = data.draw(
+                    st.lists(st.integers(-1, len(weights)), max_size=3)
+                )
             case _:
                 header[name] = data.draw(values)
     raw = json.dumps(header).encode()
-    output = load(images, json.dumps(config).encode(), struct.pack("<Q", len(raw)) + raw + weights[8 + length :])
+    output = load(
+        images,
+        json.dumps(config).encode(),
+        struct.pack("<Q", len(raw)) + raw + weights[8 + length :],
+    )
     if output is not None:
         torch.testing.assert_close(output, expected)
 
@@ -204,22 +280,33 @@ def test_any_tensors(saved, data):
         (Path(name) / WEIGHTS).write_bytes(weights)
         tensors = load_file(Path(name) / WEIGHTS)
     key = data.draw(st.sampled_from(sorted(tensors)))
-    change = data.draw(st.sampled_from(["drop", "shape", "nan", "integers", "add", "rename"]))
+    change = data.draw(
+        st.sampled_from(["drop", "shape", "nan", "integers", "add", "rename"])
+    )
     value = tensors[key]
     if change == "drop":
         del tensors[key]
     elif change == "shape":
         tensors[key] = torch.zeros(
-            data.draw(st.lists(st.integers(0, 33), max_size=3).filter(lambda s: s != list(value.shape)))
+            data.draw(
+                st.lists(st.integers(0, 33), max_size=3).filter(
+                    lambda s: s != list(value.shape)
+                )
+            )
         )
     elif change == "nan" and value.is_floating_point():
         value.view(-1)[data.draw(st.integers(0, value.numel() - 1))] = data.draw(
             st.sampled_from([torch.nan, torch.inf, -torch.inf])
         )
     elif change == "integers" and value.is_floating_point():
-        tensors[key] = value.to(data.draw(st.sampled_from([torch.int8, torch.int64, torch.bool])))
+        tensors[key] = value.to(
+            data.draw(st.sampled_from([torch.int8, torch.int64, torch.bool]))
+        )
     elif change == "add":
         tensors[key.replace("peft_sage_", "peft_sage_x")] = value.clone()
     else:
         tensors[key.replace("layers", "blocks")] = tensors.pop(key)
-    assert load(images, json.dumps(config).encode(), save(tensors, {"format": "pt"})) is None
+    assert (
+        load(images, json.dumps(config).encode(), save(tensors, {"format": "pt"}))
+        is None
+    )

@@ -20,14 +20,29 @@ def pushed(tmp_path_factory):
     with Hub() as hub:
         environment = hub.environment(home)
         command = [sys.executable, "-m", "tests.hub_client"]
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        result = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert result.returncode == 0, result.stderr[-4000:]
         facts = json.loads(result.stdout.split("FACTS")[1])
         yield hub, facts
 
 
 @pytest.mark.parametrize(
-    "route", ["PeftModel", "low_cpu_mem_usage", "AutoPeftModel", "AutoModel", "load_adapter", "subfolder"]
+    "route",
+    [
+        "PeftModel",
+        "low_cpu_mem_usage",
+        "AutoPeftModel",
+        "AutoModel",
+        "load_adapter",
+        "subfolder",
+    ],
 )
 def test_round_trip_gives_equal_outputs(route, pushed):
     assert pushed[1][route] is True
@@ -35,12 +50,21 @@ def test_round_trip_gives_equal_outputs(route, pushed):
 
 def test_what_is_in_the_repository(pushed):
     hub, facts = pushed
-    assert sorted(hub.files("user/adapter")) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
-    assert {"one/adapter_config.json", "two/adapter_model.safetensors"} <= set(hub.files("user/several"))
+    assert sorted(hub.files("user/adapter")) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert {"one/adapter_config.json", "two/adapter_model.safetensors"} <= set(
+        hub.files("user/several")
+    )
     assert facts["class_names"] == ["cat", "dog 🐶"]
     assert (
         "PUT",
-        "/lfs/" + hub.repos["user/adapter"]["commits"][-1]["files"]["adapter_model.safetensors"]["lfs"],
+        "/lfs/"
+        + hub.repos["user/adapter"]["commits"][-1]["files"][
+            "adapter_model.safetensors"
+        ]["lfs"],
     ) in (hub.requests)
 
 
@@ -48,13 +72,18 @@ def test_a_private_repository_needs_a_token(pushed):
     hub, facts = pushed
     assert hub.repos["user/adapter"]["private"]
     for repo_id in ("user/adapter", "user/no-such-adapter"):
-        assert "adapter_config.json" in facts[f"refused {repo_id}"] and repo_id in facts[f"refused {repo_id}"]
+        assert (
+            "adapter_config.json" in facts[f"refused {repo_id}"]
+            and repo_id in facts[f"refused {repo_id}"]
+        )
     assert facts["unchanged"]
 
 
 def test_trainer_pushes_an_adapter(pushed):
     hub, facts = pushed
-    assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= set(hub.files("user/trained"))
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= set(
+        hub.files("user/trained")
+    )
     assert facts["Trainer"] is True
 
 

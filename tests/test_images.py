@@ -26,29 +26,63 @@ def with_palette(image, **options):
 
 
 def from_mode(mode, values, kind="TIFF"):
-    return saved(Image.fromarray(np.array(values)).convert(mode) if mode else Image.fromarray(np.array(values)), kind)
+    return saved(
+        Image.fromarray(np.array(values)).convert(mode)
+        if mode
+        else Image.fromarray(np.array(values)),
+        kind,
+    )
 
 
 RGB = Image.new("RGB", (3, 2), RED)
 CASES = {
-    "16-bit grey": (from_mode(None, np.full((2, 3), 25_700, np.uint16), "PNG"), (100, 100, 100)),
-    "16-bit grey TIFF": (from_mode(None, np.full((2, 3), 25_700, np.uint16)), (100, 100, 100)),
-    "32-bit TIFF": (from_mode(None, np.full((2, 3), 25_700, np.int32)), (100, 100, 100)),
-    "dark 16-bit grey": (from_mode(None, np.full((2, 3), 200, np.uint16), "PNG"), (1, 1, 1)),
+    "16-bit grey": (
+        from_mode(None, np.full((2, 3), 25_700, np.uint16), "PNG"),
+        (100, 100, 100),
+    ),
+    "16-bit grey TIFF": (
+        from_mode(None, np.full((2, 3), 25_700, np.uint16)),
+        (100, 100, 100),
+    ),
+    "32-bit TIFF": (
+        from_mode(None, np.full((2, 3), 25_700, np.int32)),
+        (100, 100, 100),
+    ),
+    "dark 16-bit grey": (
+        from_mode(None, np.full((2, 3), 200, np.uint16), "PNG"),
+        (1, 1, 1),
+    ),
     "float TIFF": (from_mode(None, np.full((2, 3), 0.4, np.float32)), (102, 102, 102)),
-    "float TIFF to 255": (from_mode(None, np.full((2, 3), 100.4, np.float32)), (100, 100, 100)),
+    "float TIFF to 255": (
+        from_mode(None, np.full((2, 3), 100.4, np.float32)),
+        (100, 100, 100),
+    ),
     "RGBA, transparent red": (saved(Image.new("RGBA", (3, 2), (255, 0, 0, 0))), WHITE),
-    "RGBA, half": (saved(Image.new("RGBA", (3, 2), (200, 0, 100, 51))), (244, 204, 224)),
+    "RGBA, half": (
+        saved(Image.new("RGBA", (3, 2), (200, 0, 100, 51))),
+        (244, 204, 224),
+    ),
     "grey and alpha": (saved(Image.new("LA", (3, 2), (0, 0))), WHITE),
     "palette": (with_palette(RGB), RED),
     "palette, transparent": (with_palette(RGB, transparency=0), WHITE),
     "RGB with a transparent colour": (saved(RGB, transparency=RED), WHITE),
-    "CMYK TIFF": (saved(Image.new("CMYK", (3, 2), (0, 255, 255, 0)), "TIFF"), (255, 0, 0)),
-    "CMYK JPEG": (saved(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100), (255, 0, 0)),
+    "CMYK TIFF": (
+        saved(Image.new("CMYK", (3, 2), (0, 255, 255, 0)), "TIFF"),
+        (255, 0, 0),
+    ),
+    "CMYK JPEG": (
+        saved(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100),
+        (255, 0, 0),
+    ),
     "1 bit": (saved(Image.new("1", (3, 2), 1)), WHITE),
     "1 x 1": (saved(Image.new("RGB", (1, 1), RED)), RED),
     "grey": (saved(Image.new("L", (3, 2), 100)), (100, 100, 100)),
-    "animated": (saved(RGB, "GIF", save_all=True, append_images=[Image.new("RGB", (3, 2), WHITE)]), RED),
+    "animated": (
+        saved(
+            RGB, "GIF", save_all=True, append_images=[Image.new("RGB", (3, 2), WHITE)]
+        ),
+        RED,
+    ),
     "array": (np.full((2, 3, 3), RED, np.uint8), RED),
     "16-bit array": (np.full((2, 3), 25_700, ">u2"), (100, 100, 100)),
     "array of floats": (np.full((2, 3, 3), 0.4), (102, 102, 102)),
@@ -62,11 +96,17 @@ CASES = {
 def test_every_kind_of_picture(case, tmp_path):
     source, expected = CASES[case]
     image = read_image(source)
-    assert image.mode == "RGB" and image.getpixel((0, 0)) == image.getpixel((image.width - 1, 0)) == expected
+    assert (
+        image.mode == "RGB"
+        and image.getpixel((0, 0)) == image.getpixel((image.width - 1, 0)) == expected
+    )
     if isinstance(source, bytes):
         (tmp_path / "x").write_bytes(source)
         sources = [tmp_path / "x", str(tmp_path / "x"), Image.open(tmp_path / "x")]
-        sources += [{"bytes": source, "path": None}, {"bytes": None, "path": str(tmp_path / "x")}]
+        sources += [
+            {"bytes": source, "path": None},
+            {"bytes": None, "path": str(tmp_path / "x")},
+        ]
         for other in sources:
             assert read_image(other).tobytes() == image.tobytes()
 
@@ -76,9 +116,19 @@ def test_every_kind_of_picture(case, tmp_path):
 def test_pictures_are_upright(orientation, kind):
     upright = Image.new("RGB", (32, 16), "white")
     upright.paste("black", (0, 0, 8, 8))  # the upper left corner of a wide picture
-    back = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90"}
+    back = {
+        2: "FLIP_LEFT_RIGHT",
+        3: "ROTATE_180",
+        4: "FLIP_TOP_BOTTOM",
+        5: "TRANSPOSE",
+        6: "ROTATE_90",
+    }
     back |= {7: "TRANSVERSE", 8: "ROTATE_270"}
-    stored = upright.transpose(Image.Transpose[back[orientation]]) if orientation > 1 else upright
+    stored = (
+        upright.transpose(Image.Transpose[back[orientation]])
+        if orientation > 1
+        else upright
+    )
     exif = Image.Exif()
     exif[0x0112] = orientation
     image = read_image(saved(stored, kind, exif=exif))
@@ -88,17 +138,27 @@ def test_pictures_are_upright(orientation, kind):
 
 def test_failures_name_the_picture(tmp_path, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    files = {"half.jpg": saved(Image.fromarray(noise), "JPEG"), "half.png": saved(Image.fromarray(noise))}
-    files = {name: data[: len(data) // 2] for name, data in files.items()} | {"empty.png": b"", "text.png": b"text"}
+    files = {
+        "half.jpg": saved(Image.fromarray(noise), "JPEG"),
+        "half.png": saved(Image.fromarray(noise)),
+    }
+    files = {name: data[: len(data) // 2] for name, data in files.items()} | {
+        "empty.png": b"",
+        "text.png": b"text",
+    }
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match=f"Image '.*{name}' cannot be read"):
             read_image(tmp_path / name)
-        with pytest.raises(ValueError, match="Image row 3 of split 'test' cannot be read"):
+        with pytest.raises(
+            ValueError, match="Image row 3 of split 'test' cannot be read"
+        ):
             read_image({"bytes": data, "path": name}, name="row 3 of split 'test'")
     (tmp_path / "bomb.png").write_bytes(saved(Image.new("1", (500, 500))))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
-    with pytest.raises(ValueError, match="bomb.png' cannot be read.*decompression bomb"):
+    with pytest.raises(
+        ValueError, match="bomb.png' cannot be read.*decompression bomb"
+    ):
         read_image(tmp_path / "bomb.png")
     with pytest.raises(ValueError, match="absent.png' cannot be read: No such file"):
         read_image(tmp_path / "absent.png")
@@ -127,28 +187,49 @@ def test_what_is_no_picture(source, message):
 
 def test_large_photographs_are_decoded_smaller_and_look_the_same():
     coarse = np.random.default_rng(0).integers(0, 255, (6, 8, 3), dtype=np.uint8)
-    photo = saved(Image.fromarray(coarse).resize((1600, 1200), Image.Resampling.BICUBIC), "JPEG", quality=95)
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    photo = saved(
+        Image.fromarray(coarse).resize((1600, 1200), Image.Resampling.BICUBIC),
+        "JPEG",
+        quality=95,
+    )
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}
+    )
     side = decoding_side(processor)
     assert side == 128 and decoding_side(CLIPImageProcessorPil(do_resize=False)) is None
     small = read_image(photo, min_side=side)
     assert small.size == (200, 150) and read_image(photo).size == (1600, 1200)
     whole, fast = (
-        np.array(image.resize((64, 48), Image.Resampling.BICUBIC), float) for image in (read_image(photo), small)
+        np.array(image.resize((64, 48), Image.Resampling.BICUBIC), float)
+        for image in (read_image(photo), small)
     )
     assert np.abs(whole - fast).mean() < 0.6
 
 
 def test_images_of_folders(tmp_path, monkeypatch):
-    for name in ("b.JPG", "a.png", ".hidden.png", "notes.txt", "below/c.png", "[x]/d.tiff", "__MACOSX/a.png"):
+    for name in (
+        "b.JPG",
+        "a.png",
+        ".hidden.png",
+        "notes.txt",
+        "below/c.png",
+        "[x]/d.tiff",
+        "__MACOSX/a.png",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         RGB.save(tmp_path / name, "PNG")
     (tmp_path / "folder.png").mkdir()
     own = [tmp_path / "a.png", tmp_path / "b.JPG"]
     assert find_images(tmp_path) == find_images([str(tmp_path) + "/"]) == own
-    assert find_images([tmp_path / "[x]", tmp_path / "notes.txt"]) == [tmp_path / "[x]/d.tiff", tmp_path / "notes.txt"]
+    assert find_images([tmp_path / "[x]", tmp_path / "notes.txt"]) == [
+        tmp_path / "[x]/d.tiff",
+        tmp_path / "notes.txt",
+    ]
     monkeypatch.setenv("HOME", str(tmp_path))
     assert find_images("~/a.png") == own[:1]
-    for name, message in [("folder.png", "folder.png' holds no images"), ("absent", "absent' does not exist")]:
+    for name, message in [
+        ("folder.png", "folder.png' holds no images"),
+        ("absent", "absent' does not exist"),
+    ]:
         with pytest.raises(ValueError, match=message):
             find_images([tmp_path, tmp_path / name])

@@ -18,18 +18,30 @@ def make(guidance=None, **kwargs) -> SageLayer:
 
 def explicit(layer: SageLayer, x: torch.Tensor, heads: int) -> torch.Tensor:
     """The equations of `SageLayer`, written out with an explicit softmax."""
-    norm, down, up = (getattr(layer, f"peft_sage_{name}")["default"] for name in ("norm", "down", "up"))
-    z = F.linear(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias), down.weight, down.bias)
+    norm, down, up = (
+        getattr(layer, f"peft_sage_{name}")["default"]
+        for name in ("norm", "down", "up")
+    )
+    z = F.linear(
+        F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias), down.weight, down.bias
+    )
     a = 0
     if layer.shared:
         guidance = layer.shared["default"].rows
         keys = guidance @ layer.peft_sage_key["default"].weight.T
         values = guidance @ layer.peft_sage_value["default"].weight.T
         parts = []
-        for q, k, v in zip(z.chunk(heads, -1), keys.chunk(heads, -1), values.chunk(heads, -1), strict=True):
+        for q, k, v in zip(
+            z.chunk(heads, -1),
+            keys.chunk(heads, -1),
+            values.chunk(heads, -1),
+            strict=True,
+        ):
             parts.append(((q @ k.T) / q.shape[-1] ** 0.5).softmax(-1) @ v)
         a = torch.cat(parts, -1)
-    return layer.base_layer(x) + layer.peft_sage_scaling["default"] * F.linear(F.gelu(z + a), up.weight, up.bias)
+    return layer.base_layer(x) + layer.peft_sage_scaling["default"] * F.linear(
+        F.gelu(z + a), up.weight, up.bias
+    )
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
@@ -39,7 +51,9 @@ def test_forward_follows_the_equations(heads, classes, shape):
     layer = make(torch.randn(classes, 6) if classes else None, num_heads=heads)
     randomise(layer)
     x = torch.randn(shape)
-    torch.testing.assert_close(layer(x), explicit(layer, x, heads), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        layer(x), explicit(layer, x, heads), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_identity_at_the_start_bit_for_bit():
@@ -55,7 +69,9 @@ def test_random_start_is_no_identity():
 def test_without_guidance_there_is_no_attention():
     layer = make()
     assert not layer.shared
-    assert not list(layer.peft_sage_key.parameters()) and not list(layer.peft_sage_value.parameters())
+    assert not list(layer.peft_sage_key.parameters()) and not list(
+        layer.peft_sage_value.parameters()
+    )
 
 
 def test_guidance_is_a_set():
@@ -63,7 +79,9 @@ def test_guidance_is_a_set():
     layer = make(guidance)
     randomise(layer)
     before = layer(x)
-    layer.peft_sage_guidance["default"] = layer.peft_sage_guidance["default"][torch.randperm(9)]
+    layer.peft_sage_guidance["default"] = layer.peft_sage_guidance["default"][
+        torch.randperm(9)
+    ]
     torch.testing.assert_close(layer(x), before)
 
 
@@ -75,7 +93,10 @@ def test_guidance_has_no_gradient_and_unit_rows():
 
 
 def test_fixed_scaling_is_taken_literally_and_not_trained():
-    layer, x = make(torch.randn(5, 6), scaling=0.5, learnable_scaling=False), torch.randn(3, 12)
+    layer, x = (
+        make(torch.randn(5, 6), scaling=0.5, learnable_scaling=False),
+        torch.randn(3, 12),
+    )
     randomise(layer)
     half = layer(x) - layer.base_layer(x)
     layer.fixed_scaling["default"] = 1.0
@@ -101,11 +122,15 @@ def test_attributes_of_the_block_show_through():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_base_keeps_its_dtype_and_float32_adapters(dtype):
-    model = get_peft_model(tiny_clip().to(dtype), SageConfig(guidance=torch.randn(5, 16)))
+    model = get_peft_model(
+        tiny_clip().to(dtype), SageConfig(guidance=torch.randn(5, 16))
+    )
     adapter = [p for n, p in model.named_parameters() if "peft_sage_" in n]
     guidance = [b for n, b in model.named_buffers() if "peft_sage_guidance" in n]
     assert {p.dtype for p in adapter} == {torch.float32} and len(guidance) == 1
     # Not once rounded to half precision on the way.
-    assert guidance[0].dtype == torch.float32 and not torch.equal(guidance[0], guidance[0].to(dtype).float())
+    assert guidance[0].dtype == torch.float32 and not torch.equal(
+        guidance[0], guidance[0].to(dtype).float()
+    )
     images = torch.randn(2, 3, 16, 16, dtype=dtype)
     assert model.get_image_features(images).pooler_output.dtype == dtype

@@ -18,7 +18,9 @@ LABELS = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3, 3, 4])  # class 5 does not occur
 PREDS = torch.tensor([0, 0, 0, 1, 1, 0, 2, 3, 5, 0])  # right: 3/4, 1/2, 1, 1/2, 0
 
 
-def result(counts: list[int], preds: torch.Tensor, labels: torch.Tensor, **kwargs) -> dict[str, torch.Tensor]:
+def result(
+    counts: list[int], preds: torch.Tensor, labels: torch.Tensor, **kwargs
+) -> dict[str, torch.Tensor]:
     accuracy = LongTailAccuracy(counts, **kwargs)
     accuracy.update(preds, labels)
     return accuracy.compute()
@@ -36,7 +38,9 @@ def check(got: dict[str, torch.Tensor]) -> None:
         "num_medium": 2,
         "num_few": 1,
     }
-    assert {name: value.item() for name, value in got.items() if name != "per_class"} == pytest.approx(want)
+    assert {
+        name: value.item() for name, value in got.items() if name != "per_class"
+    } == pytest.approx(want)
     expected = torch.tensor([0.75, 0.5, 1, 0.5, 0, math.nan])
     torch.testing.assert_close(got["per_class"], expected, equal_nan=True)
 
@@ -58,7 +62,11 @@ def test_logits_and_several_batches():
 
 def test_thresholds():
     got = result(COUNTS, PREDS, LABELS, many=500, few=101)
-    assert got["many"].isnan() and got["medium"] == (0.75 + 0.5) / 2 and got["few"] == (1 + 0.5 + 0) / 3
+    assert (
+        got["many"].isnan()
+        and got["medium"] == (0.75 + 0.5) / 2
+        and got["few"] == (1 + 0.5 + 0) / 3
+    )
 
 
 def test_empty_group_is_nan():
@@ -70,15 +78,21 @@ def test_empty_group_is_nan():
 
 
 def _evaluate_half(rank: int, store: str, results) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
     accuracy = LongTailAccuracy(COUNTS)
-    part = slice(0, 7) if rank == 0 else slice(7, 10)  # parts of unequal size and of other classes
+    part = (
+        slice(0, 7) if rank == 0 else slice(7, 10)
+    )  # parts of unequal size and of other classes
     accuracy.update(PREDS[part], LABELS[part])
     results[rank] = {name: value.tolist() for name, value in accuracy.compute().items()}
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(not dist.is_available() or sys.platform == "win32", reason="needs gloo")
+@pytest.mark.skipif(
+    not dist.is_available() or sys.platform == "win32", reason="needs gloo"
+)
 def test_two_processes_see_all_images(tmp_path):
     with mp.get_context("spawn").Manager() as manager:
         results = manager.dict()
@@ -90,11 +104,31 @@ def test_two_processes_see_all_images(tmp_path):
 @pytest.mark.parametrize(
     ("preds", "labels", "error", "match"),
     [
-        (torch.zeros(2, 5), torch.tensor([0, 1]), ValueError, r"6 classes, got shape \(2, 5\)"),
-        (torch.zeros(3, dtype=torch.long), torch.tensor([0, 1]), ValueError, r"`preds` .* \(2,\), got \(3,\)"),
-        (torch.zeros(2, 6), torch.zeros(2, 6).long(), ValueError, r"`labels` .* \(2,\), got \(2, 6\)"),
+        (
+            torch.zeros(2, 5),
+            torch.tensor([0, 1]),
+            ValueError,
+            r"6 classes, got shape \(2, 5\)",
+        ),
+        (
+            torch.zeros(3, dtype=torch.long),
+            torch.tensor([0, 1]),
+            ValueError,
+            r"`preds` .* \(2,\), got \(3,\)",
+        ),
+        (
+            torch.zeros(2, 6),
+            torch.zeros(2, 6).long(),
+            ValueError,
+            r"`labels` .* \(2,\), got \(2, 6\)",
+        ),
         (torch.zeros(2, 6), torch.tensor([0, 6]), ValueError, "`labels` .* got 6 at 1"),
-        (torch.tensor([0, -1]), torch.tensor([0, 1]), ValueError, "`preds` .* got -1 at 1"),
+        (
+            torch.tensor([0, -1]),
+            torch.tensor([0, 1]),
+            ValueError,
+            "`preds` .* got -1 at 1",
+        ),
         (torch.zeros(2), torch.tensor([0, 1]), TypeError, "`preds` .* torch.float32"),
         (torch.zeros(2, 6), torch.zeros(2), TypeError, "`labels` .* torch.float32"),
     ],

@@ -8,7 +8,13 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPTextModel, CLIPVisionModel
 
-from peft_sage import SageClassifier, SageConfig, SageLayer, encode_class_descriptions, pool_guidance
+from peft_sage import (
+    SageClassifier,
+    SageConfig,
+    SageLayer,
+    encode_class_descriptions,
+    pool_guidance,
+)
 from peft_sage.model import default_r
 from tests.conftest import randomise, tiny_clip, tiny_siglip
 
@@ -18,7 +24,9 @@ def features(model, pixel_values):
 
 
 def adapted(model) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, SageLayer)]
+    return [
+        name for name, module in model.named_modules() if isinstance(module, SageLayer)
+    ]
 
 
 def guidance_of(model) -> torch.Tensor:
@@ -33,15 +41,23 @@ def test_whole_life_of_an_adapter(make, pixel_values, tmp_path):
     model = get_peft_model(base, SageConfig(guidance=torch.randn(5, 24)))
     assert adapted(base) == [f"vision_model.encoder.layers.{i}.mlp" for i in range(3)]
     assert torch.equal(features(model, pixel_values), expected)
-    assert all("peft_sage_" in name for name, p in model.named_parameters() if p.requires_grad)
+    assert all(
+        "peft_sage_" in name for name, p in model.named_parameters() if p.requires_grad
+    )
 
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], lr=0.1
+    )
     for _ in range(2):  # the up-projection is zero at first and lets nothing through
         optimizer.zero_grad()
         features(model, pixel_values).square().sum().backward()
         optimizer.step()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert all(g is not None and g.isfinite().all() and g.any() for g in gradients.values())
+    gradients = {
+        name: p.grad for name, p in model.named_parameters() if p.requires_grad
+    }
+    assert all(
+        g is not None and g.isfinite().all() and g.any() for g in gradients.values()
+    )
     trained = features(model, pixel_values)
     assert not torch.equal(trained, expected)
     with model.disable_adapter():
@@ -53,19 +69,28 @@ def test_whole_life_of_an_adapter(make, pixel_values, tmp_path):
     assert torch.equal(features(model.unload(), pixel_values), expected)
 
 
-def test_guidance_is_saved_once_and_loading_encodes_no_text(clip_dir, clip, pixel_values, tmp_path, monkeypatch):
+def test_guidance_is_saved_once_and_loading_encodes_no_text(
+    clip_dir, clip, pixel_values, tmp_path, monkeypatch
+):
     clip = type(clip).from_pretrained(clip_dir).eval()
-    model = get_peft_model(clip, SageConfig(class_descriptions={"cat": "fur", "dog": ["bark", "tail"]}))
+    model = get_peft_model(
+        clip, SageConfig(class_descriptions={"cat": "fur", "dog": ["bark", "tail"]})
+    )
     randomise(model)
     model.save_pretrained(tmp_path / "adapter")
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert sum("guidance" in key for key in weights) == 1
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["class_names"] == ["cat", "dog"] and config["guidance_shape"] == [2, 16]
+    assert config["class_names"] == ["cat", "dog"] and config["guidance_shape"] == [
+        2,
+        16,
+    ]
     assert config["base_model_name_or_path"] == clip_dir
 
     monkeypatch.setattr(CLIPTextModel, "forward", None)
-    again = PeftModel.from_pretrained(type(clip).from_pretrained(clip_dir).eval(), tmp_path / "adapter")
+    again = PeftModel.from_pretrained(
+        type(clip).from_pretrained(clip_dir).eval(), tmp_path / "adapter"
+    )
     assert torch.equal(features(again, pixel_values), features(model, pixel_values))
 
 
@@ -78,10 +103,19 @@ def test_guidance_is_shared_by_reference(clip):
     assert all(layer.shared["default"].rows.shape == (2, 24) for layer in layers)
 
 
-def test_several_adapters_with_other_classes_widths_and_blocks(clip, pixel_values, tmp_path):
+def test_several_adapters_with_other_classes_widths_and_blocks(
+    clip, pixel_values, tmp_path
+):
     expected = features(clip, pixel_values)
-    model = get_peft_model(clip, SageConfig(guidance=torch.randn(5, 24), r=4), adapter_name="a")
-    model.add_adapter("b", SageConfig(guidance=torch.randn(3, 10), layers_to_transform=[1, -1], num_heads=2))
+    model = get_peft_model(
+        clip, SageConfig(guidance=torch.randn(5, 24), r=4), adapter_name="a"
+    )
+    model.add_adapter(
+        "b",
+        SageConfig(
+            guidance=torch.randn(3, 10), layers_to_transform=[1, -1], num_heads=2
+        ),
+    )
     model.add_adapter("c", SageConfig(r=4))
     randomise(model)
     outputs = {}
@@ -108,7 +142,14 @@ def test_several_adapters_with_other_classes_widths_and_blocks(clip, pixel_value
         ({"exclude_modules": r".*layers\.1\.mlp"}, [0, 2]),
         ({"target_modules": r"vision_model.*layers\.[01]\.mlp"}, [0, 1]),
         ({"target_modules": ["vision_model.encoder.layers.1.mlp"]}, [1]),
-        ({"target_modules": ["mlp"], "exclude_modules": "text_model.*", "layers_to_transform": [1]}, [1]),
+        (
+            {
+                "target_modules": ["mlp"],
+                "exclude_modules": "text_model.*",
+                "layers_to_transform": [1],
+            },
+            [1],
+        ),
     ],
 )
 def test_choice_of_blocks(clip, kwargs, blocks):
@@ -119,12 +160,25 @@ def test_choice_of_blocks(clip, kwargs, blocks):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"target_modules": ["nothing"]}, r"`target_modules`=\{'nothing'\} matches none of .*layers.0.mlp"),
-        ({"target_modules": ["fc1"]}, "matches 'text_model.encoder.layers.0.mlp.fc1', which cannot be adapted"),
-        ({"layers_to_transform": [3]}, r"within the 3 blocks of the tower, got \[3\]"),
-        ({"guidance": None, "class_descriptions": ["cat"]}, "`tokenizer_name_or_path`, none in ''"),
         (
-            {"guidance": None, "class_descriptions": ["cat"], "tokenizer_name_or_path": "/nowhere"},
+            {"target_modules": ["nothing"]},
+            r"`target_modules`=\{'nothing'\} matches none of .*layers.0.mlp",
+        ),
+        (
+            {"target_modules": ["fc1"]},
+            "matches 'text_model.encoder.layers.0.mlp.fc1', which cannot be adapted",
+        ),
+        ({"layers_to_transform": [3]}, r"within the 3 blocks of the tower, got \[3\]"),
+        (
+            {"guidance": None, "class_descriptions": ["cat"]},
+            "`tokenizer_name_or_path`, none in ''",
+        ),
+        (
+            {
+                "guidance": None,
+                "class_descriptions": ["cat"],
+                "tokenizer_name_or_path": "/nowhere",
+            },
             "none in '/nowhere'",
         ),
     ],
@@ -140,7 +194,10 @@ def test_errors_leave_the_model_alone(clip, kwargs, message):
 
 def test_no_text_tower_says_both_ways_out(clip):
     with pytest.raises(ValueError, match="wrap the full model, or pass embeddings"):
-        get_peft_model(CLIPVisionModel(clip.config.vision_config), SageConfig(class_descriptions=["cat"]))
+        get_peft_model(
+            CLIPVisionModel(clip.config.vision_config),
+            SageConfig(class_descriptions=["cat"]),
+        )
 
 
 def test_set_guidance_changes_the_classes(clip_dir, pixel_values, tmp_path):
@@ -151,7 +208,9 @@ def test_set_guidance_changes_the_classes(clip_dir, pixel_values, tmp_path):
     model.set_guidance({"bee": "it flies", "ant": "it walks"}, adapter_name="default")
     assert not torch.allclose(features(model, pixel_values), before)
     model.save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(type(clip).from_pretrained(clip_dir).eval(), tmp_path / "adapter")
+    again = PeftModel.from_pretrained(
+        type(clip).from_pretrained(clip_dir).eval(), tmp_path / "adapter"
+    )
     assert torch.equal(features(again, pixel_values), features(model, pixel_values))
     assert again.peft_config["default"].class_names == ["bee", "ant"]
     model.set_guidance(["cat", "dog", "cow"])
@@ -164,11 +223,19 @@ def test_guidance_rows_limit_every_source(clip_dir, pixel_values, tmp_path):
     model = get_peft_model(clip, SageConfig(class_descriptions=names))
     randomise(model)
     config = model.peft_config["default"]
-    rows = encode_class_descriptions(clip, AutoTokenizer.from_pretrained(clip_dir), names)
+    rows = encode_class_descriptions(
+        clip, AutoTokenizer.from_pretrained(clip_dir), names
+    )
     assert torch.equal(guidance_of(model), pool_guidance(rows, 64))
-    assert config.num_classes == 70 and config.guidance_shape == [64, 16] and len(config.row_names) == 64
+    assert (
+        config.num_classes == 70
+        and config.guidance_shape == [64, 16]
+        and len(config.row_names) == 64
+    )
     model.save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(type(clip).from_pretrained(clip_dir).eval(), tmp_path / "adapter")
+    again = PeftModel.from_pretrained(
+        type(clip).from_pretrained(clip_dir).eval(), tmp_path / "adapter"
+    )
     assert torch.equal(features(again, pixel_values), features(model, pixel_values))
     assert again.peft_config["default"].num_classes == 70
     assert again.peft_config["default"].row_names == config.row_names
@@ -177,31 +244,55 @@ def test_guidance_rows_limit_every_source(clip_dir, pixel_values, tmp_path):
     torch.testing.assert_close(guidance_of(model), rows)
     model.set_guidance(["bee", *names])
     assert config.num_classes == 71 and config.guidance_shape == [64, 16]
-    assert guidance_of(get_peft_model(tiny_clip(), SageConfig(guidance=rows))).shape == (70, 16)
+    assert guidance_of(
+        get_peft_model(tiny_clip(), SageConfig(guidance=rows))
+    ).shape == (70, 16)
     limited = get_peft_model(tiny_clip(), SageConfig(guidance=rows, guidance_rows=2))
     assert torch.equal(guidance_of(limited), pool_guidance(rows, 2))
     limited.set_guidance(rows[:9])
     assert guidance_of(limited).shape == (2, 16)
-    assert guidance_of(get_peft_model(tiny_clip(), SageConfig(guidance=rows, guidance_rows=0))) is None
+    assert (
+        guidance_of(
+            get_peft_model(tiny_clip(), SageConfig(guidance=rows, guidance_rows=0))
+        )
+        is None
+    )
 
 
-def test_a_classifier_gives_its_embeddings_its_names_and_its_head(clip, pixel_values, tmp_path):
+def test_a_classifier_gives_its_embeddings_its_names_and_its_head(
+    clip, pixel_values, tmp_path
+):
     embeddings = torch.randn(70, 16)
     classifier = SageClassifier(clip, embeddings, [f"thing {i}" for i in range(70)])
     config = SageConfig()
     model = get_peft_model(classifier, config)
     torch.testing.assert_close(guidance_of(model), pool_guidance(embeddings, 64))
     filled = model.peft_config["default"]
-    assert filled.class_names == classifier.class_names and filled.modules_to_save == ["class_head"]
-    assert (config.class_names, config.modules_to_save, config.r, config.guidance_shape) == (None,) * 4
+    assert filled.class_names == classifier.class_names and filled.modules_to_save == [
+        "class_head"
+    ]
+    assert (
+        config.class_names,
+        config.modules_to_save,
+        config.r,
+        config.guidance_shape,
+    ) == (None,) * 4
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(SageClassifier(tiny_clip(), torch.randn(70, 16)), tmp_path)
+    again = PeftModel.from_pretrained(
+        SageClassifier(tiny_clip(), torch.randn(70, 16)), tmp_path
+    )
     assert torch.equal(again(pixel_values).logits, model.eval()(pixel_values).logits)
 
     model.set_classes(torch.eye(3, 16))
     assert torch.equal(guidance_of(model), torch.eye(3, 16))
-    plain = get_peft_model(SageClassifier(tiny_clip(), embeddings), SageConfig(guidance_rows=0, modules_to_save=[]))
-    assert guidance_of(plain) is None and not plain.base_model.model.class_head.weight.requires_grad
+    plain = get_peft_model(
+        SageClassifier(tiny_clip(), embeddings),
+        SageConfig(guidance_rows=0, modules_to_save=[]),
+    )
+    assert (
+        guidance_of(plain) is None
+        and not plain.base_model.model.class_head.weight.requires_grad
+    )
     with pytest.raises(ValueError, match=r"`guidance` must have the shape .*got None"):
         get_peft_model(tiny_clip(), SageConfig(guidance=embeddings)).set_guidance()
 
@@ -214,20 +305,27 @@ def test_the_head_alone(pixel_values, tmp_path):
         "base_model.model.class_head.modules_to_save.default.weight"
     ]
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(SageClassifier(tiny_clip(), torch.randn(7, 16)), tmp_path)
+    again = PeftModel.from_pretrained(
+        SageClassifier(tiny_clip(), torch.randn(7, 16)), tmp_path
+    )
     assert torch.equal(again(pixel_values).logits, model.eval()(pixel_values).logits)
     with pytest.raises(ValueError, match="matches none of"):
         get_peft_model(tiny_clip(), config)
 
 
 def test_a_blank_head_takes_the_size_of_the_saved_one(pixel_values, tmp_path):
-    model = get_peft_model(SageClassifier(tiny_clip(), torch.randn(7, 16)), SageConfig())
+    model = get_peft_model(
+        SageClassifier(tiny_clip(), torch.randn(7, 16)), SageConfig()
+    )
     model.save_pretrained(tmp_path)
     classifier = SageClassifier(tiny_clip(), None)
     again = PeftModel.from_pretrained(classifier, tmp_path)
     assert torch.equal(again(pixel_values).logits, model.eval()(pixel_values).logits)
     head = classifier.class_head.modules_to_save["default"]
-    assert (head.in_features, head.out_features) == (16, 7) and head.text_embeds.shape == (7, 16)
+    assert (head.in_features, head.out_features) == (
+        16,
+        7,
+    ) and head.text_embeds.shape == (7, 16)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +334,11 @@ def test_a_blank_head_takes_the_size_of_the_saved_one(pixel_values, tmp_path):
         (torch.randn(2, 23), None, r"shape \(M, 24\)"),
         (torch.randn(0, 24), None, "got None"),
         (torch.full((2, 24), float("nan")), None, "NaN or infinity"),
-        (torch.randn(2, 24), "nobody", r"a Sage adapter of \['default', 'plain'\], got 'nobody'"),
+        (
+            torch.randn(2, 24),
+            "nobody",
+            r"a Sage adapter of \['default', 'plain'\], got 'nobody'",
+        ),
         (torch.randn(2, 24), "plain", "made without guidance"),
     ],
 )
@@ -251,7 +353,9 @@ def test_set_guidance_refuses(clip, pixel_values, guidance, adapter_name, messag
 
 
 def test_a_saved_config_alone_cannot_run(clip, pixel_values, tmp_path):
-    get_peft_model(clip, SageConfig(guidance=torch.randn(5, 24))).save_pretrained(tmp_path)
+    get_peft_model(clip, SageConfig(guidance=torch.randn(5, 24))).save_pretrained(
+        tmp_path
+    )
     model = get_peft_model(tiny_clip(), SageConfig.from_pretrained(tmp_path))
     with pytest.raises(RuntimeError, match="weights .* were not loaded"):
         model(pixel_values=pixel_values, input_ids=torch.tensor([[1, 5, 3]]))
@@ -266,8 +370,14 @@ def test_one_config_serves_two_models(pixel_values):
     for model in (tiny_clip(), SageClassifier(tiny_clip(), torch.randn(7, 16))):
         model = get_peft_model(model, config)
         randomise(model)
-        assert all(b.isfinite().all() for b in model.buffers()) and guidance_of(model).shape == (5, 24)
-    assert (config.r, config.modules_to_save, config.guidance_shape) == (None, None, None)
+        assert all(b.isfinite().all() for b in model.buffers()) and guidance_of(
+            model
+        ).shape == (5, 24)
+    assert (config.r, config.modules_to_save, config.guidance_shape) == (
+        None,
+        None,
+        None,
+    )
 
 
 class CallsByKeyword(torch.nn.Module):
@@ -285,9 +395,16 @@ class MLP(torch.nn.Sequential):
 
 
 def plain_tower():
-    tower = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4), torch.nn.Flatten(2), torch.nn.Module())
-    mlps = [MLP(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 8)) for _ in range(2)]
-    tower[2] = torch.nn.Sequential(torch.nn.AdaptiveAvgPool1d(8), *map(CallsByKeyword, mlps))
+    tower = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 4), torch.nn.Flatten(2), torch.nn.Module()
+    )
+    mlps = [
+        MLP(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 8))
+        for _ in range(2)
+    ]
+    tower[2] = torch.nn.Sequential(
+        torch.nn.AdaptiveAvgPool1d(8), *map(CallsByKeyword, mlps)
+    )
     return tower
 
 
@@ -302,7 +419,9 @@ def test_an_mlp_that_is_called_by_keyword():
 
 def compiled_inside(model, part):
     for layer in model.vision_model.encoder.layers:
-        layer.set_submodule(part, torch.compile(layer.get_submodule(part), backend="eager"))
+        layer.set_submodule(
+            part, torch.compile(layer.get_submodule(part), backend="eager")
+        )
     return model
 
 
@@ -316,19 +435,31 @@ def compiled_inside(model, part):
     ids=["whole", "regions", "mlps"],
 )
 def test_models_that_were_compiled_beforehand(compiled, pixel_values, tmp_path):
-    model = get_peft_model(compiled(tiny_clip()), SageConfig(guidance=torch.randn(5, 24)))
+    model = get_peft_model(
+        compiled(tiny_clip()), SageConfig(guidance=torch.randn(5, 24))
+    )
     assert len(adapted(model)) == 3
     randomise(model)
     expected = features(model, pixel_values)
     assert not torch.allclose(expected, features(tiny_clip(), pixel_values))
     model.save_pretrained(tmp_path)
     for other in (tiny_clip(), compiled(tiny_clip())):
-        torch.testing.assert_close(features(PeftModel.from_pretrained(other, tmp_path), pixel_values), expected)
+        torch.testing.assert_close(
+            features(PeftModel.from_pretrained(other, tmp_path), pixel_values), expected
+        )
 
 
 @pytest.mark.parametrize(
     ("num_classes", "num_blocks", "r"),
-    [(10, 12, 8), (100, 12, 8), (365, 12, 8), (1000, 12, 32), (8142, 12, 256), (0, 12, 8), (1000, 24, 16)],
+    [
+        (10, 12, 8),
+        (100, 12, 8),
+        (365, 12, 8),
+        (1000, 12, 32),
+        (8142, 12, 256),
+        (0, 12, 8),
+        (1000, 24, 16),
+    ],
 )
 def test_default_r_is_lift_with_a_floor(num_classes, num_blocks, r):
     assert default_r(num_classes, num_blocks) == r
@@ -339,10 +470,20 @@ def test_base_id_of_a_plain_module_is_kept(tmp_path):
         def __init__(self):
             super().__init__()
             self.attention = torch.nn.Linear(8, 8)
-            self.mlp = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 8))
+            self.mlp = torch.nn.Sequential(
+                torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 8)
+            )
 
     tower = torch.nn.Module()
-    tower.patches, tower.blocks = torch.nn.Conv2d(3, 8, 4), torch.nn.ModuleList([Block(), Block()])
+    tower.patches, tower.blocks = (
+        torch.nn.Conv2d(3, 8, 4),
+        torch.nn.ModuleList([Block(), Block()]),
+    )
     tower.name_or_path = "hf-hub:timm/vit"  # PEFT reads it off any module
-    get_peft_model(tower, SageConfig(guidance=torch.randn(5, 24))).save_pretrained(tmp_path)
-    assert SageConfig.from_pretrained(tmp_path).base_model_name_or_path == "hf-hub:timm/vit"
+    get_peft_model(tower, SageConfig(guidance=torch.randn(5, 24))).save_pretrained(
+        tmp_path
+    )
+    assert (
+        SageConfig.from_pretrained(tmp_path).base_model_name_or_path
+        == "hf-hub:timm/vit"
+    )

@@ -37,23 +37,46 @@ def tables(methods):
 def bed(tmp_path_factory):
     """A folder with a tower of random weights and a task of random tokens."""
     work = tmp_path_factory.mktemp("bed")
-    sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "projection_dim": WIDTH, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "projection_dim": WIDTH,
+        "num_attention_heads": 2,
+    }
     torch.manual_seed(0)
-    config = CLIPVisionConfig(num_channels=3, image_size=3, patch_size=1, num_hidden_layers=4, **sizes)
+    config = CLIPVisionConfig(
+        num_channels=3, image_size=3, patch_size=1, num_hidden_layers=4, **sizes
+    )
     CLIPVisionModelWithProjection(config).save_pretrained(work / "towers" / "A")
     np.savez(work / "towers" / "A" / "beside.npz", log_scale=np.float32(3))
     folder, generator = work / "tasks" / "A", np.random.default_rng(0)
     folder.mkdir(parents=True)
-    for split, images, views in (("train", 20, 3), ("validation", 5, 1), ("test", 5, 1)):
+    for split, images, views in (
+        ("train", 20, 3),
+        ("validation", 5, 1),
+        ("test", 5, 1),
+    ):
         shape = (CLASSES * images, views, TOKENS, WIDTH)
-        np.save(folder / f"{split}_tokens.npy", generator.standard_normal(shape).astype(np.float16))
+        np.save(
+            folder / f"{split}_tokens.npy",
+            generator.standard_normal(shape).astype(np.float16),
+        )
         np.save(folder / f"{split}_labels.npy", np.repeat(np.arange(CLASSES), images))
-        np.save(folder / f"{split}_embeds.npy", generator.standard_normal((shape[0], WIDTH), dtype=np.float32))
+        np.save(
+            folder / f"{split}_embeds.npy",
+            generator.standard_normal((shape[0], WIDTH), dtype=np.float32),
+        )
     texts = generator.standard_normal((CLASSES, WIDTH), dtype=np.float32)
     texts /= np.linalg.norm(texts, axis=1, keepdims=True)
-    embeds = {"text_embeds": texts, "description_embeds": texts[:, None], "other_embeds": texts}
+    embeds = {
+        "text_embeds": texts,
+        "description_embeds": texts[:, None],
+        "other_embeds": texts,
+    }
     np.savez(folder / "texts.npz", logit_scale=np.float32(20), **embeds)
-    (folder / "class_names.json").write_text(json.dumps([str(k) for k in range(CLASSES)]))
+    (folder / "class_names.json").write_text(
+        json.dumps([str(k) for k in range(CLASSES)])
+    )
     return work
 
 
@@ -65,7 +88,9 @@ def script(methods, monkeypatch, capsys):
     def call(name, *arguments):
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         # Under a name of its own: another benchmark has a `run` too.
-        spec = importlib.util.spec_from_file_location(f"photos_{name}", Path(methods.__file__).with_name(f"{name}.py"))
+        spec = importlib.util.spec_from_file_location(
+            f"photos_{name}", Path(methods.__file__).with_name(f"{name}.py")
+        )
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         module.main()
@@ -81,19 +106,39 @@ def test_runs_are_done_once_and_reported(methods, bed, tmp_path, script, monkeyp
     monkeypatch.setattr(methods, "EPOCHS", 1)
     monkeypatch.setitem(methods.LARGEST, "A", 20)
     grid = {"tasks": ["A"], "ratios": [10], "seeds": [10]}
-    grid["arms"] = {"LIFT": {"rows": "none", "compensation": 0, "text_prior": 0, "vary": {"tau": [0.5, 1.0]}}}
+    grid["arms"] = {
+        "LIFT": {
+            "rows": "none",
+            "compensation": 0,
+            "text_prior": 0,
+            "vary": {"tau": [0.5, 1.0]},
+        }
+    }
     trial = {"tasks": ["A"], "ratios": [10], "seeds": [0, 1]}
-    trial["arms"] = {"Sage": {}, "LIFT's recipe": {"choose": "LIFT"}, "cosine": {"target": "cosine", "view": "same"}}
-    trial["arms"] |= {name: {"method": name} for name in ("zero-shot", "head", "lora", "block", "clap", "gda")}
+    trial["arms"] = {
+        "Sage": {},
+        "LIFT's recipe": {"choose": "LIFT"},
+        "cosine": {"target": "cosine", "view": "same"},
+    }
+    trial["arms"] |= {
+        name: {"method": name}
+        for name in ("zero-shot", "head", "lora", "block", "clap", "gda")
+    }
     trial["arms"]["cache"] = {"method": "tip-adapter", "rates": [0, 0.001]}
     for name, content in {"grid-lift": grid, "trial": trial}.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
         assert script("run", bed, tmp_path / f"{name}.yaml", "--results", tmp_path)
     assert script("run", bed, tmp_path / "trial.yaml", "--results", tmp_path) == []
-    lines = [json.loads(line) for line in (tmp_path / "trial.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "trial.jsonl").read_text().splitlines()
+    ]
     assert len(lines) == 20
     assert {line["seed"] for line in lines} == {0, 1}
-    assert all(0 <= line[split]["macro"] <= 100 for line in lines for split in ("validation", "test"))
+    assert all(
+        0 <= line[split]["macro"] <= 100
+        for line in lines
+        for split in ("validation", "test")
+    )
     printed = script("tables", tmp_path / "trial.jsonl", "--baseline", "Sage")
     assert sum(line.startswith("|") for line in printed) == 12
 
@@ -104,7 +149,9 @@ def test_the_faster_blocks_compute_the_same(methods, bed):
     remembered = methods.remember(plain.vision_model.encoder.layers[0], tokens)
     with torch.no_grad():
         expected = plain(pixel_values=tokens[:, 0].float()).image_embeds
-        fast = methods.load_tower(bed, "A")(pixel_values=tokens[:, 0].float()).image_embeds
+        fast = methods.load_tower(bed, "A")(
+            pixel_values=tokens[:, 0].float()
+        ).image_embeds
         tower = methods.load_tower(bed, "A", remembering=True)
         faster = tower(pixel_values=remembered[:, 0].float()).image_embeds
     torch.testing.assert_close(fast, expected)
@@ -112,21 +159,33 @@ def test_the_faster_blocks_compute_the_same(methods, bed):
 
 
 def test_divergence_over_texts_is_that_of_the_loss(methods):
-    outputs = {name: F.normalize(torch.randn(8, WIDTH), dim=1) for name in ("image_embeds", "base_image_embeds")}
+    outputs = {
+        name: F.normalize(torch.randn(8, WIDTH), dim=1)
+        for name in ("image_embeds", "base_image_embeds")
+    }
     texts = F.normalize(torch.randn(CLASSES, WIDTH, requires_grad=True), dim=1)
     outputs |= {"text_embeds": texts, "class_embeds": texts, "logit_scale": 25.0}
     outputs["logits"] = 25 * outputs["image_embeds"] @ texts.T
     labels = torch.zeros(8, dtype=torch.long)
-    without, guided = (SageLoss([5] * CLASSES, text_guidance=share)(outputs, labels) for share in (0, 1))
+    without, guided = (
+        SageLoss([5] * CLASSES, text_guidance=share)(outputs, labels)
+        for share in (0, 1)
+    )
     torch.testing.assert_close(methods.departure(outputs, texts), guided - without)
 
 
-@pytest.mark.parametrize(("rows", "attends"), [("none", False), ("random", True), ("texts", True)])
+@pytest.mark.parametrize(
+    ("rows", "attends"), [("none", False), ("random", True), ("texts", True)]
+)
 def test_without_rows_the_adapter_does_not_attend(methods, bed, rows, attends):
     texts = F.normalize(torch.randn(CLASSES, WIDTH), dim=1)
-    classifier = methods.SageClassifier(methods.load_tower(bed, "A", remembering=True), texts)
+    classifier = methods.SageClassifier(
+        methods.load_tower(bed, "A", remembering=True), texts
+    )
     model = methods.adapt(methods.Settings(rows=rows), classifier, texts, seed=0)
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained = [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad
+    ]
     assert any("peft_sage_key" in name for name in trained) == attends
     assert any("class_head" in name for name in trained)
 
@@ -136,24 +195,38 @@ def test_batches_are_paired(methods):
     assert len(first) == 7
     for ours, theirs in zip(first, second, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    assert sorted(torch.cat([images for images, _ in first[:3]]).tolist()) == list(range(10))
+    assert sorted(torch.cat([images for images, _ in first[:3]]).tolist()) == list(
+        range(10)
+    )
 
 
-@pytest.mark.parametrize(("t", "degrees", "p"), [(2.776445, 4, 0.05), (4.604095, 4, 0.01), (2.262157, 9, 0.05)])
+@pytest.mark.parametrize(
+    ("t", "degrees", "p"),
+    [(2.776445, 4, 0.05), (4.604095, 4, 0.01), (2.262157, 9, 0.05)],
+)
 def test_p_value(tables, t, degrees, p):
     assert tables.p_value(t, degrees) == pytest.approx(p, abs=1e-5)
 
 
 def test_settings_are_chosen_on_the_validation_split(tables):
     lines = [
-        {"task": "A", "group": "g", "arm": arm, "seed": seed, "validation": {"macro": v}, "test": {"macro": 100 - v}}
+        {
+            "task": "A",
+            "group": "g",
+            "arm": arm,
+            "seed": seed,
+            "validation": {"macro": v},
+            "test": {"macro": 100 - v},
+        }
         for arm, v in (("worse", 1), ("better", 2))
         for seed in (0, 1)
     ]
     assert tables.best_arm(lines, "A", "g")["arm"] == "better"
 
 
-@pytest.mark.parametrize("file", sorted((FOLDER / "experiments").glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", sorted((FOLDER / "experiments").glob("*.yaml")), ids=lambda file: file.stem
+)
 def test_experiments_have_known_settings(methods, file):
     known = set(methods.Settings.__dataclass_fields__) | {"choose", "vary"}
     for arm in yaml.safe_load(file.read_text())["arms"].values():

@@ -9,7 +9,15 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "peft_sage"
 FLOORS = [
-    {"registration", "validation", "descriptions", "templates", "images", "towers", "optimization"},
+    {
+        "registration",
+        "validation",
+        "descriptions",
+        "templates",
+        "images",
+        "towers",
+        "optimization",
+    },
     {"config", "loss", "text_prior", "metrics"},
     {"layer", "weights", "encoding"},
     {"model", "classifier"},
@@ -29,8 +37,14 @@ def imported(path: Path) -> set[str]:
     rooms = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level == depth:
-            rooms |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
-        assert not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("peft_sage"), path
+            rooms |= (
+                {node.module.split(".")[0]}
+                if node.module
+                else {alias.name for alias in node.names}
+            )
+        assert not isinstance(node, ast.ImportFrom) or not (
+            node.module or ""
+        ).startswith("peft_sage"), path
     return rooms
 
 
@@ -40,7 +54,9 @@ def test_every_file_has_a_room():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_nothing_imports_upwards(path):
-    upwards = {other for other in imported(path) if FLOOR_OF[other] > FLOOR_OF[room(path)]}
+    upwards = {
+        other for other in imported(path) if FLOOR_OF[other] > FLOOR_OF[room(path)]
+    }
     assert not upwards, f"{room(path)} imports {upwards} from a higher floor"
 
 
@@ -55,6 +71,10 @@ def test_there_is_no_circle():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_function_is_longer_than_60_lines(path):
-    functions = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef))
+    functions = (
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    )
     long = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
     assert {name: length for name, length in long.items() if length > 60} == {}

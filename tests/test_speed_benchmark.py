@@ -44,7 +44,9 @@ def test_rows_end_up_in_the_table_and_others_stay(tmp_path):
 
 def test_the_page_is_what_the_results_say():
     results = json.loads((SPEED / "results.json").read_text())
-    assert run.page(results) == (SPEED / "RESULTS.md").read_text(), "python benchmarks/speed/run.py --report"
+    assert run.page(results) == (SPEED / "RESULTS.md").read_text(), (
+        "python benchmarks/speed/run.py --report"
+    )
     assert "--small" not in run.page(results)
 
 
@@ -53,12 +55,18 @@ def test_every_row_compares_runs_of_its_group():
     for group in (file["groups"] | file["gpu_groups"]).values():
         assert group["measure"] in measures.MEASURES
         for row in group["rows"]:
-            assert {row[key] for key in ("of", "over", "less", "beside") if key in row} <= set(group["runs"])
+            assert {
+                row[key] for key in ("of", "over", "less", "beside") if key in row
+            } <= set(group["runs"])
 
 
 def test_runs_take_turns():
     order = []
-    values = run.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b") or 3.0}, "cpu", 2)
+    values = run.interleaved(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b") or 3.0},
+        "cpu",
+        2,
+    )
     assert "".join(order) == "ba" + "ab" + "ba"
     assert np.array_equal(values["b"], [3.0, 3.0]) and (values["a"] < 1).all()
 
@@ -73,7 +81,15 @@ def test_living_bytes_are_counted():
 
 @pytest.mark.slow
 def test_what_is_prepared_for_a_gpu_runs_on_the_cpu(tmp_path):
-    command = ["bash", str(SPEED / "on_gpu.sh"), "--device", "cpu", "--output", str(tmp_path), *SMALL]
+    command = [
+        "bash",
+        str(SPEED / "on_gpu.sh"),
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path),
+        *SMALL,
+    ]
     subprocess.run(command, check=True)
     results = json.loads((tmp_path / "results.json").read_text())
     assert {"precision", "gpu_training", "gpu_memory", "compile"} <= set(results)

@@ -20,9 +20,13 @@ def few_steps(monkeypatch):
 def make_bed(counts: list[int], texts: str, noise: float = 0.5):
     """Features around class means; `texts` are those means, or have nothing to do with them."""
     generator = torch.Generator().manual_seed(0)
-    means, other = F.normalize(torch.randn(2, len(counts), WIDTH, generator=generator), dim=-1)
+    means, other = F.normalize(
+        torch.randn(2, len(counts), WIDTH, generator=generator), dim=-1
+    )
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    features = means[labels] + noise * torch.randn(len(labels), WIDTH, generator=generator)
+    features = means[labels] + noise * torch.randn(
+        len(labels), WIDTH, generator=generator
+    )
     return features, labels, means if texts == "true" else other
 
 
@@ -50,7 +54,9 @@ def test_it_is_seeded_and_leaves_the_random_state_alone():
 def test_label_errors_have_a_low_probability():
     features, labels, texts = make_bed([30] * 5, "true", noise=0.2)
     labels[::30] = (labels[::30] + 1) % 5
-    probability = choose_text_prior(features, labels, texts, strengths=(0, 1)).label_probability
+    probability = choose_text_prior(
+        features, labels, texts, strengths=(0, 1)
+    ).label_probability
     assert set(range(0, 150, 30)) <= set(probability.argsort()[:8].tolist())
 
 
@@ -74,14 +80,23 @@ def test_groups_stay_together():
     with pytest.raises(ValueError, match="two images .or groups."):
         choose_text_prior(features, labels, texts, groups=labels)
     # The third class is one group, and stays.
-    prior = choose_text_prior(features, labels, texts, groups=torch.where(labels == 2, 99, groups), strengths=(0, 1))
+    prior = choose_text_prior(
+        features,
+        labels,
+        texts,
+        groups=torch.where(labels == 2, 99, groups),
+        strengths=(0, 1),
+    )
     assert prior.label_probability.isnan().tolist() == (labels == 2).tolist()
 
 
 def test_a_sample_stands_for_the_training_set_by_its_counts():
     """Of the counts only their ratios matter to the adjustment, and their size to the compensation."""
     bed = make_bed([20, 20, 20], "true", noise=1.0)
-    of = [choose_text_prior(*bed, class_counts=counts, strengths=(0,)) for counts in ([20, 20, 20], [2000, 20, 20])]
+    of = [
+        choose_text_prior(*bed, class_counts=counts, strengths=(0,))
+        for counts in ([20, 20, 20], [2000, 20, 20])
+    ]
     assert of[0].scores != of[1].scores
     assert choose_text_prior(*bed, strengths=(0,)).scores == of[0].scores
 
@@ -89,9 +104,16 @@ def test_a_sample_stands_for_the_training_set_by_its_counts():
 def test_extreme_data_gives_an_answer():
     features, labels, texts = make_bed(COUNTS, "true")
     for given in (torch.ones_like(features), features.half(), 1e4 * features):
-        assert choose_text_prior(given, labels, texts, strengths=(0, 1)).strength in (0, 1)
-    assert choose_text_prior(features, labels, texts, folds=50, strengths=(0, 1)).strength in (0, 1)
-    one_class = choose_text_prior(features[:60], labels[:60], texts[:1], strengths=(0, 1))
+        assert choose_text_prior(given, labels, texts, strengths=(0, 1)).strength in (
+            0,
+            1,
+        )
+    assert choose_text_prior(
+        features, labels, texts, folds=50, strengths=(0, 1)
+    ).strength in (0, 1)
+    one_class = choose_text_prior(
+        features[:60], labels[:60], texts[:1], strengths=(0, 1)
+    )
     assert one_class.strength == 0 and one_class.scores == {0: 1, 1: 1}
 
 
@@ -101,20 +123,48 @@ FEATURES, LABELS, TEXTS = make_bed([4, 4], "true")
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"features": FEATURES[:, :5]}, ValueError, r"`text_embeds` must have the shape \(M, 5\), got \(2, 16\)"),
+        (
+            {"features": FEATURES[:, :5]},
+            ValueError,
+            r"`text_embeds` must have the shape \(M, 5\), got \(2, 16\)",
+        ),
         ({"features": FEATURES.long()}, TypeError, "`features` must be floats"),
         ({"features": FEATURES * torch.nan}, ValueError, "`features` must be finite"),
-        ({"features": FEATURES * 0}, ValueError, "`features` must have no rows of zeros"),
+        (
+            {"features": FEATURES * 0},
+            ValueError,
+            "`features` must have no rows of zeros",
+        ),
         ({"text_embeds": TEXTS[0]}, ValueError, "`text_embeds`"),
-        ({"labels": LABELS[1:]}, ValueError, r"`labels` must have the shape \(8,\), got \(7,\)"),
+        (
+            {"labels": LABELS[1:]},
+            ValueError,
+            r"`labels` must have the shape \(8,\), got \(7,\)",
+        ),
         ({"labels": LABELS + 1}, ValueError, r"`labels` must lie in \[0, 2\), got 2"),
         ({"labels": LABELS.float()}, TypeError, "`labels`"),
         ({"labels": ["owl", "owl"]}, TypeError, "`labels`"),
-        ({"labels": torch.arange(2), "features": FEATURES[:2]}, ValueError, "a class with two images"),
-        ({"class_counts": [1, 2, 3]}, ValueError, r"`class_counts` must have the shape \(2,\), got \(3,\)"),
+        (
+            {"labels": torch.arange(2), "features": FEATURES[:2]},
+            ValueError,
+            "a class with two images",
+        ),
+        (
+            {"class_counts": [1, 2, 3]},
+            ValueError,
+            r"`class_counts` must have the shape \(2,\), got \(3,\)",
+        ),
         ({"class_counts": [-1, 2]}, ValueError, "`class_counts`"),
-        ({"strengths": ()}, ValueError, "`strengths` must be a finite number, at least 0, got None"),
-        ({"strengths": (0, -1)}, ValueError, "`strengths` must be a finite number, at least 0, got -1"),
+        (
+            {"strengths": ()},
+            ValueError,
+            "`strengths` must be a finite number, at least 0, got None",
+        ),
+        (
+            {"strengths": (0, -1)},
+            ValueError,
+            "`strengths` must be a finite number, at least 0, got -1",
+        ),
         ({"folds": 1}, ValueError, "`folds` must be an integer, at least 2, got 1"),
         ({"groups": LABELS.float()}, TypeError, "`groups`"),
         ({"groups": LABELS[1:]}, ValueError, "`groups`"),
@@ -122,4 +172,11 @@ FEATURES, LABELS, TEXTS = make_bed([4, 4], "true")
 )
 def test_bad_input_is_named(arguments, error, message):
     with pytest.raises(error, match=message):
-        choose_text_prior(**{"features": FEATURES, "labels": LABELS, "text_embeds": TEXTS, **arguments})
+        choose_text_prior(
+            **{
+                "features": FEATURES,
+                "labels": LABELS,
+                "text_embeds": TEXTS,
+                **arguments,
+            }
+        )

@@ -12,12 +12,19 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from peft_sage import SageClassifier, SageConfig
-from peft_sage.towers.embeddings import encode_image, encode_text, has_text_tower, text_config
+from peft_sage.towers.embeddings import (
+    encode_image,
+    encode_text,
+    has_text_tower,
+    text_config,
+)
 from tests.tower_models import TEXT, TINY, VISION, Tiny, images, tokens
 
 
 WITH_TEXT = [tiny for tiny in TINY if tiny.text]
-every_model_with_text = pytest.mark.parametrize("tiny", WITH_TEXT, ids=lambda tiny: tiny.id)
+every_model_with_text = pytest.mark.parametrize(
+    "tiny", WITH_TEXT, ids=lambda tiny: tiny.id
+)
 
 
 def tiny_named(name: str) -> Tiny:
@@ -36,12 +43,17 @@ def build(tiny: Tiny) -> nn.Module:
 
 def own_logits(tiny: Tiny, model: nn.Module, pixels: dict, text: dict) -> torch.Tensor:
     output = model(**pixels, **text)
-    return output["logits_per_video" if tiny.model_type == "xclip" else "logits_per_image"]
+    return output[
+        "logits_per_video" if tiny.model_type == "xclip" else "logits_per_image"
+    ]
 
 
 def scaled(model: nn.Module, cosines: torch.Tensor) -> torch.Tensor:
     """The model's own image-text logits from cosines."""
-    scale, bias = getattr(model, "logit_scale", None), getattr(model, "logit_bias", None)
+    scale, bias = (
+        getattr(model, "logit_scale", None),
+        getattr(model, "logit_bias", None),
+    )
     if scale is not None:
         limit = getattr(model, "max_log_logit_scale", None)
         cosines = cosines * (scale if limit is None else scale.clamp(0.0, limit)).exp()
@@ -57,7 +69,10 @@ def test_embeddings_give_the_logits_of_the_model(tiny: Tiny) -> None:
     logits = own_logits(tiny, model, pixels, text)
     assert has_text_tower(model)
     assert logits.std() > 1e-4  # not one row repeated
-    image, words = encode_image(model, **pixels), encode_text(model, {**text, "unknown_to_the_tower": torch.zeros(1)})
+    image, words = (
+        encode_image(model, **pixels),
+        encode_text(model, {**text, "unknown_to_the_tower": torch.zeros(1)}),
+    )
     cosines = F.normalize(image, dim=-1) @ F.normalize(words, dim=-1).T
     torch.testing.assert_close(scaled(model, cosines), logits, atol=1e-5, rtol=1e-5)
 
@@ -67,7 +82,9 @@ def test_embeddings_give_the_logits_of_the_model(tiny: Tiny) -> None:
 def test_classifier_starts_as_the_zero_shot_model(tiny: Tiny) -> None:
     model, pixels, text = build(tiny), tiny.text(), tokens()
     logits = own_logits(tiny, model, pixels, text)
-    classifier = SageClassifier(model, F.normalize(encode_text(model, text), dim=-1), scale=1.0)
+    classifier = SageClassifier(
+        model, F.normalize(encode_text(model, text), dim=-1), scale=1.0
+    )
     cosines = classifier(**pixels).logits
     torch.testing.assert_close(scaled(model, cosines), logits, atol=1e-5, rtol=1e-5)
 
@@ -79,8 +96,12 @@ def test_flava_compares_its_first_tokens() -> None:
     output = model(**pixels, **text, skip_multimodal_encoder=True)
     image, words = encode_image(model, **pixels), encode_text(model, text)
     # As `FlavaForPreTraining` computes its contrastive logits.
-    torch.testing.assert_close(image, model.image_projection(output.image_embeddings[:, 0]))
-    torch.testing.assert_close(words, model.text_projection(output.text_embeddings[:, 0]))
+    torch.testing.assert_close(
+        image, model.image_projection(output.image_embeddings[:, 0])
+    )
+    torch.testing.assert_close(
+        words, model.text_projection(output.text_embeddings[:, 0])
+    )
 
 
 @torch.no_grad()
@@ -88,8 +109,14 @@ def test_wrapped_models_embed_alike() -> None:
     model, pixels, text = build(tiny_named("clip-CLIPModel")), images(), tokens()
     expected = encode_image(model, **pixels), encode_text(model, text)
     wrapped = SageClassifier(model, torch.randn(5, 24))
-    wrapped = get_peft_model(wrapped, SageConfig(guidance=torch.randn(5, 12), r=4, num_heads=2))
-    wrapped = get_peft_model(wrapped.base_model.model, LoraConfig(target_modules=["q_proj"]), adapter_name="lora")
+    wrapped = get_peft_model(
+        wrapped, SageConfig(guidance=torch.randn(5, 12), r=4, num_heads=2)
+    )
+    wrapped = get_peft_model(
+        wrapped.base_model.model,
+        LoraConfig(target_modules=["q_proj"]),
+        adapter_name="lora",
+    )
     assert has_text_tower(wrapped) and text_config(wrapped) is model.config
     actual = encode_image(wrapped, **pixels), encode_text(wrapped, text)
     torch.testing.assert_close(actual, expected)
@@ -99,7 +126,10 @@ def test_wrapped_models_embed_alike() -> None:
 def test_parts_of_a_model_embed_alike() -> None:
     model, pixels, text = build(tiny_named("clip-CLIPModel")), images(), tokens()
     state = model.state_dict()
-    for part, encode, inputs in (("Text", encode_text, (text,)), ("Vision", encode_image, (pixels["pixel_values"],))):
+    for part, encode, inputs in (
+        ("Text", encode_text, (text,)),
+        ("Vision", encode_image, (pixels["pixel_values"],)),
+    ):
         config = CONFIG_MAPPING[f"clip_{part.lower()}_model"](
             **(TEXT if part == "Text" else VISION), projection_dim=24
         )
@@ -118,20 +148,28 @@ def test_towers_alone_give_what_they_pool_or_the_mean() -> None:
     ):
         model, pixels = build(tiny_named(name)), images()
         output = model.base_model(**pixels)
-        expected = output.pooler_output if pooled else output.last_hidden_state.mean(dim=1)
+        expected = (
+            output.pooler_output if pooled else output.last_hidden_state.mean(dim=1)
+        )
         if expected is None:  # a classifier's tower has no pooler
             expected = output.last_hidden_state.mean(dim=1)
         torch.testing.assert_close(encode_image(model, **pixels), expected)
-        wrapped = get_peft_model(model, SageConfig(guidance=torch.randn(5, 12), r=4, num_heads=2))
+        wrapped = get_peft_model(
+            model, SageConfig(guidance=torch.randn(5, 12), r=4, num_heads=2)
+        )
         torch.testing.assert_close(encode_image(wrapped, **pixels), expected)
     model, pixels = build(tiny_named("clip-CLIPForImageClassification")), images()
-    torch.testing.assert_close(encode_image(model, **pixels), model.vision_model(**pixels).pooler_output)
+    torch.testing.assert_close(
+        encode_image(model, **pixels), model.vision_model(**pixels).pooler_output
+    )
 
 
 def test_models_without_a_shared_space_are_refused() -> None:
     vit = build(tiny_named("vit-ViTModel"))
     assert not has_text_tower(vit)
-    with pytest.raises(ValueError, match="`model` must have a text tower.*ViTModel .*pass embeddings"):
+    with pytest.raises(
+        ValueError, match="`model` must have a text tower.*ViTModel .*pass embeddings"
+    ):
         encode_text(vit, tokens())
     # It generates text, which is no embedding of text.
     assert not has_text_tower(build(tiny_named("blip-2-Blip2Model")))

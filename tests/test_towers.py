@@ -15,7 +15,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from peft_sage import SageClassifier, SageConfig, SageLayer
-from peft_sage.towers.mlps import candidate_modules, find_mlps, layer_scale, mlp_input, mlp_widths
+from peft_sage.towers.mlps import (
+    candidate_modules,
+    find_mlps,
+    layer_scale,
+    mlp_input,
+    mlp_widths,
+)
 from tests.tower_models import FAMILIES, LANGUAGE, TEXT, TINY, UNLISTED, VISION, Tiny
 
 
@@ -24,11 +30,16 @@ every_family = pytest.mark.parametrize("tiny", TINY, ids=lambda tiny: tiny.id)
 
 def expected(tiny: Tiny) -> list[str]:
     pattern = tiny.blocks or FAMILIES[tiny.model_type]
-    return [pattern.format(*(count if isinstance(count, tuple) else (count,))) for count in tiny.counts]
+    return [
+        pattern.format(*(count if isinstance(count, tuple) else (count,)))
+        for count in tiny.counts
+    ]
 
 
 def adapted(model: nn.Module, init_weights: bool = True) -> PeftModel:
-    config = SageConfig(guidance=torch.randn(5, 12), r=4, num_heads=2, init_weights=init_weights)
+    config = SageConfig(
+        guidance=torch.randn(5, 12), r=4, num_heads=2, init_weights=init_weights
+    )
     return get_peft_model(model, config)
 
 
@@ -47,13 +58,19 @@ def first_tensor(output: Any) -> torch.Tensor:
     return first_tensor(output[0]) if hidden is None else hidden
 
 
-def gradients(tiny: Tiny, model: PeftModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def gradients(
+    tiny: Tiny, model: PeftModel, inputs: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     model.zero_grad()
     output = run(tiny, model, inputs)
     # A plain sum has no gradient behind a LayerNorm.
     torch.manual_seed(2)
     (output * torch.randn_like(output)).sum().backward()
-    return {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+    return {
+        name: weight.grad
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+    }
 
 
 @every_family
@@ -65,10 +82,18 @@ def test_expected_blocks_are_adapted_and_nothing_else_is_trainable(tiny: Tiny) -
     before = run(tiny, model, inputs)
     peft_model = adapted(model)
     assert find_mlps(peft_model) == [f"base_model.model.{block}" for block in blocks]
-    layers = [name for name, module in peft_model.named_modules() if isinstance(module, SageLayer)]
+    layers = [
+        name
+        for name, module in peft_model.named_modules()
+        if isinstance(module, SageLayer)
+    ]
     assert layers == find_mlps(peft_model)
-    trainable = {name for name, weight in peft_model.named_parameters() if weight.requires_grad}
-    assert trainable == {name for name, _ in peft_model.named_parameters() if ".peft_sage_" in name}
+    trainable = {
+        name for name, weight in peft_model.named_parameters() if weight.requires_grad
+    }
+    assert trainable == {
+        name for name, _ in peft_model.named_parameters() if ".peft_sage_" in name
+    }
     assert torch.equal(run(tiny, peft_model, inputs), before)
 
 
@@ -76,11 +101,15 @@ def test_expected_blocks_are_adapted_and_nothing_else_is_trainable(tiny: Tiny) -
 def test_every_adapter_weight_gets_a_gradient(tiny: Tiny) -> None:
     torch.manual_seed(0)
     model, inputs = adapted(tiny.build()), tiny.inputs()
-    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD(
+        [weight for weight in model.parameters() if weight.requires_grad], lr=0.1
+    )
     gradients(tiny, model, inputs)
     optimizer.step()  # until then the up-projection is zero and hides the rest
     for name, gradient in gradients(tiny, model, inputs).items():
-        assert gradient is not None and gradient.isfinite().all() and gradient.any(), name
+        assert gradient is not None and gradient.isfinite().all() and gradient.any(), (
+            name
+        )
 
 
 @every_family
@@ -96,20 +125,26 @@ def test_saved_adapter_gives_the_same_output(tiny: Tiny, tmp_path: Any) -> None:
     peft_model.save_pretrained(tmp_path)
     other = tiny.build()
     other.load_state_dict(torch.load(io.BytesIO(base.getvalue())))
-    assert torch.equal(run(tiny, PeftModel.from_pretrained(other, tmp_path).eval(), inputs), after)
+    assert torch.equal(
+        run(tiny, PeftModel.from_pretrained(other, tmp_path).eval(), inputs), after
+    )
 
 
 @every_family
 def test_bfloat16(tiny: Tiny) -> None:
     torch.manual_seed(0)
     model = tiny.build().requires_grad_(False).to(torch.bfloat16)
-    inputs = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in tiny.inputs().items()}
+    inputs = {
+        k: v.to(torch.bfloat16) if v.is_floating_point() else v
+        for k, v in tiny.inputs().items()
+    }
     before = run(tiny, model, inputs)
     model = adapted(model)
     after = run(tiny, model, inputs)
     assert after.dtype == torch.bfloat16 and torch.equal(after, before)
     assert all(
-        gradient is not None and gradient.isfinite().all() for gradient in gradients(tiny, model, inputs).values()
+        gradient is not None and gradient.isfinite().all()
+        for gradient in gradients(tiny, model, inputs).values()
     )
 
 
@@ -118,7 +153,9 @@ def test_gradient_checkpointing_changes_no_gradient(tiny: Tiny) -> None:
     torch.manual_seed(0)
     model = tiny.build()
     tower = model.get_submodule(tiny.tower)
-    if not (tiny.checkpointing and getattr(tower, "supports_gradient_checkpointing", False)):
+    if not (
+        tiny.checkpointing and getattr(tower, "supports_gradient_checkpointing", False)
+    ):
         pytest.skip("transformers has no gradient checkpointing for this tower")
     model, inputs = adapted(model, init_weights=False), tiny.inputs()
     expected_gradients = gradients(tiny, model, inputs)
@@ -128,7 +165,9 @@ def test_gradient_checkpointing_changes_no_gradient(tiny: Tiny) -> None:
         module.training = hasattr(module, "gradient_checkpointing")
     calls = []
     handles = [
-        m.register_forward_pre_hook(lambda *_: calls.append(1)) for m in model.modules() if isinstance(m, SageLayer)
+        m.register_forward_pre_hook(lambda *_: calls.append(1))
+        for m in model.modules()
+        if isinstance(m, SageLayer)
     ]
     for name, gradient in gradients(tiny, model, inputs).items():
         torch.testing.assert_close(gradient, expected_gradients[name], msg=name)
@@ -140,7 +179,9 @@ def test_every_listed_family_has_a_row_and_is_documented() -> None:
     assert tested <= set(FAMILIES) and len(tested) >= 45
     # The others need timm or open_clip: see tests/matrix.
     others = set(FAMILIES) - tested
-    assert all("timm" in name or "clip" in name or name == "perception_lm" for name in others)
+    assert all(
+        "timm" in name or "clip" in name or name == "perception_lm" for name in others
+    )
     documented = (Path(__file__).parents[1] / "docs" / "own_model.md").read_text()
     for family in FAMILIES:
         assert f"`{family}`" in documented
@@ -169,17 +210,32 @@ REFUSED = {
         ("LlamaModel", "llama", LANGUAGE),
         ("ViltModel", "vilt", VISION | TEXT),
         ("ClapModel", "clap", {}),
-        ("ASTModel", "audio-spectrogram-transformer", dict(VISION, num_mel_bins=16, max_length=16)),
+        (
+            "ASTModel",
+            "audio-spectrogram-transformer",
+            dict(VISION, num_mel_bins=16, max_length=16),
+        ),
     ],
     "has none": [
-        ("ResNetModel", "resnet", {"hidden_sizes": [8, 8], "depths": [1, 1], "embedding_size": 8}),
-        ("ConvNextModel", "convnext", {"hidden_sizes": [8, 8], "depths": [1, 1], "num_stages": 2}),
+        (
+            "ResNetModel",
+            "resnet",
+            {"hidden_sizes": [8, 8], "depths": [1, 1], "embedding_size": 8},
+        ),
+        (
+            "ConvNextModel",
+            "convnext",
+            {"hidden_sizes": [8, 8], "depths": [1, 1], "num_stages": 2},
+        ),
         ("MobileNetV2Model", "mobilenet_v2", {}),
         ("PoolFormerModel", "poolformer", {"hidden_sizes": [8] * 4, "depths": [1] * 4}),
         (
             "AlignModel",
             "align",
-            {"text_config": TEXT, "vision_config": {"width_coefficient": 0.1, "depth_coefficient": 0.1}},
+            {
+                "text_config": TEXT,
+                "vision_config": {"width_coefficient": 0.1, "depth_coefficient": 0.1},
+            },
         ),
     ],
 }
@@ -190,14 +246,23 @@ REFUSED = {
     [(reason, *row) for reason, rows in REFUSED.items() for row in rows],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_refused_before_anything_is_changed(reason: str, model_class: str, config_type: str, config: dict) -> None:
+def test_refused_before_anything_is_changed(
+    reason: str, model_class: str, config_type: str, config: dict
+) -> None:
     model = Tiny(config_type, model_class, config).build()
     before = [(name, weight.requires_grad) for name, weight in model.named_parameters()]
     modules = list(model.modules())
-    with pytest.raises(ValueError, match=f"`model` must have .*{model_class}.*{reason}.*`target_modules`"):
+    with pytest.raises(
+        ValueError,
+        match=f"`model` must have .*{model_class}.*{reason}.*`target_modules`",
+    ):
         adapted(model)
-    assert [(name, weight.requires_grad) for name, weight in model.named_parameters()] == before
-    assert all(module is other for module, other in zip(model.modules(), modules, strict=True))
+    assert [
+        (name, weight.requires_grad) for name, weight in model.named_parameters()
+    ] == before
+    assert all(
+        module is other for module, other in zip(model.modules(), modules, strict=True)
+    )
 
 
 def tiny_named(name: str) -> Tiny:
@@ -212,12 +277,18 @@ def test_blocks_are_found_inside_wrappers() -> None:
     clip = CLIP.build()
     classifier = SageClassifier(clip, torch.randn(5, 24))
     assert find_mlps(classifier) == [f"model.{block}" for block in BLOCKS]
-    lora = get_peft_model(copy.deepcopy(clip), LoraConfig(target_modules=["fc1", "fc2", "q_proj"]))
+    lora = get_peft_model(
+        copy.deepcopy(clip), LoraConfig(target_modules=["fc1", "fc2", "q_proj"])
+    )
     assert find_mlps(lora) == [f"base_model.model.{block}" for block in BLOCKS]
-    assert find_mlps(adapted(classifier)) == [f"base_model.model.model.{block}" for block in BLOCKS]
+    assert find_mlps(adapted(classifier)) == [
+        f"base_model.model.model.{block}" for block in BLOCKS
+    ]
     assert find_mlps(nn.DataParallel(clip)) == [f"module.{block}" for block in BLOCKS]
     vision = nn.DataParallel(tiny_named("vit-ViTModel").build())
-    assert find_mlps(adapted(vision.module)) == [f"base_model.model.layers.{i}.mlp" for i in range(2)]
+    assert find_mlps(adapted(vision.module)) == [
+        f"base_model.model.layers.{i}.mlp" for i in range(2)
+    ]
 
 
 def test_candidates_include_the_blocks_of_every_part() -> None:
@@ -232,7 +303,9 @@ class PackedLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.register_buffer("packed", torch.zeros(in_features * out_features // 2, 1, dtype=torch.uint8))
+        self.register_buffer(
+            "packed", torch.zeros(in_features * out_features // 2, 1, dtype=torch.uint8)
+        )
 
 
 class Output(nn.Module):
@@ -240,19 +313,25 @@ class Output(nn.Module):
         super().__init__()
         self.dense = nn.Linear(64, 32)
 
-    def forward(self, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, input_tensor: torch.Tensor
+    ) -> torch.Tensor:
         return self.dense(hidden_states) + input_tensor
 
 
 def test_width_and_input_are_read_off_the_block() -> None:
     for linear in (nn.Linear, PackedLinear):
         plain = nn.Sequential(linear(32, 64), nn.GELU(), linear(64, 32))
-        gated = nn.ModuleDict({"w1": linear(32, 64), "w2": linear(64, 32), "w3": linear(32, 64)})
+        gated = nn.ModuleDict(
+            {"w1": linear(32, 64), "w2": linear(64, 32), "w3": linear(32, 64)}
+        )
         assert mlp_widths(plain) == mlp_widths(gated) == (32, 32)
     assert mlp_input(plain) == (0, "input")
     assert mlp_widths(Output()) == (32, 32)
     assert mlp_input(Output()) == (1, "input_tensor")
-    with pytest.raises(ValueError, match="`module` must hold a linear layer, but GELU has none"):
+    with pytest.raises(
+        ValueError, match="`module` must hold a linear layer, but GELU has none"
+    ):
         mlp_widths(nn.GELU())
     assert mlp_widths(nn.Linear(64, 32)) == (64, 32)
     with pytest.raises(ValueError, match="got 32 to 48 features"):
@@ -286,22 +365,32 @@ def test_layer_scale_is_the_factor_of_the_update(tiny: Tiny) -> None:
         for scale in scales:
             scale.uniform_(0.1, 0.2)
     model, inputs = adapted(model, init_weights=False), tiny.inputs()
-    name, layer = next((name, m) for name, m in model.named_modules() if isinstance(m, SageLayer))
+    name, layer = next(
+        (name, m) for name, m in model.named_modules() if isinstance(m, SageLayer)
+    )
     with torch.no_grad():
         for scaling in layer.peft_sage_scaling.values():
             scaling.fill_(1.0)
     residuals, updates = [], []
     block = model.get_submodule(name.rpartition(".")[0])
-    block.register_forward_hook(lambda _, __, output: residuals.append(first_tensor(output).detach()))
+    block.register_forward_hook(
+        lambda _, __, output: residuals.append(first_tensor(output).detach())
+    )
     layer.register_forward_hook(lambda _, __, output: updates.append(output.detach()))
     run(tiny, model, inputs)
     with model.disable_adapter():
         run(tiny, model, inputs)
     change = scales[0].detach() * (updates[0] - updates[1])
-    torch.testing.assert_close(residuals[0] - residuals[1], change.view_as(residuals[0]), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        residuals[0] - residuals[1], change.view_as(residuals[0]), atol=1e-5, rtol=1e-4
+    )
 
 
-@pytest.mark.parametrize("tiny", [CLIP, tiny_named("vit-ViTModel"), tiny_named("swin-SwinModel")], ids=lambda t: t.id)
+@pytest.mark.parametrize(
+    "tiny",
+    [CLIP, tiny_named("vit-ViTModel"), tiny_named("swin-SwinModel")],
+    ids=lambda t: t.id,
+)
 def test_towers_without_layer_scale(tiny: Tiny) -> None:
     model = tiny.build()
     assert all(layer_scale(model, name) is None for name in expected(tiny))
@@ -313,12 +402,21 @@ def test_layer_scale_does_not_shrink_the_update(gamma: float) -> None:
     sizes = {}
     for value in (1.0, gamma):
         torch.manual_seed(0)
-        tiny = Tiny("dinov2", "Dinov2Model", dict(VISION, num_hidden_layers=1, layerscale_value=value))
-        model, inputs = adapted(tiny.build(), init_weights=False).double(), tiny.inputs()
+        tiny = Tiny(
+            "dinov2",
+            "Dinov2Model",
+            dict(VISION, num_hidden_layers=1, layerscale_value=value),
+        )
+        model, inputs = (
+            adapted(tiny.build(), init_weights=False).double(),
+            tiny.inputs(),
+        )
         inputs["pixel_values"] = inputs["pixel_values"].double()
         hidden = []
         block = model.get_submodule("base_model.model.encoder.layer.0")
-        block.register_forward_hook(lambda _, __, output, hidden=hidden: hidden.append(first_tensor(output)))
+        block.register_forward_hook(
+            lambda _, __, output, hidden=hidden: hidden.append(first_tensor(output))
+        )
         gradient = gradients(tiny, model, inputs)
         with model.disable_adapter():
             run(tiny, model, inputs)
@@ -335,7 +433,11 @@ class ReplicaOfOpenAIBlock(nn.Module):
         super().__init__()
         self.attn = nn.MultiheadAttention(32, 2)
         self.ln_1, self.ln_2 = nn.LayerNorm(32), nn.LayerNorm(32)
-        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(32, 64), gelu=nn.GELU(), c_proj=nn.Linear(64, 32)))
+        self.mlp = nn.Sequential(
+            OrderedDict(
+                c_fc=nn.Linear(32, 64), gelu=nn.GELU(), c_proj=nn.Linear(64, 32)
+            )
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.ln_1(x)
@@ -387,8 +489,12 @@ def test_sequence_first_layout_of_plain_modules() -> None:
     torch.manual_seed(0)
     model = ReplicaOfOpenAIClip().eval()
     images, text = torch.randn(3, 3, 16, 16), torch.randint(0, 64, (3, 5))
-    assert find_mlps(model) == [f"visual.transformer.resblocks.{i}.mlp" for i in range(2)]
-    assert find_mlps(model.visual) == [f"transformer.resblocks.{i}.mlp" for i in range(2)]
+    assert find_mlps(model) == [
+        f"visual.transformer.resblocks.{i}.mlp" for i in range(2)
+    ]
+    assert find_mlps(model.visual) == [
+        f"transformer.resblocks.{i}.mlp" for i in range(2)
+    ]
     with pytest.raises(ValueError, match="reads no images"):
         find_mlps(model.transformer)
     before = model.encode_image(images), model.encode_text(text)
@@ -397,7 +503,9 @@ def test_sequence_first_layout_of_plain_modules() -> None:
     assert not torch.allclose(together, before[0])
     assert torch.equal(model.encode_text(text), before[1])
     # No image sees another.
-    torch.testing.assert_close(torch.cat([model.encode_image(image[None]) for image in images]), together)
+    torch.testing.assert_close(
+        torch.cat([model.encode_image(image[None]) for image in images]), together
+    )
 
 
 def test_videos_and_padding_do_not_mix_rows() -> None:
@@ -416,6 +524,11 @@ def test_videos_and_padding_do_not_mix_rows() -> None:
 def test_projectors_in_a_stack_are_no_blocks() -> None:
     """As in Qwen3-Omni, whose `merger_list` holds MLPs of the right shape that no token mixing goes with."""
     tower = ReplicaOfOpenAIVision()
-    merger = nn.ModuleDict({"ln_q": nn.LayerNorm(32), "mlp": nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32))})
+    merger = nn.ModuleDict(
+        {
+            "ln_q": nn.LayerNorm(32),
+            "mlp": nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32)),
+        }
+    )
     tower.merger_list = nn.ModuleList([merger])
     assert find_mlps(tower) == [f"transformer.resblocks.{i}.mlp" for i in range(2)]

@@ -20,8 +20,13 @@ COUNTS = [12, 6, 3]
 def data():
     """Images whose mean tells the class, with a tail."""
     labels = [k for k, count in enumerate(COUNTS) for _ in range(count)]
-    noise = torch.randn(len(labels), 3, 16, 16, generator=torch.Generator().manual_seed(5))
-    return [{"pixel_values": image * 0.3 + label, "labels": label} for image, label in zip(noise, labels, strict=True)]
+    noise = torch.randn(
+        len(labels), 3, 16, 16, generator=torch.Generator().manual_seed(5)
+    )
+    return [
+        {"pixel_values": image * 0.3 + label, "labels": label}
+        for image, label in zip(noise, labels, strict=True)
+    ]
 
 
 def make_model():
@@ -29,11 +34,16 @@ def make_model():
     torch.manual_seed(0)
     classifier = SageClassifier(tiny_clip(), torch.randn(3, 16, generator=generator))
     guidance = torch.randn(3, 24, generator=generator)
-    return get_peft_model(classifier, SageConfig(guidance=guidance, modules_to_save=["class_head"], dropout=0.1))
+    return get_peft_model(
+        classifier,
+        SageConfig(guidance=guidance, modules_to_save=["class_head"], dropout=0.1),
+    )
 
 
 def trained_state(model):
-    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    return {
+        n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad
+    }
 
 
 def make_trainer(model, folder, data, **kwargs):
@@ -57,13 +67,19 @@ def make_trainer(model, folder, data, **kwargs):
         eval_dataset=data,
         compute_loss_func=loss,
         callbacks=[LongTailCallback(loss, COUNTS)],
-        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+        compute_metrics=lambda p: {
+            "accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())
+        },
     )
 
 
 def test_trainer_learns_and_comes_back_with_the_best(data, tmp_path, pixel_values):
     model = make_model()
-    base = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    base = {
+        n: p.detach().clone()
+        for n, p in model.named_parameters()
+        if not p.requires_grad
+    }
     trainer = make_trainer(
         model,
         tmp_path,
@@ -76,12 +92,19 @@ def test_trainer_learns_and_comes_back_with_the_best(data, tmp_path, pixel_value
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] / 2
-    assert all(torch.equal(p, base[n]) for n, p in model.named_parameters() if not p.requires_grad)
+    assert all(
+        torch.equal(p, base[n])
+        for n, p in model.named_parameters()
+        if not p.requires_grad
+    )
     best = PeftModel.from_pretrained(
-        SageClassifier(tiny_clip(), torch.ones(3, 16)), trainer.state.best_model_checkpoint
+        SageClassifier(tiny_clip(), torch.ones(3, 16)),
+        trainer.state.best_model_checkpoint,
     )
     model.eval()
-    torch.testing.assert_close(best(pixel_values=pixel_values).logits, model(pixel_values=pixel_values).logits)
+    torch.testing.assert_close(
+        best(pixel_values=pixel_values).logits, model(pixel_values=pixel_values).logits
+    )
     predictions = trainer.predict(data)
     assert predictions.metrics["test_accuracy"] == trainer.state.best_metric
 
@@ -90,8 +113,12 @@ def test_resume_gives_the_weights_of_an_unbroken_run(data, tmp_path):
     whole = make_model()
     make_trainer(whole, tmp_path, data).train()
     resumed = make_model()
-    checkpoint = sorted(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))[0]
-    make_trainer(resumed, tmp_path / "again", data).train(resume_from_checkpoint=str(checkpoint))
+    checkpoint = sorted(
+        tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])
+    )[0]
+    make_trainer(resumed, tmp_path / "again", data).train(
+        resume_from_checkpoint=str(checkpoint)
+    )
     torch.testing.assert_close(trained_state(resumed), trained_state(whole))
 
 
@@ -99,9 +126,16 @@ def test_resume_gives_the_weights_of_an_unbroken_run(data, tmp_path):
 def test_trainer_with_gradient_checkpointing(use_reentrant, data, tmp_path):
     plain, checkpointed = make_model(), make_model()
     make_trainer(plain, tmp_path, data, max_steps=3).train()
-    mode = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+    mode = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant},
+    }
     make_trainer(checkpointed, tmp_path, data, max_steps=3, **mode).train()
-    assert checkpointed.get_base_model().model.vision_model.encoder.layers[0].gradient_checkpointing
+    assert (
+        checkpointed.get_base_model()
+        .model.vision_model.encoder.layers[0]
+        .gradient_checkpointing
+    )
     torch.testing.assert_close(trained_state(checkpointed), trained_state(plain))
 
 
@@ -110,7 +144,10 @@ def test_trainer_in_bfloat16(data, tmp_path):
     before = trained_state(model)
     make_trainer(model, tmp_path, data, max_steps=3, bf16=True).train()
     after = trained_state(model)
-    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in after.values())
+    assert all(
+        value.dtype == torch.float32 and value.isfinite().all()
+        for value in after.values()
+    )
     assert any(not torch.equal(after[name], before[name]) for name in after)
 
 
@@ -124,15 +161,21 @@ def accelerator():
 def accelerate_steps(accelerator, model, optimizer, loader, loss, steps):
     for _, batch in zip(range(steps), loader, strict=False):
         with accelerator.accumulate(model):
-            accelerator.backward(loss(model(pixel_values=batch["pixel_values"]), batch["labels"]))
+            accelerator.backward(
+                loss(model(pixel_values=batch["pixel_values"]), batch["labels"])
+            )
             optimizer.step()
             optimizer.zero_grad()
 
 
 def test_accelerate_state_round_trip(accelerator, data, tmp_path):
     model = make_model().eval()  # no dropout, so that both go the same way
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(data, batch_size=4))
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2
+    )
+    model, optimizer, loader = accelerator.prepare(
+        model, optimizer, DataLoader(data, batch_size=4)
+    )
     loss = SageLoss(COUNTS)
     accelerate_steps(accelerator, model, optimizer, loader, loss, 4)
     accelerator.save_state(str(tmp_path / "state"))
@@ -150,20 +193,30 @@ def test_accelerate_state_round_trip(accelerator, data, tmp_path):
     accelerate_steps(accelerator, model, optimizer, loader, loss, 4)
     torch.testing.assert_close(trained_state(model), expected)
     accelerator.unwrap_model(model).save_pretrained(tmp_path / "adapter")
-    PeftModel.from_pretrained(SageClassifier(tiny_clip(), torch.ones(3, 16)), tmp_path / "adapter")
+    PeftModel.from_pretrained(
+        SageClassifier(tiny_clip(), torch.ones(3, 16)), tmp_path / "adapter"
+    )
 
 
 def test_gradient_accumulation_equals_the_whole_batch(accelerator, data):
-    loss = SageLoss(COUNTS, compensation=0)  # which each micro-batch measures for itself
+    loss = SageLoss(
+        COUNTS, compensation=0
+    )  # which each micro-batch measures for itself
     halves, whole = make_model().eval(), make_model().eval()
     for model, size in ((halves, 4), (whole, 8)):
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        optimizer = torch.optim.SGD(
+            [p for p in model.parameters() if p.requires_grad], lr=1e-2
+        )
         if model is halves:
-            model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(data[:16], batch_size=size))
+            model, optimizer, loader = accelerator.prepare(
+                model, optimizer, DataLoader(data[:16], batch_size=size)
+            )
             accelerate_steps(accelerator, model, optimizer, loader, loss, 4)
         else:
             for batch in DataLoader(data[:16], batch_size=size):
-                loss(model(pixel_values=batch["pixel_values"]), batch["labels"]).backward()
+                loss(
+                    model(pixel_values=batch["pixel_values"]), batch["labels"]
+                ).backward()
                 optimizer.step()
                 optimizer.zero_grad()
     torch.testing.assert_close(trained_state(halves), trained_state(whole))

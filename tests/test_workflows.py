@@ -37,7 +37,12 @@ from peft_sage import SageClassifier, SageConfig, SageLayer, SageModel
 from tests.conftest import randomise, tiny_clip
 
 
-VISION_CLASSES = [CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection, CLIPForImageClassification]
+VISION_CLASSES = [
+    CLIPModel,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    CLIPForImageClassification,
+]
 
 
 def features(model, pixel_values):
@@ -48,11 +53,21 @@ def features(model, pixel_values):
 def tower_output(model, pixel_values):
     """What the last block of the vision tower returns, whatever class holds the tower."""
     captured = []
-    name = next(n for n, _ in model.named_modules() if n.endswith("encoder.layers.2") and "text_model" not in n)
-    handle = model.get_submodule(name).register_forward_hook(lambda module, args, output: captured.append(output))
+    name = next(
+        n
+        for n, _ in model.named_modules()
+        if n.endswith("encoder.layers.2") and "text_model" not in n
+    )
+    handle = model.get_submodule(name).register_forward_hook(
+        lambda module, args, output: captured.append(output)
+    )
     try:
-        if any(hasattr(type(module), "get_image_features") for module in model.modules()):
-            model.get_image_features(pixel_values) if not is_classifier(model) else model(pixel_values=pixel_values)
+        if any(
+            hasattr(type(module), "get_image_features") for module in model.modules()
+        ):
+            model.get_image_features(pixel_values) if not is_classifier(
+                model
+            ) else model(pixel_values=pixel_values)
         else:
             model(pixel_values=pixel_values)
     finally:
@@ -66,7 +81,9 @@ def is_classifier(model):
 
 def load_class(cls, folder):
     if cls is SageClassifier:
-        return SageClassifier(CLIPModel.from_pretrained(folder), torch.randn(7, 16)).eval()
+        return SageClassifier(
+            CLIPModel.from_pretrained(folder), torch.randn(7, 16)
+        ).eval()
     # A saved `CLIPModel` says the projection's width only at the top.
     width = {"projection_dim": 16} if cls is CLIPVisionModelWithProjection else {}
     return cls.from_pretrained(folder, **width).eval()
@@ -95,8 +112,12 @@ def adapter_dir(trained, tmp_path):
 
 
 def two_adapters(clip):
-    model = get_peft_model(clip, SageConfig(guidance=torch.randn(5, 24), r=8), adapter_name="birds")
-    model.add_adapter("flowers", SageConfig(guidance=torch.randn(9, 12), r=16, num_heads=4))
+    model = get_peft_model(
+        clip, SageConfig(guidance=torch.randn(5, 24), r=8), adapter_name="birds"
+    )
+    model.add_adapter(
+        "flowers", SageConfig(guidance=torch.randn(9, 12), r=16, num_heads=4)
+    )
     randomise(model)
     return model
 
@@ -112,7 +133,9 @@ def test_adapters_with_other_classes_widths_and_ranks(clip, pixel_values, tmp_pa
     assert not torch.allclose(outputs["birds"], outputs["flowers"])
     model.save_pretrained(tmp_path)
 
-    again = PeftModel.from_pretrained(tiny_clip(), tmp_path / "birds", adapter_name="birds")
+    again = PeftModel.from_pretrained(
+        tiny_clip(), tmp_path / "birds", adapter_name="birds"
+    )
     again.load_adapter(tmp_path / "flowers", "flowers")
     assert again.active_adapters == ["birds"]
     for name in ("birds", "flowers"):
@@ -126,8 +149,12 @@ def test_adapters_with_other_classes_widths_and_ranks(clip, pixel_values, tmp_pa
 
 
 def test_deleting_the_owner_of_one_guidance_leaves_the_other(clip, pixel_values):
-    model = get_peft_model(clip, SageConfig(guidance=torch.randn(5, 24)), adapter_name="first")
-    model.add_adapter("last", SageConfig(guidance=torch.randn(4, 24), layers_to_transform=[1, 2]))
+    model = get_peft_model(
+        clip, SageConfig(guidance=torch.randn(5, 24)), adapter_name="first"
+    )
+    model.add_adapter(
+        "last", SageConfig(guidance=torch.randn(4, 24), layers_to_transform=[1, 2])
+    )
     randomise(model)
     model.set_adapter("last")
     expected = features(model, pixel_values)
@@ -141,9 +168,14 @@ def test_deleting_the_owner_of_one_guidance_leaves_the_other(clip, pixel_values)
 def test_adapter_names_within_one_batch(clip, pixel_values):
     classifier = SageClassifier(clip, torch.randn(6, 16))
     model = get_peft_model(
-        classifier, SageConfig(guidance=torch.randn(5, 24), modules_to_save=["class_head"]), adapter_name="birds"
+        classifier,
+        SageConfig(guidance=torch.randn(5, 24), modules_to_save=["class_head"]),
+        adapter_name="birds",
     )
-    model.add_adapter("flowers", SageConfig(guidance=torch.randn(9, 12), r=16, modules_to_save=["class_head"]))
+    model.add_adapter(
+        "flowers",
+        SageConfig(guidance=torch.randn(9, 12), r=16, modules_to_save=["class_head"]),
+    )
     randomise(model)
     with torch.no_grad():
         classifier.class_head.modules_to_save["flowers"].weight.add_(torch.randn(6, 16))
@@ -158,7 +190,9 @@ def test_adapter_names_within_one_batch(clip, pixel_values):
     mixed = model(pixel_values=pixel_values, adapter_names=names).logits
     for i, name in enumerate(names):
         torch.testing.assert_close(mixed[i], expected[name][i])
-    torch.testing.assert_close(model(pixel_values=pixel_values).logits, expected["flowers"])
+    torch.testing.assert_close(
+        model(pixel_values=pixel_values).logits, expected["flowers"]
+    )
     with pytest.raises(ValueError, match="non-existing.*fish"):
         model(pixel_values=pixel_values, adapter_names=["fish"] * 4)
     with pytest.raises(ValueError, match="adapter_names"):
@@ -172,22 +206,40 @@ def test_statuses(clip, capsys):
     model = two_adapters(clip)
     status = model.get_model_status()
     assert status.peft_types == {"birds": "PEFT_SAGE", "flowers": "PEFT_SAGE"}
-    assert status.num_adapter_layers == 3 and status.available_adapters == ["birds", "flowers"]
-    assert status.active_adapters == ["birds"] and status.enabled is True and status.merged_adapters == []
+    assert status.num_adapter_layers == 3 and status.available_adapters == [
+        "birds",
+        "flowers",
+    ]
+    assert (
+        status.active_adapters == ["birds"]
+        and status.enabled is True
+        and status.merged_adapters == []
+    )
     assert status.requires_grad == {"birds": True, "flowers": False}
     assert status.devices == {"birds": ["cpu"], "flowers": ["cpu"]}
     layers = model.get_layer_status()
-    assert [layer.module_type for layer in layers] == ["sage"] * 3 or all(layer.module_type for layer in layers)
+    assert [layer.module_type for layer in layers] == ["sage"] * 3 or all(
+        layer.module_type for layer in layers
+    )
     assert all(layer.available_adapters == ["birds", "flowers"] for layer in layers)
     trainable, total = model.get_nb_trainable_parameters()
-    assert trainable == sum(p.numel() for p in model.parameters() if p.requires_grad) and trainable < total
+    assert (
+        trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+        and trainable < total
+    )
     model.print_trainable_parameters()
     assert f"trainable params: {trainable:,}" in capsys.readouterr().out
 
 
-def test_merge_and_mixed_types_are_refused_before_anything_happens(trained, pixel_values, tmp_path):
+def test_merge_and_mixed_types_are_refused_before_anything_happens(
+    trained, pixel_values, tmp_path
+):
     expected = features(trained, pixel_values)
-    for refused in (trained.merge_and_unload, trained.merge_adapter, trained.base_model.merge_and_unload):
+    for refused in (
+        trained.merge_and_unload,
+        trained.merge_adapter,
+        trained.base_model.merge_and_unload,
+    ):
         with pytest.raises(NotImplementedError, match="cannot be merged"):
             refused()
     with pytest.raises(ValueError, match="different peft types"):
@@ -200,15 +252,21 @@ def test_merge_and_mixed_types_are_refused_before_anything_happens(trained, pixe
 def test_state_dict_round_trip(trained, pixel_values):
     state = get_peft_model_state_dict(trained)
     assert all("peft_sage_" in key and "default" not in key for key in state)
-    other = get_peft_model(tiny_clip(), SageConfig(guidance=torch.randn(5, 24), r=8, num_heads=2))
+    other = get_peft_model(
+        tiny_clip(), SageConfig(guidance=torch.randn(5, 24), r=8, num_heads=2)
+    )
     result = set_peft_model_state_dict(other, state)
     assert not result.unexpected_keys
     assert torch.equal(features(other, pixel_values), features(trained, pixel_values))
 
 
-@pytest.mark.parametrize("name", ["mlp", "message_encoder", "layers", "base_layer2", "0"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "message_encoder", "layers", "base_layer2", "0"]
+)
 def test_adapter_names_that_also_occur_in_the_model(name, clip, pixel_values, tmp_path):
-    model = get_peft_model(clip, SageConfig(guidance=torch.randn(5, 24)), adapter_name=name)
+    model = get_peft_model(
+        clip, SageConfig(guidance=torch.randn(5, 24)), adapter_name=name
+    )
     randomise(model)
     expected = features(model, pixel_values)
     model.save_pretrained(tmp_path)
@@ -230,18 +288,26 @@ def test_base_weights_with_names_like_ours_are_not_saved(tmp_path):
     model.add_adapter("second", SageConfig(guidance=torch.randn(3, 24)))
     model.save_pretrained(tmp_path)
     names = {*load_file(tmp_path / "adapter_model.safetensors")}
-    assert names == {key for key in get_peft_model_state_dict(model) if ".mlp.peft_sage_" in key}
+    assert names == {
+        key for key in get_peft_model_state_dict(model) if ".mlp.peft_sage_" in key
+    }
     model.delete_adapter("second")
     assert not any("second" in key for key in model.state_dict())
 
 
 def test_without_the_import_the_error_names_the_package(adapter_dir):
     code = f"from peft import PeftConfig; PeftConfig.from_pretrained({adapter_dir!r})"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 1 and result.stderr.strip().endswith("KeyError: 'PEFT_SAGE'")
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 1 and result.stderr.strip().endswith(
+        "KeyError: 'PEFT_SAGE'"
+    )
 
 
-def test_hot_swapping_is_refused_and_changes_nothing(trained, adapter_dir, pixel_values):
+def test_hot_swapping_is_refused_and_changes_nothing(
+    trained, adapter_dir, pixel_values
+):
     randomise(trained, seed=3)
     expected = features(trained, pixel_values)
     with pytest.raises(ValueError, match="Hotswapping.*PEFT_SAGE"):
@@ -253,7 +319,10 @@ def test_hot_swapping_is_refused_and_changes_nothing(trained, adapter_dir, pixel
 
 
 def test_auto_classes(clip_dir, pixel_values, tmp_path):
-    model = get_peft_model(CLIPModel.from_pretrained(clip_dir), SageConfig(class_descriptions=["cat", "dog"]))
+    model = get_peft_model(
+        CLIPModel.from_pretrained(clip_dir),
+        SageConfig(class_descriptions=["cat", "dog"]),
+    )
     randomise(model)
     expected = features(model.eval(), pixel_values)
     model.save_pretrained(tmp_path / "adapter")
@@ -264,7 +333,9 @@ def test_auto_classes(clip_dir, pixel_values, tmp_path):
     assert isinstance(auto.get_base_model(), CLIPModel)
     assert torch.equal(features(auto, pixel_values), expected)
     through_transformers = AutoModel.from_pretrained(tmp_path / "adapter").eval()
-    assert any(isinstance(module, SageLayer) for module in through_transformers.modules())
+    assert any(
+        isinstance(module, SageLayer) for module in through_transformers.modules()
+    )
     assert torch.equal(features(through_transformers, pixel_values), expected)
 
 
@@ -301,7 +372,9 @@ def test_inject_adapter_in_model(clip, pixel_values, adapter_dir, trained):
         set_peft_model_state_dict(model, state, low_cpu_mem_usage=low_cpu_mem_usage)
         assert torch.equal(features(model, pixel_values), expected)
     model = tiny_clip()
-    keys = {key.removeprefix("base_model.model."): value for key, value in state.items()}
+    keys = {
+        key.removeprefix("base_model.model."): value for key, value in state.items()
+    }
     config = SageConfig(guidance=torch.randn(5, 24), r=8, num_heads=2)
     inject_adapter_in_model(config, model, state_dict=keys)
     set_peft_model_state_dict(model, state)
@@ -316,14 +389,20 @@ def test_an_adapter_follows_its_tower_into_every_class(
     model = get_peft_model(load_class(source, clip_dir), config)
     randomise(model)
     model.save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(load_class(target, clip_dir), tmp_path / "adapter", low_cpu_mem_usage=True)
-    torch.testing.assert_close(tower_output(again, pixel_values), tower_output(model, pixel_values))
+    again = PeftModel.from_pretrained(
+        load_class(target, clip_dir), tmp_path / "adapter", low_cpu_mem_usage=True
+    )
+    torch.testing.assert_close(
+        tower_output(again, pixel_values), tower_output(model, pixel_values)
+    )
     assert not [warning for warning in recwarn if "missing" in str(warning.message)]
 
 
 @pytest.mark.parametrize("target", VISION_CLASSES)
 @pytest.mark.parametrize("source", VISION_CLASSES)
-def test_transformers_loads_it_into_every_class_or_refuses(source, target, clip_dir, pixel_values, tmp_path, config):
+def test_transformers_loads_it_into_every_class_or_refuses(
+    source, target, clip_dir, pixel_values, tmp_path, config
+):
     model = get_peft_model(load_class(source, clip_dir), config)
     randomise(model)
     expected = tower_output(model, pixel_values)
@@ -340,24 +419,38 @@ def test_transformers_loads_it_into_every_class_or_refuses(source, target, clip_
 
 def test_lora_beside_sage(clip, pixel_values, tmp_path):
     base = features(clip, pixel_values)
-    sage = get_peft_model(clip, SageConfig(guidance=torch.randn(5, 24)), adapter_name="sage")
-    lora_config = LoraConfig(target_modules=r".*vision_model.*q_proj", init_lora_weights=False)
+    sage = get_peft_model(
+        clip, SageConfig(guidance=torch.randn(5, 24)), adapter_name="sage"
+    )
+    lora_config = LoraConfig(
+        target_modules=r".*vision_model.*q_proj", init_lora_weights=False
+    )
     both = get_peft_model(sage.base_model.model, lora_config, adapter_name="lora")
     sage.base_model.set_adapter("sage")
     for name, parameter in both.named_parameters():
         parameter.requires_grad_("peft_sage_" in name or "lora_" in name)
     randomise(both)
-    optimizer = torch.optim.SGD([p for p in both.parameters() if p.requires_grad], lr=0.01)
+    optimizer = torch.optim.SGD(
+        [p for p in both.parameters() if p.requires_grad], lr=0.01
+    )
     features(both, pixel_values).square().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in both.parameters() if p.requires_grad)
+    assert all(
+        p.grad is not None and p.grad.isfinite().all()
+        for p in both.parameters()
+        if p.requires_grad
+    )
     optimizer.step()
     expected = features(both, pixel_values)
 
     sage.save_pretrained(tmp_path / "s", selected_adapters=["sage"])
     both.save_pretrained(tmp_path / "l", selected_adapters=["lora"])
-    again = PeftModel.from_pretrained(tiny_clip(), tmp_path / "s" / "sage", adapter_name="sage")
+    again = PeftModel.from_pretrained(
+        tiny_clip(), tmp_path / "s" / "sage", adapter_name="sage"
+    )
     only_sage = features(again, pixel_values)
-    outer = PeftModel.from_pretrained(again.base_model.model, tmp_path / "l" / "lora", adapter_name="lora")
+    outer = PeftModel.from_pretrained(
+        again.base_model.model, tmp_path / "l" / "lora", adapter_name="lora"
+    )
     torch.testing.assert_close(features(outer, pixel_values), expected)
     for module in outer.modules():
         if isinstance(module, LoraLayer):
@@ -369,7 +462,10 @@ def test_lora_beside_sage(clip, pixel_values, tmp_path):
 
 def test_one_name_for_lora_and_sage_is_refused(clip, pixel_values, tmp_path):
     """PEFT keeps one configuration a name, so one of the two would be lost when they are saved."""
-    lora = get_peft_model(clip, LoraConfig(target_modules=r".*vision_model.*q_proj", init_lora_weights=False))
+    lora = get_peft_model(
+        clip,
+        LoraConfig(target_modules=r".*vision_model.*q_proj", init_lora_weights=False),
+    )
     expected, config = features(lora, pixel_values), lora.peft_config["default"]
     with pytest.raises(ValueError, match="`adapter_name` must not be .*got 'default'"):
         get_peft_model(lora.base_model.model, SageConfig(guidance=torch.randn(5, 24)))
@@ -378,7 +474,11 @@ def test_one_name_for_lora_and_sage_is_refused(clip, pixel_values, tmp_path):
     lora.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(tiny_clip(), tmp_path)
     torch.testing.assert_close(features(again, pixel_values), expected)
-    get_peft_model(lora.base_model.model, SageConfig(guidance=torch.randn(5, 24)), adapter_name="sage")
+    get_peft_model(
+        lora.base_model.model,
+        SageConfig(guidance=torch.randn(5, 24)),
+        adapter_name="sage",
+    )
 
 
 # Memory, precision, copies
@@ -387,13 +487,22 @@ def test_one_name_for_lora_and_sage_is_refused(clip, pixel_values, tmp_path):
 def test_whole_model_on_meta(adapter_dir, trained, pixel_values):
     with torch.device("meta"):
         empty = tiny_clip()
-    model = PeftModel.from_pretrained(empty, adapter_dir, low_cpu_mem_usage=True, torch_device="cpu")
+    model = PeftModel.from_pretrained(
+        empty, adapter_dir, low_cpu_mem_usage=True, torch_device="cpu"
+    )
     model.base_model.model.load_state_dict(
-        {k: v for k, v in trained.base_model.model.state_dict().items() if "peft_sage_" not in k},
+        {
+            k: v
+            for k, v in trained.base_model.model.state_dict().items()
+            if "peft_sage_" not in k
+        },
         strict=False,
         assign=True,
     )
-    for name, module in model.named_modules():  # position ids are buffers that no file holds
+    for (
+        name,
+        module,
+    ) in model.named_modules():  # position ids are buffers that no file holds
         if "position_ids" in module._buffers:
             module.position_ids = trained.get_submodule(name).position_ids
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
@@ -402,10 +511,15 @@ def test_whole_model_on_meta(adapter_dir, trained, pixel_values):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
-def test_low_precision_base(dtype, autocast_adapter_dtype, pixel_values, adapter_dir, trained):
+def test_low_precision_base(
+    dtype, autocast_adapter_dtype, pixel_values, adapter_dir, trained
+):
     expected = features(trained, pixel_values)
     model = PeftModel.from_pretrained(
-        tiny_clip().to(dtype), adapter_dir, autocast_adapter_dtype=autocast_adapter_dtype, is_trainable=True
+        tiny_clip().to(dtype),
+        adapter_dir,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        is_trainable=True,
     )
     kept = torch.float32 if autocast_adapter_dtype else dtype
     adapter = {n: p for n, p in model.named_parameters() if "peft_sage_" in n}
@@ -417,7 +531,9 @@ def test_low_precision_base(dtype, autocast_adapter_dtype, pixel_values, adapter
     assert all(p.grad is not None and p.grad.isfinite().all() for p in adapter.values())
 
 
-@pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double()])
+@pytest.mark.parametrize(
+    "cast", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double()]
+)
 def test_casting_the_wrapped_model(cast, trained, pixel_values):
     expected = features(trained, pixel_values)
     model = cast(trained)
@@ -433,7 +549,9 @@ def test_autocast(trained, pixel_values):
         output = features(trained, pixel_values)
     torch.testing.assert_close(output.float(), expected, atol=0.1, rtol=0.1)
     output.float().square().sum().backward()
-    assert all(p.grad.dtype == torch.float32 for p in trained.parameters() if p.requires_grad)
+    assert all(
+        p.grad.dtype == torch.float32 for p in trained.parameters() if p.requires_grad
+    )
 
 
 def by_torch_save(model):
@@ -443,7 +561,9 @@ def by_torch_save(model):
     return torch.load(buffer, weights_only=False)
 
 
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), by_torch_save])
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), by_torch_save]
+)
 def test_copies_are_independent(clone, trained, pixel_values):
     trained.add_adapter("second", SageConfig(guidance=torch.randn(3, 24)))
     expected = features(trained, pixel_values)
@@ -454,7 +574,10 @@ def test_copies_are_independent(clone, trained, pixel_values):
     assert not torch.equal(features(copied, pixel_values), expected)
     assert torch.equal(features(trained, pixel_values), expected)
     layers = [module for module in copied.modules() if isinstance(module, SageLayer)]
-    assert all(layer.shared["default"].rows is layers[0].shared["default"].rows for layer in layers)
+    assert all(
+        layer.shared["default"].rows is layers[0].shared["default"].rows
+        for layer in layers
+    )
 
 
 def test_whole_state_dict_round_trip(trained, pixel_values, config):
@@ -471,10 +594,18 @@ def test_int8_base_weights(clip, pixel_values, adapter_dir, trained):
     base = features(quantised, pixel_values)
     model = PeftModel.from_pretrained(quantised, adapter_dir, is_trainable=True)
     output = features(model, pixel_values)
-    torch.testing.assert_close(output, features(trained, pixel_values), atol=0.1, rtol=0.1)
+    torch.testing.assert_close(
+        output, features(trained, pixel_values), atol=0.1, rtol=0.1
+    )
     output.square().sum().backward()
-    assert all(p.grad is not None for n, p in model.named_parameters() if "peft_sage_" in n)
-    assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if "peft_sage_" in n)
+    assert all(
+        p.grad is not None for n, p in model.named_parameters() if "peft_sage_" in n
+    )
+    assert all(
+        p.dtype == torch.float32
+        for n, p in model.named_parameters()
+        if "peft_sage_" in n
+    )
     assert torch.equal(features(model.unload(), pixel_values), base)
 
 
@@ -484,17 +615,26 @@ class QuantisedLinear(torch.nn.Module):
     def __init__(self, linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.scale = torch.nn.Parameter(linear.weight.detach().abs().amax() / 127, requires_grad=False)
-        self.weight = torch.nn.Parameter((linear.weight.detach() / self.scale).round().char(), requires_grad=False)
+        self.scale = torch.nn.Parameter(
+            linear.weight.detach().abs().amax() / 127, requires_grad=False
+        )
+        self.weight = torch.nn.Parameter(
+            (linear.weight.detach() / self.scale).round().char(), requires_grad=False
+        )
         self.bias = linear.bias
 
     def forward(self, x):
-        return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+        return torch.nn.functional.linear(
+            x, self.weight.to(x.dtype) * self.scale, self.bias
+        )
 
 
 def test_a_block_with_integer_weights(clip, pixel_values, config):
     for layer in clip.vision_model.encoder.layers:
-        layer.mlp.fc1, layer.mlp.fc2 = QuantisedLinear(layer.mlp.fc1), QuantisedLinear(layer.mlp.fc2)
+        layer.mlp.fc1, layer.mlp.fc2 = (
+            QuantisedLinear(layer.mlp.fc1),
+            QuantisedLinear(layer.mlp.fc2),
+        )
     base = features(clip, pixel_values)
     model = get_peft_model(clip, config)
     assert torch.equal(features(model, pixel_values), base)
@@ -506,9 +646,20 @@ def test_a_block_with_integer_weights(clip, pixel_values, config):
 
 def wide_clip():
     """bitsandbytes packs 4-bit weights in blocks of 64."""
-    tower = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    tower = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 128,
+    }
     vision = {**tower, "image_size": 16, "patch_size": 8}
-    return CLIPModel(CLIPConfig(text_config={**tower, "vocab_size": 300}, vision_config=vision, projection_dim=64))
+    return CLIPModel(
+        CLIPConfig(
+            text_config={**tower, "vocab_size": 300},
+            vision_config=vision,
+            projection_dim=64,
+        )
+    )
 
 
 def dequantised(model):
@@ -516,13 +667,19 @@ def dequantised(model):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     for name, layer in list(model.named_modules()):
         if isinstance(layer, bitsandbytes.nn.Linear4bit):
-            weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            weight = bitsandbytes.functional.dequantize_4bit(
+                layer.weight.data, layer.weight.quant_state
+            )
         elif isinstance(layer, bitsandbytes.nn.Linear8bitLt):
             weight = layer.weight.data * layer.weight.SCB[:, None] / 127
         else:
             continue
-        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-        plain.load_state_dict({"weight": weight, **({} if layer.bias is None else {"bias": layer.bias})})
+        plain = torch.nn.Linear(
+            layer.in_features, layer.out_features, bias=layer.bias is not None
+        )
+        plain.load_state_dict(
+            {"weight": weight, **({} if layer.bias is None else {"bias": layer.bias})}
+        )
         model.set_submodule(name, plain)
     return model
 
@@ -532,7 +689,11 @@ def dequantised(model):
     [
         {"load_in_8bit": True},
         {"load_in_4bit": True},
-        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
+        {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_compute_dtype": torch.bfloat16,
+        },
     ],
     ids=["int8", "fp4", "nf4 in bfloat16"],
 )
@@ -542,7 +703,9 @@ def test_bitsandbytes_base(precision, pixel_values, tmp_path):
 
     def load():
         settings = BitsAndBytesConfig(**precision)
-        return CLIPModel.from_pretrained(tmp_path / "clip", quantization_config=settings, device_map="cpu").eval()
+        return CLIPModel.from_pretrained(
+            tmp_path / "clip", quantization_config=settings, device_map="cpu"
+        ).eval()
 
     @torch.no_grad()
     def evaluate(model):
@@ -550,18 +713,28 @@ def test_bitsandbytes_base(precision, pixel_values, tmp_path):
 
     def step(model):
         """The gradients of the adapters, after a step with them."""
-        model = get_peft_model(model, SageConfig(guidance=torch.eye(5, 24), r=8, num_heads=2))
+        model = get_peft_model(
+            model, SageConfig(guidance=torch.eye(5, 24), r=8, num_heads=2)
+        )
         randomise(model)
         model.train()
         adapters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        assert all("peft_sage_" in name and p.dtype == torch.float32 for name, p in adapters.items())
+        assert all(
+            "peft_sage_" in name and p.dtype == torch.float32
+            for name, p in adapters.items()
+        )
         features(model, pixel_values).square().sum().backward()
         torch.optim.SGD(adapters.values(), lr=1e-3).step()
         return model, {name: p.grad for name, p in adapters.items()}
 
-    assert load().vision_model.encoder.layers[0].mlp.fc1.weight.dtype in (torch.int8, torch.uint8)
+    assert load().vision_model.encoder.layers[0].mlp.fc1.weight.dtype in (
+        torch.int8,
+        torch.uint8,
+    )
     base = evaluate(load())
-    assert torch.equal(evaluate(get_peft_model(load(), SageConfig(guidance=torch.eye(5, 24)))), base)
+    assert torch.equal(
+        evaluate(get_peft_model(load(), SageConfig(guidance=torch.eye(5, 24)))), base
+    )
     # Trained before the first evaluation: on some CPUs bitsandbytes packs 4-bit weights for it, and then refuses.
     model, gradients = step(load())
     _, expected = step(dequantised(load()))
@@ -570,7 +743,9 @@ def test_bitsandbytes_base(precision, pixel_values, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     output = evaluate(model)
     assert not torch.allclose(output, base)
-    assert torch.equal(evaluate(PeftModel.from_pretrained(load(), tmp_path / "adapter")), output)
+    assert torch.equal(
+        evaluate(PeftModel.from_pretrained(load(), tmp_path / "adapter")), output
+    )
     assert torch.equal(evaluate(model.unload()), base)
 
 
@@ -579,7 +754,10 @@ def test_bitsandbytes_base(precision, pixel_values, tmp_path):
 
 def enable_checkpointing(model, use_reentrant):
     # The name before transformers 5.23.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable = (
+        getattr(model, "activation_checkpointing_enable", None)
+        or model.gradient_checkpointing_enable
+    )
     enable({"use_reentrant": use_reentrant})
 
 
@@ -588,7 +766,9 @@ def enable_checkpointing(model, use_reentrant):
 def test_gradient_checkpointing_gives_the_same_gradients(through, layers, pixel_values):
     def gradients(order, use_reentrant=None):
         clip = tiny_clip()
-        model = SageClassifier(clip, torch.eye(5, 16)) if through == "classifier" else clip
+        model = (
+            SageClassifier(clip, torch.eye(5, 16)) if through == "classifier" else clip
+        )
         if order == "before":
             enable_checkpointing(clip, use_reentrant)
         config = SageConfig(guidance=torch.eye(5, 24), layers_to_transform=layers)
@@ -607,7 +787,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(through, layers, pixel_
         return {n: p.grad for n, p in model.named_parameters() if "peft_sage_" in n}
 
     expected = gradients("never")
-    assert all(gradient is not None and gradient.any() for gradient in expected.values())
+    assert all(
+        gradient is not None and gradient.any() for gradient in expected.values()
+    )
     for order in ("before", "after"):
         for use_reentrant in (False, True):
             torch.testing.assert_close(gradients(order, use_reentrant), expected)

@@ -38,17 +38,44 @@ PATTERNS = {
         "janus",
         "deepseek_vl",
     ],
-    "encoder.layers.{}.mlp": ["clip_vision_model", "siglip_vision_model", "mlcd_vision_model", "seggpt"],
+    "encoder.layers.{}.mlp": [
+        "clip_vision_model",
+        "siglip_vision_model",
+        "mlcd_vision_model",
+        "seggpt",
+    ],
     "vision_model.encoder.stages.{}.layers.{}.mlp": ["groupvit"],
     "vision_model.encoder.layers.{}.ffn": ["aimv2"],
     "encoder.layers.{}.ffn": ["aimv2_vision_model"],
     "vision_model.encoder.layer.{}.mlp": ["tipsv2"],
     "vision_model.layers.{}.mlp": ["vision-text-dual-encoder"],
     "image_model.encoder.layer.{}.output": ["flava"],
-    "layers.{}.mlp": ["vit", "deit", "beit", "vit_msn", "ijepa", "vit_mae", "vivit", "pixio"],
-    "encoder.layer.{}.mlp": ["dinov2", "dinov2_with_registers", "vjepa2", "radio", "internvl_vision", "vitdet"],
+    "layers.{}.mlp": [
+        "vit",
+        "deit",
+        "beit",
+        "vit_msn",
+        "ijepa",
+        "vit_mae",
+        "vivit",
+        "pixio",
+    ],
+    "encoder.layer.{}.mlp": [
+        "dinov2",
+        "dinov2_with_registers",
+        "vjepa2",
+        "radio",
+        "internvl_vision",
+        "vitdet",
+    ],
     "model.layer.{}.mlp": ["dinov3_vit", "sapiens2"],
-    "encoder.layer.{}.output": ["data2vec-vision", "timesformer", "yolos", "dpt", "videomae"],
+    "encoder.layer.{}.output": [
+        "data2vec-vision",
+        "timesformer",
+        "yolos",
+        "dpt",
+        "videomae",
+    ],
     "encoder.layers.{}.blocks.{}.output": ["swinv2", "donut-swin"],
     "transformer.layers.{}.feed_forward": ["pixtral"],
     "encoder.stages.{}.layers.{}.mlp": ["hiera", "focalnet"],
@@ -85,10 +112,17 @@ PATTERNS = {
     "visual.transformer.resblocks.{}.mlp": ["open_clip", "OpenAI's clip"],
     "visual.trunk.blocks.{}.mlp": ["open_clip with a timm tower"],
 }
-FAMILIES = {family: pattern for pattern, families in PATTERNS.items() for family in families}
+FAMILIES = {
+    family: pattern for pattern, families in PATTERNS.items() for family in families
+}
 
 VISION = dict(
-    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=16,
+    patch_size=8,
 )
 # EOS, which CLIP-like text towers pool, has the highest id.
 TEXT = dict(
@@ -117,13 +151,21 @@ class Tiny:
     model_type: str
     model_class: str
     config: dict[str, Any]
-    counts: list[Any] = field(default_factory=lambda: [0, 1])  # what fills the family's pattern of names
+    counts: list[Any] = field(
+        default_factory=lambda: [0, 1]
+    )  # what fills the family's pattern of names
     tower: str = ""  # the sub-module that the tests run
     inputs: Callable[[], dict[str, torch.Tensor]] = images
-    text: Callable[[], dict[str, torch.Tensor]] | None = None  # images for the model as a whole, where it embeds text
-    config_type: str | None = None  # where the class takes the configuration of another type
+    text: Callable[[], dict[str, torch.Tensor]] | None = (
+        None  # images for the model as a whole, where it embeds text
+    )
+    config_type: str | None = (
+        None  # where the class takes the configuration of another type
+    )
     blocks: str | None = None  # another pattern, for a further class of the same family
-    checkpointing: bool = True  # False where transformers has none, whatever the tower says
+    checkpointing: bool = (
+        True  # False where transformers has none, whatever the tower says
+    )
 
     @property
     def id(self) -> str:
@@ -140,7 +182,9 @@ def tokens() -> dict[str, torch.Tensor]:
     """Three texts that start with BOS and end with EOS, one of them padded."""
     ids = torch.randint(4, 60, (3, 7))
     ids[:, 0], ids[:, -1] = TEXT["bos_token_id"], TEXT["eos_token_id"]
-    ids[2, 4:] = torch.tensor([TEXT["eos_token_id"], TEXT["pad_token_id"], TEXT["pad_token_id"]])
+    ids[2, 4:] = torch.tensor(
+        [TEXT["eos_token_id"], TEXT["pad_token_id"], TEXT["pad_token_id"]]
+    )
     return {"input_ids": ids, "attention_mask": (ids != TEXT["pad_token_id"]).long()}
 
 
@@ -149,9 +193,14 @@ def video(name: str = "pixel_values") -> Callable[[], dict[str, torch.Tensor]]:
     return lambda: {name: torch.randn(2, 2, 3, 16, 16)}
 
 
-def patches(width: int, count: int = 4, grid: str = "grid_thw") -> Callable[[], dict[str, torch.Tensor]]:
+def patches(
+    width: int, count: int = 4, grid: str = "grid_thw"
+) -> Callable[[], dict[str, torch.Tensor]]:
     """One image as a list of flattened patches, as the towers of Qwen's models read it."""
-    return lambda: {"hidden_states": torch.randn(count, width), grid: torch.tensor([[1, 2, 2]])}
+    return lambda: {
+        "hidden_states": torch.randn(count, width),
+        grid: torch.tensor([[1, 2, 2]]),
+    }
 
 
 NAFLEX = lambda: {  # noqa: E731
@@ -162,11 +211,21 @@ NAFLEX = lambda: {  # noqa: E731
 }
 DUAL = dict(text_config=TEXT, vision_config=VISION, projection_dim=24)
 LLAVA = dict(
-    vision_config=dict(VISION, model_type="clip_vision_model"), text_config=dict(LANGUAGE, model_type="llama")
+    vision_config=dict(VISION, model_type="clip_vision_model"),
+    text_config=dict(LANGUAGE, model_type="llama"),
 )
-SWIN = dict(image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4)
+SWIN = dict(
+    image_size=32,
+    patch_size=4,
+    embed_dim=16,
+    depths=[1, 1],
+    num_heads=[2, 2],
+    window_size=4,
+)
 SWIN_IMAGES = lambda: {"pixel_values": torch.randn(2, 3, 32, 32)}  # noqa: E731
-QWEN_VISION = dict(depth=2, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2)
+QWEN_VISION = dict(
+    depth=2, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2
+)
 
 TINY = [
     # Image-text models.
@@ -181,8 +240,18 @@ TINY = [
     Tiny("clip", "CLIPForImageClassification", DUAL),
     Tiny("clip_vision_model", "CLIPVisionModel", VISION),
     Tiny("metaclip_2", "MetaClip2Model", DUAL, tower="vision_model", text=images),
-    Tiny("siglip", "SiglipModel", dict(text_config=TEXT, vision_config=VISION), tower="vision_model", text=images),
-    Tiny("siglip", "SiglipForImageClassification", dict(text_config=TEXT, vision_config=VISION)),
+    Tiny(
+        "siglip",
+        "SiglipModel",
+        dict(text_config=TEXT, vision_config=VISION),
+        tower="vision_model",
+        text=images,
+    ),
+    Tiny(
+        "siglip",
+        "SiglipForImageClassification",
+        dict(text_config=TEXT, vision_config=VISION),
+    ),
     Tiny("siglip_vision_model", "SiglipVisionModel", VISION),
     Tiny(
         "siglip2",
@@ -233,7 +302,12 @@ TINY = [
         "GroupViTModel",
         dict(
             text_config=TEXT,
-            vision_config=dict(VISION, depths=[1, 1, 1], num_group_tokens=[4, 2, 0], num_output_groups=[4, 2, 0]),
+            vision_config=dict(
+                VISION,
+                depths=[1, 1, 1],
+                num_group_tokens=[4, 2, 0],
+                num_output_groups=[4, 2, 0],
+            ),
             projection_dim=24,
             projection_intermediate_dim=32,
         ),
@@ -263,7 +337,9 @@ TINY = [
         dict(
             vision_config=VISION,
             qformer_config=dict(TEXT, encoder_hidden_size=32),
-            text_config=dict(TEXT, model_type="opt", ffn_dim=64, word_embed_proj_dim=32),
+            text_config=dict(
+                TEXT, model_type="opt", ffn_dim=64, word_embed_proj_dim=32
+            ),
             num_query_tokens=3,
         ),
         tower="vision_model",
@@ -274,8 +350,12 @@ TINY = [
         dict(
             vision_config=VISION,
             image_text_hidden_size=24,
-            qformer_config=dict(TEXT, encoder_hidden_size=32, use_qformer_text_input=True),
-            text_config=dict(TEXT, model_type="opt", ffn_dim=64, word_embed_proj_dim=32),
+            qformer_config=dict(
+                TEXT, encoder_hidden_size=32, use_qformer_text_input=True
+            ),
+            text_config=dict(
+                TEXT, model_type="opt", ffn_dim=64, word_embed_proj_dim=32
+            ),
             num_query_tokens=1,
         ),
         tower="vision_model",
@@ -286,19 +366,29 @@ TINY = [
         dict(
             vision_config=VISION,
             qformer_config=dict(TEXT, encoder_hidden_size=32),
-            text_config=dict(TEXT, model_type="opt", ffn_dim=64, word_embed_proj_dim=32),
+            text_config=dict(
+                TEXT, model_type="opt", ffn_dim=64, word_embed_proj_dim=32
+            ),
             num_query_tokens=3,
         ),
         tower="vision_model",
     ),
     Tiny("aimv2", "Aimv2Model", DUAL, tower="vision_model", text=images),
     Tiny("aimv2_vision_model", "Aimv2VisionModel", VISION),
-    Tiny("tipsv2", "Tipsv2Model", dict(text_config=TEXT, vision_config=VISION), tower="vision_model", text=images),
+    Tiny(
+        "tipsv2",
+        "Tipsv2Model",
+        dict(text_config=TEXT, vision_config=VISION),
+        tower="vision_model",
+        text=images,
+    ),
     Tiny(
         "vision-text-dual-encoder",
         "VisionTextDualEncoderModel",
         dict(
-            vision_config=dict(VISION, model_type="vit"), text_config=dict(TEXT, model_type="bert"), projection_dim=24
+            vision_config=dict(VISION, model_type="vit"),
+            text_config=dict(TEXT, model_type="bert"),
+            projection_dim=24,
         ),
         tower="vision_model",
         text=images,
@@ -306,7 +396,12 @@ TINY = [
     Tiny(
         "flava",
         "FlavaModel",
-        dict(image_config=VISION, text_config=TEXT, multimodal_config=dict(TEXT), projection_dim=24),
+        dict(
+            image_config=VISION,
+            text_config=TEXT,
+            multimodal_config=dict(TEXT),
+            projection_dim=24,
+        ),
         tower="image_model",
     ),
     # Vision towers.
@@ -333,14 +428,31 @@ TINY = [
     ),
     Tiny("dinov2", "Dinov2Model", VISION),
     Tiny("dinov2", "Dinov2Model", dict(VISION, use_swiglu_ffn=True)),
-    Tiny("dinov2", "Dinov2ForImageClassification", VISION, blocks="dinov2.encoder.layer.{}.mlp"),
+    Tiny(
+        "dinov2",
+        "Dinov2ForImageClassification",
+        VISION,
+        blocks="dinov2.encoder.layer.{}.mlp",
+    ),
     Tiny("dinov2_with_registers", "Dinov2WithRegistersModel", VISION),
     Tiny("dinov3_vit", "DINOv3ViTModel", VISION),
     Tiny("mlcd_vision_model", "MLCDVisionModel", VISION),
-    Tiny("yolos", "YolosModel", dict(VISION, image_size=[16, 16], num_detection_tokens=2)),
+    Tiny(
+        "yolos", "YolosModel", dict(VISION, image_size=[16, 16], num_detection_tokens=2)
+    ),
     Tiny("dpt", "DPTModel", VISION),
-    Tiny("videomae", "VideoMAEModel", dict(VISION, num_frames=2, tubelet_size=2), inputs=video()),
-    Tiny("vivit", "VivitModel", dict(VISION, num_frames=2, tubelet_size=[2, 8, 8]), inputs=video()),
+    Tiny(
+        "videomae",
+        "VideoMAEModel",
+        dict(VISION, num_frames=2, tubelet_size=2),
+        inputs=video(),
+    ),
+    Tiny(
+        "vivit",
+        "VivitModel",
+        dict(VISION, num_frames=2, tubelet_size=[2, 8, 8]),
+        inputs=video(),
+    ),
     Tiny(
         "vjepa2",
         "VJEPA2Model",
@@ -365,7 +477,13 @@ TINY = [
     ),
     Tiny("timesformer", "TimesformerModel", dict(VISION, num_frames=2), inputs=video()),
     Tiny("swinv2", "Swinv2Model", SWIN, counts=[(0, 0), (1, 0)], inputs=SWIN_IMAGES),
-    Tiny("donut-swin", "DonutSwinModel", SWIN, counts=[(0, 0), (1, 0)], inputs=SWIN_IMAGES),
+    Tiny(
+        "donut-swin",
+        "DonutSwinModel",
+        SWIN,
+        counts=[(0, 0), (1, 0)],
+        inputs=SWIN_IMAGES,
+    ),
     Tiny("radio", "RadioModel", VISION),
     Tiny("pixio", "PixioModel", VISION),
     Tiny("sapiens2", "Sapiens2Model", VISION),
@@ -383,9 +501,16 @@ TINY = [
         "pixtral",
         "PixtralVisionModel",
         dict(VISION),
-        inputs=lambda: {"pixel_values": torch.randn(2, 3, 16, 16), "image_sizes": torch.tensor([[16, 16], [16, 16]])},
+        inputs=lambda: {
+            "pixel_values": torch.randn(2, 3, 16, 16),
+            "image_sizes": torch.tensor([[16, 16], [16, 16]]),
+        },
     ),
-    Tiny("internvl_vision", "InternVLVisionModel", dict(VISION, image_size=[16, 16], patch_size=[8, 8])),
+    Tiny(
+        "internvl_vision",
+        "InternVLVisionModel",
+        dict(VISION, image_size=[16, 16], patch_size=[8, 8]),
+    ),
     Tiny("vitdet", "VitDetModel", VISION),
     Tiny(
         "hiera",
@@ -549,7 +674,10 @@ TINY = [
     Tiny(
         "gemma3",
         "Gemma3Model",
-        dict(vision_config=dict(VISION, model_type="siglip_vision_model"), text_config=LANGUAGE),
+        dict(
+            vision_config=dict(VISION, model_type="siglip_vision_model"),
+            text_config=LANGUAGE,
+        ),
         tower="vision_tower",
     ),
     Tiny("git", "GitModel", dict(TEXT, vision_config=VISION), tower="image_encoder"),
@@ -592,7 +720,9 @@ TINY = [
         "Kosmos2Model",
         dict(
             vision_config=VISION,
-            text_config=dict(embed_dim=32, ffn_dim=64, layers=1, attention_heads=2, vocab_size=64),
+            text_config=dict(
+                embed_dim=32, ffn_dim=64, layers=1, attention_heads=2, vocab_size=64
+            ),
             latent_query_num=2,
         ),
         tower="vision_model",
@@ -600,9 +730,15 @@ TINY = [
     Tiny(
         "mistral3",
         "Mistral3Model",
-        dict(vision_config=dict(VISION, model_type="pixtral"), text_config=dict(LANGUAGE, model_type="mistral")),
+        dict(
+            vision_config=dict(VISION, model_type="pixtral"),
+            text_config=dict(LANGUAGE, model_type="mistral"),
+        ),
         tower="vision_tower",
-        inputs=lambda: {"pixel_values": torch.randn(2, 3, 16, 16), "image_sizes": torch.tensor([[16, 16], [16, 16]])},
+        inputs=lambda: {
+            "pixel_values": torch.randn(2, 3, 16, 16),
+            "image_sizes": torch.tensor([[16, 16], [16, 16]]),
+        },
     ),
     Tiny(
         "internvl",
@@ -618,7 +754,10 @@ TINY = [
         "Qwen2VLModel",
         dict(
             vision_config=dict(QWEN_VISION, embed_dim=32, hidden_size=32, mlp_ratio=2),
-            text_config=dict(LANGUAGE, rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3]}),
+            text_config=dict(
+                LANGUAGE,
+                rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3]},
+            ),
         ),
         tower="visual",
         inputs=patches(96),
@@ -635,7 +774,10 @@ TINY = [
                 window_size=8,
                 fullatt_block_indexes=[1],
             ),
-            text_config=dict(LANGUAGE, rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3]}),
+            text_config=dict(
+                LANGUAGE,
+                rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3]},
+            ),
         ),
         tower="visual",
         inputs=patches(96),
@@ -673,7 +815,11 @@ TINY = [
         "Llama4ForConditionalGeneration",
         dict(
             vision_config=dict(
-                VISION, intermediate_size=128, vision_output_dim=32, projector_input_dim=32, projector_output_dim=32
+                VISION,
+                intermediate_size=128,
+                vision_output_dim=32,
+                projector_input_dim=32,
+                projector_output_dim=32,
             ),
             text_config=dict(LANGUAGE, num_local_experts=1, intermediate_size_mlp=64),
         ),
@@ -691,7 +837,10 @@ TINY = [
                 num_position_embeddings=16,
                 deepstack_visual_indexes=[0],
             ),
-            text_config=dict(LANGUAGE, rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3]}),
+            text_config=dict(
+                LANGUAGE,
+                rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3]},
+            ),
         ),
         tower="visual",
         inputs=patches(96),
@@ -700,8 +849,17 @@ TINY = [
         "glm4v",
         "Glm4vModel",
         dict(
-            vision_config=dict(QWEN_VISION, hidden_size=32, out_hidden_size=32, intermediate_size=64, image_size=16),
-            text_config=dict(LANGUAGE, rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3]}),
+            vision_config=dict(
+                QWEN_VISION,
+                hidden_size=32,
+                out_hidden_size=32,
+                intermediate_size=64,
+                image_size=16,
+            ),
+            text_config=dict(
+                LANGUAGE,
+                rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3]},
+            ),
         ),
         tower="visual",
         inputs=patches(96),
@@ -719,8 +877,12 @@ TINY = [
         "lfm2_vl",
         "Lfm2VlModel",
         dict(
-            vision_config=dict(VISION, num_patches=4, model_type="siglip2_vision_model"),
-            text_config=dict(LANGUAGE, model_type="lfm2", layer_types=["conv", "full_attention"]),
+            vision_config=dict(
+                VISION, num_patches=4, model_type="siglip2_vision_model"
+            ),
+            text_config=dict(
+                LANGUAGE, model_type="lfm2", layer_types=["conv", "full_attention"]
+            ),
         ),
         tower="vision_tower",
         inputs=NAFLEX,
@@ -810,11 +972,17 @@ UNLISTED = [
                 num_attention_heads=2,
                 patch_size=4,
             ),
-            text_config=dict(embed_dim=32, ffn_dim=64, layers=1, attention_heads=2, vocab_size=64),
+            text_config=dict(
+                embed_dim=32, ffn_dim=64, layers=1, attention_heads=2, vocab_size=64
+            ),
             latent_query_num=2,
         ),
         tower="vision_model",
-        inputs=lambda: {"flattened_patches": torch.cat([torch.ones(2, 4, 2), torch.randn(2, 4, 48)], dim=-1)},
+        inputs=lambda: {
+            "flattened_patches": torch.cat(
+                [torch.ones(2, 4, 2), torch.randn(2, 4, 48)], dim=-1
+            )
+        },
         blocks="vision_model.encoder.layer.{}.mlp",
     ),
     Tiny(

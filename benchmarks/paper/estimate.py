@@ -36,7 +36,11 @@ BATCH = 128
 CONFIGS = {
     "b16": CLIPConfig(vision_config={"patch_size": 16}, projection_dim=512),
     "l14": CLIPConfig(
-        text_config={"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
+        text_config={
+            "hidden_size": 768,
+            "num_attention_heads": 12,
+            "intermediate_size": 3072,
+        },
         vision_config={
             "hidden_size": 1024,
             "num_hidden_layers": 24,
@@ -80,7 +84,11 @@ def build(recipe: Recipe) -> PeftModel:
     with torch.device("meta"):
         clip = CLIPModel(CONFIGS[recipe.model])
     texts = torch.ones(DATA[recipe.data].classes, CONFIGS[recipe.model].projection_dim)
-    guidance = {"guidance": texts[:MOST_ROWS]} if recipe.method == "sage" else {"guidance_rows": 0}
+    guidance = (
+        {"guidance": texts[:MOST_ROWS]}
+        if recipe.method == "sage"
+        else {"guidance_rows": 0}
+    )
     config = SageConfig(r=recipe.r, modules_to_save=["class_head"], **guidance)
     return get_peft_model(SageClassifier(clip, texts), config).to("meta").half()
 
@@ -92,7 +100,10 @@ def cost(recipe: Recipe) -> Cost:
     images = torch.empty(BATCH, 3, 224, 224, dtype=torch.float16, device="meta")
     weights = {id(parameter) for parameter in model.parameters()}
     tokens = model.get_base_model().model.vision_model.embeddings.num_positions
-    attention = [(tokens, tokens), (BATCH * tokens, min(MOST_ROWS, DATA[recipe.data].classes))]
+    attention = [
+        (tokens, tokens),
+        (BATCH * tokens, min(MOST_ROWS, DATA[recipe.data].classes)),
+    ]
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -104,9 +115,14 @@ def cost(recipe: Recipe) -> Cost:
 
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         model(pixel_values=images)
-    with FlopCounterMode(display=False) as step, saved_tensors_hooks(keep, lambda tensor: tensor):
+    with (
+        FlopCounterMode(display=False) as step,
+        saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
         model(pixel_values=images).logits.sum().backward()
-    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    trained = {
+        name: p.numel() for name, p in model.named_parameters() if p.requires_grad
+    }
     return Cost(
         step=step.get_total_flops() / BATCH,
         prediction=forward.get_total_flops() / BATCH,
@@ -117,7 +133,9 @@ def cost(recipe: Recipe) -> Cost:
     )
 
 
-def hours(recipe: Recipe, tflops: float, utilisation: float, images_per_second: float) -> float:
+def hours(
+    recipe: Recipe, tflops: float, utilisation: float, images_per_second: float
+) -> float:
     """Return the expected duration.
 
     Args:
@@ -135,21 +153,43 @@ def hours(recipe: Recipe, tflops: float, utilisation: float, images_per_second: 
         (data.train_images if recipe.method == "sage" else 0, needs.prediction),
     ]
     speed = tflops * 1e12 * utilisation
-    return sum(images * max(operations / speed, 1 / images_per_second) for images, operations in phases) / 3600
+    return (
+        sum(
+            images * max(operations / speed, 1 / images_per_second)
+            for images, operations in phases
+        )
+        / 3600
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tflops", type=float, default=312.0, help="of the GPU, dense float16; 312: NVIDIA A100")
-    parser.add_argument("--utilisation", type=float, default=0.3, help="share of them that is reached")
-    parser.add_argument("--images-per-second", type=float, default=800.0, help="decoded by all workers together")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tflops",
+        type=float,
+        default=312.0,
+        help="of the GPU, dense float16; 312: NVIDIA A100",
+    )
+    parser.add_argument(
+        "--utilisation", type=float, default=0.3, help="share of them that is reached"
+    )
+    parser.add_argument(
+        "--images-per-second",
+        type=float,
+        default=800.0,
+        help="decoded by all workers together",
+    )
     args = parser.parse_args(argv)
     print(
         f"Estimates for one GPU of {args.tflops:g} TFLOP/s in float16, {100 * args.utilisation:g} % of which are "
         f"reached, and {args.images_per_second:g} decoded images a second; {BATCH} images a step. Not measured.\n"
     )
-    print("| data | CLIP | method | r | adapter + head parameters | GFLOP an image, training | hours | GiB |")
+    print(
+        "| data | CLIP | method | r | adapter + head parameters | GFLOP an image, training | hours | GiB |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for recipe in RECIPES:
         needs = cost(recipe)

@@ -77,7 +77,9 @@ def download(url: str, folder: Path, name: str) -> Path:
         with tqdm.wrapattr(response, "read", total=size, desc=name) as body:
             content = body.read()
     if name in CHECKSUMS and hashlib.sha256(content).hexdigest() != CHECKSUMS[name]:
-        raise ValueError(f"{url} is not the file that was published: its SHA-256 is not {CHECKSUMS[name]}.")
+        raise ValueError(
+            f"{url} is not the file that was published: its SHA-256 is not {CHECKSUMS[name]}."
+        )
     unfinished = path.with_name(f"{name}.part")
     unfinished.write_bytes(content)
     unfinished.rename(path)
@@ -87,13 +89,17 @@ def download(url: str, folder: Path, name: str) -> Path:
 def read_list(path: Path) -> Images:
     """Read lines of the form `train/n01440764/n01440764_190.JPEG 0`."""
     lines = path.read_text(encoding="utf-8").splitlines()
-    return [(image, int(label)) for image, label in (line.rsplit(" ", 1) for line in lines)]
+    return [
+        (image, int(label)) for image, label in (line.rsplit(" ", 1) for line in lines)
+    ]
 
 
 def read_member(archive: Path, name: str) -> bytes:
     """Return the file of that name from a tar archive."""
     with tarfile.open(archive) as tar:
-        member = next((member for member in tar if Path(member.name).name == name), None)
+        member = next(
+            (member for member in tar if Path(member.name).name == name), None
+        )
         if member is None:
             raise ValueError(f"{str(archive)!r} holds no {name!r}.")
         return tar.extractfile(member).read()
@@ -114,24 +120,35 @@ def read_glosses(data_noun: str) -> dict[str, str]:
     return glosses
 
 
-def read_oltr(sources: Path, name: str) -> tuple[dict[str, Images], list[tuple[str, str]]]:
+def read_oltr(
+    sources: Path, name: str
+) -> tuple[dict[str, Images], list[tuple[str, str]]]:
     """Return the splits of ImageNet-LT or Places-LT, and the folder and name of each class."""
     files = {}
     for kind in ("train", "test", "classnames"):
         file = f"{name}_{kind}.txt"
         url = f"{LISTS}/{name}/{'classnames.txt' if kind == 'classnames' else file}"
         files[kind] = download(url, sources, file)
-    classes = [line.split(" ", 1) for line in files["classnames"].read_text(encoding="utf-8").splitlines()]
-    return {split: read_list(files[split]) for split in ("train", "test")}, [(id, text) for id, text in classes]
+    classes = [
+        line.split(" ", 1)
+        for line in files["classnames"].read_text(encoding="utf-8").splitlines()
+    ]
+    return {split: read_list(files[split]) for split in ("train", "test")}, [
+        (id, text) for id, text in classes
+    ]
 
 
 def imagenet_lt(sources: Path) -> Benchmark:
     """ImageNet-LT, with the definitions of WordNet, from which ImageNet takes its classes."""
     splits, classes = read_oltr(sources, "ImageNet_LT")
-    glosses = read_glosses(read_member(download(WORDNET, sources, "WNdb-3.0.tar.gz"), "data.noun").decode())
+    glosses = read_glosses(
+        read_member(download(WORDNET, sources, "WNdb-3.0.tar.gz"), "data.noun").decode()
+    )
     seen = [text for _, text in classes]
     # Two pairs of classes share a name.
-    names = [text if seen.count(text) == 1 else f"{text} ({id})" for id, text in classes]
+    names = [
+        text if seen.count(text) == 1 else f"{text} ({id})" for id, text in classes
+    ]
     photos = [photo_of(text) for _, text in classes]
     defined = [f"a photo of a {text}, {glosses[id]}." for id, text in classes]
     texts = {
@@ -144,7 +161,11 @@ def imagenet_lt(sources: Path) -> Benchmark:
 def places_lt(sources: Path) -> Benchmark:
     """Places-LT, with its class names: no descriptions with a licence are known to us."""
     splits, classes = read_oltr(sources, "Places_LT")
-    return Benchmark(splits, [text for _, text in classes], {"names": [[photo_of(text)] for _, text in classes]})
+    return Benchmark(
+        splits,
+        [text for _, text in classes],
+        {"names": [[photo_of(text)] for _, text in classes]},
+    )
 
 
 def inat2018(sources: Path) -> Benchmark:
@@ -154,9 +175,16 @@ def inat2018(sources: Path) -> Benchmark:
         archive = download(f"{INAT}/{part}.json.tar.gz", sources, f"{part}.json.tar.gz")
         annotations: dict[str, Any] = json.loads(read_member(archive, f"{part}.json"))
         files = {image["id"]: image["file_name"] for image in annotations["images"]}
-        splits[split] = [(files[a["image_id"]], a["category_id"]) for a in annotations["annotations"]]
-    archive = download(f"{INAT}/categories.json.tar.gz", sources, "categories.json.tar.gz")
-    species = sorted(json.loads(read_member(archive, "categories.json")), key=lambda entry: entry["id"])
+        splits[split] = [
+            (files[a["image_id"]], a["category_id"]) for a in annotations["annotations"]
+        ]
+    archive = download(
+        f"{INAT}/categories.json.tar.gz", sources, "categories.json.tar.gz"
+    )
+    species = sorted(
+        json.loads(read_member(archive, "categories.json")),
+        key=lambda entry: entry["id"],
+    )
     photos = [photo_of(entry["name"]) for entry in species]
     placed = [
         f"a photo of a {entry['name']}, a species of the family {entry['family']}, order {entry['order']}, "
@@ -173,7 +201,9 @@ def inat2018(sources: Path) -> Benchmark:
 BENCHMARKS = {"imagenet_lt": imagenet_lt, "places_lt": places_lt, "inat2018": inat2018}
 
 
-def write(benchmark: Benchmark, images: Path, output: Path, partial: bool) -> dict[str, int]:
+def write(
+    benchmark: Benchmark, images: Path, output: Path, partial: bool
+) -> dict[str, int]:
     """Write the data set and its descriptions.
 
     Args:
@@ -188,7 +218,9 @@ def write(benchmark: Benchmark, images: Path, output: Path, partial: bool) -> di
     Raises:
         ValueError: If an image is missing.
     """
-    features = Features({"image": Value("string"), "label": ClassLabel(names=benchmark.class_names)})
+    features = Features(
+        {"image": Value("string"), "label": ClassLabel(names=benchmark.class_names)}
+    )
     tables = {}
     for split, listed in benchmark.splits.items():
         found = [
@@ -203,35 +235,57 @@ def write(benchmark: Benchmark, images: Path, output: Path, partial: bool) -> di
                 f"such as {missing!r}."
             )
         if not found:
-            raise ValueError(f"`--images` {str(images)!r} holds none of the {split} images, such as {listed[0][0]!r}.")
-        columns = {"image": [path for path, _ in found], "label": [label for _, label in found]}
+            raise ValueError(
+                f"`--images` {str(images)!r} holds none of the {split} images, such as {listed[0][0]!r}."
+            )
+        columns = {
+            "image": [path for path, _ in found],
+            "label": [label for _, label in found],
+        }
         tables[split] = Dataset.from_dict(columns, features=features)
     output.mkdir(parents=True, exist_ok=True)
     for split, table in tables.items():
         table.to_parquet(str(output / f"{split}.parquet"))
     for name, texts in benchmark.texts.items():
         descriptions = dict(zip(benchmark.class_names, texts, strict=True))
-        (output / f"{name}.json").write_text(json.dumps(descriptions, indent=1, ensure_ascii=False), encoding="utf-8")
+        (output / f"{name}.json").write_text(
+            json.dumps(descriptions, indent=1, ensure_ascii=False), encoding="utf-8"
+        )
     return {split: len(table) for split, table in tables.items()}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script with a command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("name", choices=list(BENCHMARKS))
-    parser.add_argument("--images", type=Path, required=True, help="folder with train/ and val/, or train_val2018/")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        required=True,
+        help="folder with train/ and val/, or train_val2018/",
+    )
     parser.add_argument("--output", type=Path, help="default: data/NAME")
-    parser.add_argument("--partial", action="store_true", help="make do with the images that are there")
+    parser.add_argument(
+        "--partial", action="store_true", help="make do with the images that are there"
+    )
     args = parser.parse_args(argv)
     output = args.output or Path("data", args.name)
     benchmark = BENCHMARKS[args.name](output / "sources")
-    sizes = (len(benchmark.splits["train"]), len(benchmark.splits["test"]), len(benchmark.class_names))
+    sizes = (
+        len(benchmark.splits["train"]),
+        len(benchmark.splits["test"]),
+        len(benchmark.class_names),
+    )
     if sizes != SIZES[args.name] and not args.partial:
         raise ValueError(
             f"The lists in {str(output / 'sources')!r} have {sizes} train images, test images and "
             f"classes; published are {SIZES[args.name]}."
         )
-    for split, count in write(benchmark, args.images.resolve(), output, args.partial).items():
+    for split, count in write(
+        benchmark, args.images.resolve(), output, args.partial
+    ).items():
         print(f"{output / split}.parquet: {count:,} images")
 
 

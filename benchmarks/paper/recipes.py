@@ -47,14 +47,29 @@ def _cifar(ratio: int, train_images: int) -> Data:
 
 
 def _texts(name: str, guided: str) -> dict[str, str]:
-    return {"lift": f"--descriptions data/{name}/names.json", "sage": f"--descriptions data/{name}/{guided}.json"}
+    return {
+        "lift": f"--descriptions data/{name}/names.json",
+        "sage": f"--descriptions data/{name}/{guided}.json",
+    }
 
 
 DATA = {
     "imagenet_lt": Data(
-        "ImageNet-LT", 1000, 115_846, 50_000, "--dataset data/imagenet_lt", _texts("imagenet_lt", "wordnet")
+        "ImageNet-LT",
+        1000,
+        115_846,
+        50_000,
+        "--dataset data/imagenet_lt",
+        _texts("imagenet_lt", "wordnet"),
     ),
-    "places_lt": Data("Places-LT", 365, 62_500, 36_500, "--dataset data/places_lt", _texts("places_lt", "names")),
+    "places_lt": Data(
+        "Places-LT",
+        365,
+        62_500,
+        36_500,
+        "--dataset data/places_lt",
+        _texts("places_lt", "names"),
+    ),
     "inat2018": Data(
         "iNaturalist 2018",
         8142,
@@ -85,7 +100,12 @@ REPORTED = {
 #: Reported without a word on the model.
 REPORTED_WITHOUT_MODEL = {"inat2018": 85.2}
 #: Adapter parameters of LIFT with ViT-B/16, as its authors report them.
-REPORTED_PARAMETERS = {"imagenet_lt": 617_868, "places_lt": 175_212, "cifar100_lt_100": 101_436, "inat2018": 4_749_324}
+REPORTED_PARAMETERS = {
+    "imagenet_lt": 617_868,
+    "places_lt": 175_212,
+    "cifar100_lt_100": 101_436,
+    "inat2018": 4_749_324,
+}
 
 
 @dataclass(frozen=True)
@@ -104,7 +124,12 @@ class Recipe:
     @property
     def r(self) -> int:
         """Width of the adapter by LIFT's rule, 2^max(0, floor(log2(C / (2 L)))); for Sage at least 8."""
-        width = 2 ** max(0, math.floor(math.log2(DATA[self.data].classes / (2 * MODELS[self.model].blocks))))
+        width = 2 ** max(
+            0,
+            math.floor(
+                math.log2(DATA[self.data].classes / (2 * MODELS[self.model].blocks))
+            ),
+        )
         return max(8, width) if self.method == "sage" else width
 
     @property
@@ -125,18 +150,32 @@ class Recipe:
         return f"accelerate launch examples/finetune.py {' '.join(self.flags)}"
 
 
-RECIPES = [Recipe(data, model, method) for data in DATA for model in MODELS for method in METHODS]
+RECIPES = [
+    Recipe(data, model, method)
+    for data in DATA
+    for model in MODELS
+    for method in METHODS
+]
 
 
 def table() -> str:
     """Return the rows with the figures that others report for them, in Markdown."""
-    lines = ["| data | CLIP | method | r | reported by LIFT, overall % |", "|---|---|---|---|---|"]
+    lines = [
+        "| data | CLIP | method | r | reported by LIFT, overall % |",
+        "|---|---|---|---|---|",
+    ]
     for recipe in RECIPES:
         reported = str(REPORTED.get((recipe.data, recipe.model), ""))
         if recipe.data in REPORTED_WITHOUT_MODEL:
             reported = f"{REPORTED_WITHOUT_MODEL[recipe.data]} (model not stated)"
-        cells = [DATA[recipe.data].title, MODELS[recipe.model].title, METHODS[recipe.method]]
-        lines.append(f"| {' | '.join(cells)} | {recipe.r} | {reported if recipe.method == 'lift' else ''} |")
+        cells = [
+            DATA[recipe.data].title,
+            MODELS[recipe.model].title,
+            METHODS[recipe.method],
+        ]
+        lines.append(
+            f"| {' | '.join(cells)} | {recipe.r} | {reported if recipe.method == 'lift' else ''} |"
+        )
     return "\n".join(lines)
 
 

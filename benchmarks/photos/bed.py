@@ -20,7 +20,9 @@ FROZEN = 2  # Blocks of a tower that no adapter is in: what they give is compute
 class Split:
     """Images of a task, as what its tower's lower half makes of them."""
 
-    tokens: np.ndarray  # (n, views, 10, 192) float16, on disk: the plain view first, then random crops.
+    tokens: (
+        np.ndarray
+    )  # (n, views, 10, 192) float16, on disk: the plain view first, then random crops.
     labels: Tensor  # (n,) int64
     embeds: Tensor  # (n, 192) float32: the frozen tower's embeddings of the plain view, not normalised.
 
@@ -52,22 +54,32 @@ def keep_memory() -> None:
 def load_split(folder: Path, split: str) -> Split:
     """One split of a task, whose tokens stay on disk until they are read."""
     tokens = np.load(folder / f"{split}_tokens.npy", mmap_mode="r")
-    labels, embeds = (torch.from_numpy(np.load(folder / f"{split}_{kind}.npy")) for kind in ("labels", "embeds"))
+    labels, embeds = (
+        torch.from_numpy(np.load(folder / f"{split}_{kind}.npy"))
+        for kind in ("labels", "embeds")
+    )
     return Split(tokens, labels, embeds)
 
 
 def load_task(work: Path, name: str) -> Task:
     """A task of the bed: "A", "B" or "tiny"."""
     folder = Path(work) / "tasks" / name
-    splits = {split: load_split(folder, split) for split in ("train", "validation", "test")}
+    splits = {
+        split: load_split(folder, split) for split in ("train", "validation", "test")
+    }
     with np.load(folder / "texts.npz") as texts:
-        embeds = {key: torch.from_numpy(texts[key]) for key in ("text_embeds", "description_embeds", "other_embeds")}
+        embeds = {
+            key: torch.from_numpy(texts[key])
+            for key in ("text_embeds", "description_embeds", "other_embeds")
+        }
         scale = float(texts["logit_scale"])
     names = json.loads((folder / "class_names.json").read_text())
     return Task(**splits, class_names=names, **embeds, logit_scale=scale)
 
 
-def load_tower(work: Path, name: str) -> tuple[CLIPVisionModelWithProjection, dict[str, Tensor]]:
+def load_tower(
+    work: Path, name: str
+) -> tuple[CLIPVisionModelWithProjection, dict[str, Tensor]]:
     """A pretrained tower, "A" or "B", and what stands beside it.
 
     The tower's pixels are the stem's maps (B, 320, 3, 3), less `mean`, over `std`. `weight` and `bias` map MiniLM's
@@ -109,6 +121,8 @@ def long_tailed(labels: Tensor, ratio: float, seed: int, largest: int) -> Tensor
         size = max(int(largest * ratio ** (-rank / (len(classes) - 1))), 1)
         images = np.flatnonzero(labels.numpy() == label)
         if size > len(images):
-            raise ValueError(f"class {label} has {len(images)} images, {size} were asked for")
+            raise ValueError(
+                f"class {label} has {len(images)} images, {size} were asked for"
+            )
         chosen.append(generator.permutation(images)[:size])
     return torch.from_numpy(np.sort(np.concatenate(chosen)))

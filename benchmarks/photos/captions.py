@@ -56,7 +56,11 @@ class Concepts:
     def flat(self) -> tuple[list[str], Tensor, Tensor]:
         """All captions, concept after concept, where each concept's begin, and how many it has."""
         counts = torch.tensor([len(captions) for captions in self.captions.values()])
-        return [text for captions in self.captions.values() for text in captions], counts.cumsum(0) - counts, counts
+        return (
+            [text for captions in self.captions.values() for text in captions],
+            counts.cumsum(0) - counts,
+            counts,
+        )
 
 
 def pretraining_concepts(data: Path) -> Concepts:
@@ -66,7 +70,9 @@ def pretraining_concepts(data: Path) -> Concepts:
         concepts.add(label, captions_of(label.split(", ")))
     for entry in wordnet["tiny-imagenet"].values():
         # The names of a Tiny ImageNet class are those of its ImageNet class.
-        concepts.add(", ".join(entry["names"]), captions_of(entry["names"], entry["gloss"]))
+        concepts.add(
+            ", ".join(entry["names"]), captions_of(entry["names"], entry["gloss"])
+        )
         for hypernym in entry["hypernyms"]:
             concepts.add(hypernym, captions_of([hypernym]))
     for entry in wordnet["cifar10"].values():
@@ -85,30 +91,49 @@ def spoken(name: str) -> str:
     return name.replace("_", " ")
 
 
-def class_captions(data: Path, task: str) -> tuple[list[str], list[list[str]], list[list[str]]]:
+def class_captions(
+    data: Path, task: str
+) -> tuple[list[str], list[list[str]], list[list[str]]]:
     """A task's class names, the captions of each class for zero-shot, and the descriptions of each class."""
     if task == "tiny":
-        entries = [read_wordnet(data)["tiny-imagenet"][key] for key in read_names(data, "tiny-imagenet-half")]
+        entries = [
+            read_wordnet(data)["tiny-imagenet"][key]
+            for key in read_names(data, "tiny-imagenet-half")
+        ]
         names = [entry["names"][0] for entry in entries]
         glosses = [entry["gloss"] for entry in entries]
         captions = [captions_of(entry["names"], entry["gloss"]) for entry in entries]
         described = [
-            [f"a photo of a {name}", f"a {name}, {gloss}"] for name, gloss in zip(names, glosses, strict=True)
+            [f"a photo of a {name}", f"a {name}, {gloss}"]
+            for name, gloss in zip(names, glosses, strict=True)
         ]
         return names, captions, described
     texts = read_descriptions(data)
     classes = read_names(data, "cifar100-train")
-    names, described = [spoken(name) for name in classes], [texts[name] for name in classes]
-    captions = [captions_of([name]) + described[label][1:] for label, name in enumerate(names)]
+    names, described = (
+        [spoken(name) for name in classes],
+        [texts[name] for name in classes],
+    )
+    captions = [
+        captions_of([name]) + described[label][1:] for label, name in enumerate(names)
+    ]
     return names, captions, described
 
 
 def other_captions(data: Path, task: str) -> list[str]:
     """Captions of what is no class of the task: ImageNet classes and what is above Tiny ImageNet's in WordNet."""
     names, _, _ = class_captions(data, task)
-    hypernyms = [name for entry in read_wordnet(data)["tiny-imagenet"].values() for name in entry["hypernyms"]]
+    hypernyms = [
+        name
+        for entry in read_wordnet(data)["tiny-imagenet"].values()
+        for name in entry["hypernyms"]
+    ]
     others = [label.split(", ")[0] for label in read_imagenet(data)[1:]] + hypernyms
-    return [f"a photo of a {name}" for name in dict.fromkeys(others) if name not in set(names)]
+    return [
+        f"a photo of a {name}"
+        for name in dict.fromkeys(others)
+        if name not in set(names)
+    ]
 
 
 class Encoder:
@@ -125,9 +150,13 @@ class Encoder:
 
     def __call__(self, captions: list[str]) -> Tensor:
         """The embeddings (n, 384) of captions."""
-        new = [caption for caption in dict.fromkeys(captions) if caption not in self.known]
+        new = [
+            caption for caption in dict.fromkeys(captions) if caption not in self.known
+        ]
         if new:
-            encoded = self.model.encode(new, batch_size=128, normalize_embeddings=True, convert_to_tensor=True)
+            encoded = self.model.encode(
+                new, batch_size=128, normalize_embeddings=True, convert_to_tensor=True
+            )
             self.known.update(zip(new, encoded.clone(), strict=True))
             torch.save(self.known, self.path)
         return torch.stack([self.known[caption] for caption in captions])

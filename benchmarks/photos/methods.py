@@ -17,7 +17,15 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPMLP, CLIPEncoderLayer
 
-from peft_sage import CosineHead, LongTailAccuracy, SageClassifier, SageConfig, SageLoss, TextPrior, choose_text_prior
+from peft_sage import (
+    CosineHead,
+    LongTailAccuracy,
+    SageClassifier,
+    SageConfig,
+    SageLoss,
+    TextPrior,
+    choose_text_prior,
+)
 
 
 LARGEST = {"A": 450, "B": 200, "tiny": 90}  # Images of a task's largest class.
@@ -32,8 +40,13 @@ SCORES = ("overall", "macro", "many", "medium", "few")
 class Settings:
     """What a run does. The defaults are Sage's recipe."""
 
-    method: str = "adapter"  # zero-shot, head, adapter, lora, block, clap, tip-adapter or gda
-    rates: tuple[float, float] = (0.002, 0.005)  # Learning rates of the tower and of the head.
+    method: str = (
+        "adapter"  # zero-shot, head, adapter, lora, block, clap, tip-adapter or gda
+    )
+    rates: tuple[float, float] = (
+        0.002,
+        0.005,
+    )  # Learning rates of the tower and of the head.
     tau: float = 1.0
     compensation: float = 1.0
     form: str = "features"  # Of the compensation: features, logits or detached.
@@ -50,7 +63,9 @@ class Data:
 
     task: Task
     tokens: dict[str, Tensor]  # (n, views, 10, 192) float16 of each split,
-    remembered: dict[str, Tensor]  # and (n, views, 10, 384), what the first block's frozen parts make of them.
+    remembered: dict[
+        str, Tensor
+    ]  # and (n, views, 10, 384), what the first block's frozen parts make of them.
     labels: Tensor  # (n,)
     embeds: Tensor  # (n, views, e): the frozen tower's embeddings, of unit length.
     counts: Tensor  # (K,)
@@ -64,11 +79,20 @@ class Data:
 class ClassTokenLayer(CLIPEncoderLayer):
     """The last block of a tower, computed for the class token only, as nothing else of it is read."""
 
-    def forward(self, hidden_states: Tensor, attention_mask: None = None, **unused: object) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, attention_mask: None = None, **unused: object
+    ) -> Tensor:
         """The class token (B, 1, d) of the tokens (B, t, d)."""
         attention, normed = self.self_attn, self.layer_norm1(hidden_states)
-        projected = attention.q_proj(normed[:, :1]), attention.k_proj(normed), attention.v_proj(normed)
-        heads = [states.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for states in projected]
+        projected = (
+            attention.q_proj(normed[:, :1]),
+            attention.k_proj(normed),
+            attention.v_proj(normed),
+        )
+        heads = [
+            states.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+            for states in projected
+        ]
         attended = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
         hidden = hidden_states[:, :1] + attention.out_proj(attended)
         return hidden + self.mlp(self.layer_norm2(hidden))
@@ -89,10 +113,14 @@ class RememberedLayer(CLIPEncoderLayer):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.remembered = (RememberedMLP(config),)  # In a tuple, as the adapter will wrap the module.
+        self.remembered = (
+            RememberedMLP(config),
+        )  # In a tuple, as the adapter will wrap the module.
         self.mlp = self.remembered[0]
 
-    def forward(self, hidden_states: Tensor, attention_mask: None = None, **unused: object) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, attention_mask: None = None, **unused: object
+    ) -> Tensor:
         """The block's output (B, t, d)."""
         attended, self.remembered[0].output = hidden_states.chunk(2, dim=-1)
         return attended + self.mlp(self.layer_norm2(attended))
@@ -103,7 +131,9 @@ def remember(layer: CLIPEncoderLayer, tokens: Tensor) -> Tensor:
 
     def frozen(tokens: Tensor) -> Tensor:
         attended = tokens + layer.self_attn(layer.layer_norm1(tokens))[0]
-        return torch.cat([attended, layer.mlp(layer.layer_norm2(attended))], dim=-1).half()
+        return torch.cat(
+            [attended, layer.mlp(layer.layer_norm2(attended))], dim=-1
+        ).half()
 
     return embed(frozen, tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
 
@@ -130,11 +160,16 @@ def load_data(work: Path, name: str, ratio: int, seed: int) -> Data:
     task = load_task(work, name)
     images = long_tailed(task.train.labels, ratio, seed, LARGEST[name])
     parts = task.train.tokens[images.numpy()], task.validation.tokens, task.test.tokens
-    tokens = {split: torch.tensor(part) for split, part in zip(SPLITS, parts, strict=True)}
+    tokens = {
+        split: torch.tensor(part) for split, part in zip(SPLITS, parts, strict=True)
+    }
     first = load_upper_tower(work, name).vision_model.encoder.layers[0]
     remembered = {split: remember(first, part) for split, part in tokens.items()}
     tower, labels = load_tower(work, name, remembering=True), task.train.labels[images]
-    embeds = embed(lambda pixels: tower(pixel_values=pixels).image_embeds, remembered["train"].flatten(0, 1))
+    embeds = embed(
+        lambda pixels: tower(pixel_values=pixels).image_embeds,
+        remembered["train"].flatten(0, 1),
+    )
     embeds = F.normalize(embeds, dim=-1).unflatten(0, tokens["train"].shape[:2])
     counts = torch.bincount(labels, minlength=len(task.class_names))
     return Data(task, tokens, remembered, labels, embeds, counts)
@@ -146,7 +181,9 @@ def embed(function: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
     return torch.cat([function(part.float()) for part in tokens.split(500)])
 
 
-def batches(images: int, views: int, size: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    images: int, views: int, size: int, steps: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Indices of images, epoch by epoch, and of a random view of each; the same for every method."""
     generator = torch.Generator().manual_seed(seed)
     while True:
@@ -158,16 +195,25 @@ def batches(images: int, views: int, size: int, steps: int, seed: int) -> Iterat
             steps -= 1
 
 
-def adapt(settings: Settings, classifier: SageClassifier, texts: Tensor, seed: int) -> nn.Module:
+def adapt(
+    settings: Settings, classifier: SageClassifier, texts: Tensor, seed: int
+) -> nn.Module:
     """The classifier with what its method trains."""
     torch.manual_seed(seed)
     if settings.method == "adapter":
         rows = guidance_rows(settings.rows, texts, seed)
-        limit = 0 if rows is None else None  # Without rows of its own, a classifier's adapter attends to its texts.
-        return get_peft_model(classifier, SageConfig(r=RANK, guidance=rows, guidance_rows=limit))
+        limit = (
+            0 if rows is None else None
+        )  # Without rows of its own, a classifier's adapter attends to its texts.
+        return get_peft_model(
+            classifier, SageConfig(r=RANK, guidance=rows, guidance_rows=limit)
+        )
     if settings.method == "lora":
         config = LoraConfig(
-            r=RANK, lora_alpha=RANK, target_modules=["q_proj", "v_proj"], modules_to_save=["class_head"]
+            r=RANK,
+            lora_alpha=RANK,
+            target_modules=["q_proj", "v_proj"],
+            modules_to_save=["class_head"],
         )
         return get_peft_model(classifier, config)
     last = classifier.model.vision_model.encoder.layers[-1]
@@ -183,7 +229,10 @@ def guidance_rows(kind: str, texts: Tensor, seed: int) -> Tensor | None:
     if kind == "random":
         return F.normalize(torch.randn(texts.shape, generator=generator), dim=-1)
     if kind == "rotated":
-        return texts @ torch.linalg.qr(torch.randn(2 * texts.shape[1:], generator=generator)).Q
+        return (
+            texts
+            @ torch.linalg.qr(torch.randn(2 * texts.shape[1:], generator=generator)).Q
+        )
     return {"texts": texts, "none": None}[kind]
 
 
@@ -215,7 +264,9 @@ class Objective:
 def reformed(outputs: Mapping[str, Any], form: str) -> Mapping[str, Any]:
     """What the loss is given for a form of the compensation."""
     if form == "logits":
-        return {name: value for name, value in outputs.items() if name != "image_embeds"}
+        return {
+            name: value for name, value in outputs.items() if name != "image_embeds"
+        }
     if form == "detached":
         return {**outputs, "class_embeds": outputs["class_embeds"].detach()}
     return outputs
@@ -226,7 +277,10 @@ def departure(outputs: Mapping[str, Any], rows: Tensor | None) -> Tensor:
     adapted, frozen = outputs["image_embeds"], outputs["base_image_embeds"]
     if rows is None:
         return (1 - F.cosine_similarity(adapted, frozen)).mean()
-    seen, target = (F.log_softmax(outputs["logit_scale"] * view @ rows.T, dim=-1) for view in (adapted, frozen))
+    seen, target = (
+        F.log_softmax(outputs["logit_scale"] * view @ rows.T, dim=-1)
+        for view in (adapted, frozen)
+    )
     return F.kl_div(seen, target, reduction="batchmean", log_target=True)
 
 
@@ -245,16 +299,28 @@ def fit(optimizer: torch.optim.Optimizer, losses: Iterator[Tensor], steps: int) 
         schedule.step()
 
 
-def train_tower(settings: Settings, data: Data, work: Path, name: str, seed: int) -> dict[str, Tensor]:
+def train_tower(
+    settings: Settings, data: Data, work: Path, name: str, seed: int
+) -> dict[str, Tensor]:
     """Train adapters, or whatever the method trains in the tower, and a head; return logits."""
     texts, remembering = data.task.text_embeds, settings.method == "adapter"
     tokens = data.remembered if remembering else data.tokens
     model = adapt(
-        settings, SageClassifier(load_tower(work, name, remembering), texts, scale=SCALE), texts, seed
+        settings,
+        SageClassifier(load_tower(work, name, remembering), texts, scale=SCALE),
+        texts,
+        seed,
     ).train()
-    trained = {key: value for key, value in model.named_parameters() if value.requires_grad}
+    trained = {
+        key: value for key, value in model.named_parameters() if value.requires_grad
+    }
     groups = [
-        {"params": [value for key, value in trained.items() if ("class_head" in key) == head], "lr": rate}
+        {
+            "params": [
+                value for key, value in trained.items() if ("class_head" in key) == head
+            ],
+            "lr": rate,
+        }
         for head, rate in enumerate(settings.rates)
     ]
     steps = EPOCHS * math.ceil(len(data.labels) / BATCH_SIZE)
@@ -263,20 +329,30 @@ def train_tower(settings: Settings, data: Data, work: Path, name: str, seed: int
     def losses() -> Iterator[Tensor]:
         for images, views in batches(*data.embeds.shape[:2], BATCH_SIZE, steps, seed):
             base = data.embeds[images, views if settings.view == "same" else 0]
-            outputs = model(tokens["train"][images, views].float(), base_image_embeds=base)
+            outputs = model(
+                tokens["train"][images, views].float(), base_image_embeds=base
+            )
             yield objective(outputs, data.labels[images])
 
     fit(torch.optim.AdamW(groups, weight_decay=0), losses(), steps)
     model.eval()
-    return {split: embed(lambda part: model(part).logits, tokens[split][:, 0]) for split in SPLITS[1:]}
+    return {
+        split: embed(lambda part: model(part).logits, tokens[split][:, 0])
+        for split in SPLITS[1:]
+    }
 
 
 def train_head(settings: Settings, data: Data, seed: int) -> dict[str, Tensor]:
     """Train a head on frozen embeddings; return logits."""
-    head, objective = CosineHead(data.task.text_embeds, SCALE), Objective(settings, data, seed)
+    head, objective = (
+        CosineHead(data.task.text_embeds, SCALE),
+        Objective(settings, data, seed),
+    )
 
     def losses() -> Iterator[Tensor]:
-        for images, views in batches(*data.embeds.shape[:2], HEAD_BATCH_SIZE, HEAD_STEPS, seed):
+        for images, views in batches(
+            *data.embeds.shape[:2], HEAD_BATCH_SIZE, HEAD_STEPS, seed
+        ):
             features = data.embeds[images, views]
             outputs = {
                 "logits": head(features),
@@ -288,18 +364,29 @@ def train_head(settings: Settings, data: Data, seed: int) -> dict[str, Tensor]:
             }
             yield objective(outputs, data.labels[images])
 
-    fit(torch.optim.AdamW(head.parameters(), lr=settings.rates[1], weight_decay=0), losses(), HEAD_STEPS)
+    fit(
+        torch.optim.AdamW(head.parameters(), lr=settings.rates[1], weight_decay=0),
+        losses(),
+        HEAD_STEPS,
+    )
     with torch.no_grad():
         return each_split(data, head)
 
 
 def each_split(data: Data, logits: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """A function of the frozen embeddings, of unit length, of the validation and of the test split."""
-    return {split: logits(F.normalize(getattr(data.task, split).embeds, dim=-1)) for split in SPLITS[1:]}
+    return {
+        split: logits(F.normalize(getattr(data.task, split).embeds, dim=-1))
+        for split in SPLITS[1:]
+    }
 
 
 def accuracies(logits: Tensor, split: Split, counts: Tensor) -> dict[str, float]:
     """Accuracies in per cent."""
     metric = LongTailAccuracy(counts)
     metric.update(logits, split.labels)
-    return {name: round(100 * float(value), 3) for name, value in metric.compute().items() if name in SCORES}
+    return {
+        name: round(100 * float(value), 3)
+        for name, value in metric.compute().items()
+        if name in SCORES
+    }

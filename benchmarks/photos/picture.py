@@ -18,7 +18,10 @@ from rivals import zero_shot
 from tables import best_arm, read_results
 
 
-TITLES = {"A": "A: classes that the model hardly knows by name", "B": "B: classes that it knows by name"}
+TITLES = {
+    "A": "A: classes that the model hardly knows by name",
+    "B": "B: classes that it knows by name",
+}
 
 
 def by_frequency(work: Path, task: str, settings: Settings, seeds: range) -> np.ndarray:
@@ -33,7 +36,9 @@ def by_frequency(work: Path, task: str, settings: Settings, seeds: range) -> np.
         labels = torch.as_tensor(data.task.test.labels)
         right = (logits.argmax(dim=1) == labels).double()
         accuracy = torch.bincount(labels, right) / torch.bincount(labels)
-        curves.append(accuracy[data.counts.argsort(descending=True, stable=True)].numpy())
+        curves.append(
+            accuracy[data.counts.argsort(descending=True, stable=True)].numpy()
+        )
     return 100 * np.mean(curves, axis=0)
 
 
@@ -46,19 +51,32 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     keep_memory()
-    grid = [line for file in Path(__file__).parent.glob("results/grid-tau*.jsonl") for line in read_results(file)]
+    grid = [
+        line
+        for file in Path(__file__).parent.glob("results/grid-tau*.jsonl")
+        for line in read_results(file)
+    ]
     grid = [line for line in grid if line["ratio"] == 100]
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     for axis, (task, title) in zip(figure.subplots(1, 2), TITLES.items(), strict=True):
         lift = best_arm(grid, task, "LIFT")["settings"]
         methods = {"zero-shot": Settings(method="zero-shot"), "Sage": Settings()}
         methods["LIFT's recipe"] = Settings(**lift | {"rates": tuple(lift["rates"])})
-        for (name, settings), style in zip(methods.items(), ("0.6", "C3", "C0"), strict=True):
+        for (name, settings), style in zip(
+            methods.items(), ("0.6", "C3", "C0"), strict=True
+        ):
             curve = by_frequency(args.work, task, settings, range(args.seeds))
             images = LARGEST[task] * 0.01 ** (np.arange(len(curve)) / (len(curve) - 1))
-            smooth = np.convolve(np.pad(curve, 10, mode="edge"), np.full(21, 1 / 21), mode="valid")
+            smooth = np.convolve(
+                np.pad(curve, 10, mode="edge"), np.full(21, 1 / 21), mode="valid"
+            )
             axis.plot(images.clip(min=1), smooth, color=style, label=name)
-        axis.set(xscale="log", title=title, xlabel="training images of the class", ylabel="test accuracy, %")
+        axis.set(
+            xscale="log",
+            title=title,
+            xlabel="training images of the class",
+            ylabel="test accuracy, %",
+        )
         axis.invert_xaxis()
         axis.legend()
     figure.savefig(args.picture, dpi=110)

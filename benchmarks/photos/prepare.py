@@ -35,18 +35,35 @@ GUESSES = 5
 
 # Images of each class in each split, by file: the rest of a file is left out.
 PARTS = {
-    "cifar100-train": {"cifar100-pretrain": 250, "cifar100-validation": 50, "cifar100-pool": 200},
+    "cifar100-train": {
+        "cifar100-pretrain": 250,
+        "cifar100-validation": 50,
+        "cifar100-pool": 200,
+    },
     "cifar100-test": {"cifar100-test": 100},
-    "tiny-imagenet-half": {"tiny-pretrain": 100, "tiny-pool": 90, "tiny-validation": 10, "tiny-test": 50},
+    "tiny-imagenet-half": {
+        "tiny-pretrain": 100,
+        "tiny-pool": 90,
+        "tiny-validation": 10,
+        "tiny-test": 50,
+    },
     "cifar10-part": {"cifar10-pretrain": 2000},
 }
 # Views of each image: the plain one, and random crops with flips. A split with no entry has the plain one.
-VIEWS = {"cifar100-pretrain": 3, "cifar100-pool": 3, "tiny-pool": 3, "tiny-pretrain": 2, "cifar10-pretrain": 2}
+VIEWS = {
+    "cifar100-pretrain": 3,
+    "cifar100-pool": 3,
+    "tiny-pool": 3,
+    "tiny-pretrain": 2,
+    "cifar10-pretrain": 2,
+}
 
 
 def read_labels(data: Path, file: str) -> np.ndarray:
     """The labels of a file of images."""
-    return pq.read_table(data / f"{file}.parquet", columns=["label"])["label"].to_numpy()
+    return pq.read_table(data / f"{file}.parquet", columns=["label"])[
+        "label"
+    ].to_numpy()
 
 
 def read_names(data: Path, file: str) -> list[str]:
@@ -61,10 +78,15 @@ def make_splits(data: Path) -> dict[str, np.ndarray]:
     for file, sizes in PARTS.items():
         generator = np.random.default_rng([SEED, zlib.crc32(file.encode())])
         labels = read_labels(data, file)
-        shuffled = [generator.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
+        shuffled = [
+            generator.permutation(np.flatnonzero(labels == label))
+            for label in np.unique(labels)
+        ]
         start = 0
         for split, size in sizes.items():
-            rows = np.sort(np.concatenate([rows[start : start + size] for rows in shuffled]))
+            rows = np.sort(
+                np.concatenate([rows[start : start + size] for rows in shuffled])
+            )
             arrays[f"{split}.rows"], arrays[f"{split}.labels"] = rows, labels[rows]
             start += size
     return arrays
@@ -72,7 +94,10 @@ def make_splits(data: Path) -> dict[str, np.ndarray]:
 
 def decode(images: list[dict]) -> Tensor:
     """The images (B, 3, H, W) between -1 and 1."""
-    arrays = [np.asarray(Image.open(io.BytesIO(image["bytes"])).convert("RGB")) for image in images]
+    arrays = [
+        np.asarray(Image.open(io.BytesIO(image["bytes"])).convert("RGB"))
+        for image in images
+    ]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -80,18 +105,37 @@ def random_crops(count: int, generator: torch.Generator) -> Tensor:
     """Affine maps (B, 2, 3) onto random crops of half to all of the area, half of them flipped."""
     area = 0.5 + 0.5 * torch.rand(count, generator=generator)
     ratio = (4 / 3) ** (2 * torch.rand(count, generator=generator) - 1)
-    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-    across, down = (2 * torch.rand(2, count, generator=generator) - 1) * (1 - torch.stack([width, height]))
+    width, height = (
+        (area * ratio).sqrt().clamp(max=1),
+        (area / ratio).sqrt().clamp(max=1),
+    )
+    across, down = (2 * torch.rand(2, count, generator=generator) - 1) * (
+        1 - torch.stack([width, height])
+    )
     flip = 1 - 2 * torch.randint(2, (count,), generator=generator)
     zero = torch.zeros(count)
-    return torch.stack([torch.stack([width * flip, zero, across], 1), torch.stack([zero, height, down], 1)], 1)
+    return torch.stack(
+        [
+            torch.stack([width * flip, zero, across], 1),
+            torch.stack([zero, height, down], 1),
+        ],
+        1,
+    )
 
 
-def make_views(images: Tensor, count: int, generator: torch.Generator) -> Iterator[Tensor]:
+def make_views(
+    images: Tensor, count: int, generator: torch.Generator
+) -> Iterator[Tensor]:
     """The plain view of the images, then random crops, at the side that the stem is given."""
     for view in range(count):
-        maps = random_crops(len(images), generator) if view else torch.eye(2, 3).repeat(len(images), 1, 1)
-        grid = F.affine_grid(maps, [len(images), 3, IMAGE_SIDE, IMAGE_SIDE], align_corners=False)
+        maps = (
+            random_crops(len(images), generator)
+            if view
+            else torch.eye(2, 3).repeat(len(images), 1, 1)
+        )
+        grid = F.affine_grid(
+            maps, [len(images), 3, IMAGE_SIDE, IMAGE_SIDE], align_corners=False
+        )
         yield F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
@@ -104,10 +148,14 @@ def compute_chunk(
     maps, guesses = [], []
     for start in range(0, len(images), BATCH):
         pixels = make_views(decode(images[start : start + BATCH]), views, generator)
-        outputs = [stem(view.to(like, memory_format=torch.channels_last)) for view in pixels]
+        outputs = [
+            stem(view.to(like, memory_format=torch.channels_last)) for view in pixels
+        ]
         guesses.append(stem.classify(outputs[0]).topk(GUESSES).indices.cpu())
         maps.append(torch.stack(outputs, 1).half().cpu())
-    return torch.cat(maps).contiguous().numpy(), torch.cat(guesses).numpy().astype(np.int16)
+    return torch.cat(maps).contiguous().numpy(), torch.cat(guesses).numpy().astype(
+        np.int16
+    )
 
 
 @functools.cache
@@ -120,7 +168,9 @@ def worker_stem(data: Path) -> Stem:
 @functools.cache
 def worker_images(data: Path, file: str) -> pa.Array:
     """The encoded images of a file, once in each process."""
-    return pq.read_table(data / f"{file}.parquet", columns=["image"])["image"].combine_chunks()
+    return pq.read_table(data / f"{file}.parquet", columns=["image"])[
+        "image"
+    ].combine_chunks()
 
 
 def write_chunk(job: tuple[Path, Path, str, np.ndarray, int]) -> int:
@@ -131,8 +181,12 @@ def write_chunk(job: tuple[Path, Path, str, np.ndarray, int]) -> int:
     file = next(file for file, sizes in PARTS.items() if split in sizes)
     images = worker_images(data, file).take(rows).to_pylist()
     # A chunk's crops are its own, whatever was computed before it.
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{SEED} {split} {number}".encode()))
-    maps, guesses = compute_chunk(worker_stem(data), images, VIEWS.get(split, 1), generator)
+    generator = torch.Generator().manual_seed(
+        zlib.crc32(f"{SEED} {split} {number}".encode())
+    )
+    maps, guesses = compute_chunk(
+        worker_stem(data), images, VIEWS.get(split, 1), generator
+    )
     partial = path.with_suffix(".partial")
     with partial.open("wb") as stream:
         np.savez(stream, maps=maps, guesses=guesses)
@@ -140,7 +194,9 @@ def write_chunk(job: tuple[Path, Path, str, np.ndarray, int]) -> int:
     return maps.shape[0] * maps.shape[1]
 
 
-def make_jobs(data: Path, work: Path, arrays: dict[str, np.ndarray]) -> list[tuple[Path, Path, str, np.ndarray, int]]:
+def make_jobs(
+    data: Path, work: Path, arrays: dict[str, np.ndarray]
+) -> list[tuple[Path, Path, str, np.ndarray, int]]:
     """The arguments of `write_chunk` for the chunks of all splits."""
     jobs = []
     for split in (split for sizes in PARTS.values() for split in sizes):
@@ -155,7 +211,11 @@ def make_jobs(data: Path, work: Path, arrays: dict[str, np.ndarray]) -> list[tup
 def main() -> None:
     """Write the splits and the maps of all of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path, help="folder of the photographs and of the stem's tflite file")
+    parser.add_argument(
+        "data",
+        type=Path,
+        help="folder of the photographs and of the stem's tflite file",
+    )
     parser.add_argument("work", type=Path, help="folder of everything that is computed")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -165,10 +225,15 @@ def main() -> None:
     # A process of one thread for each core: threads that wait for each other are slow where others use the cores too.
     workers = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
     began, views = time.time(), 0
-    with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
+    with multiprocessing.get_context("spawn").Pool(
+        workers, torch.set_num_threads, (1,)
+    ) as pool:
         for done, computed in enumerate(pool.imap_unordered(write_chunk, jobs), 1):
             views += computed
-            print(f"{done} of {len(jobs)} chunks, {views / (time.time() - began):.0f} views/s", flush=True)
+            print(
+                f"{done} of {len(jobs)} chunks, {views / (time.time() - began):.0f} views/s",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

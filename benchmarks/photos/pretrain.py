@@ -44,7 +44,9 @@ class Regime:
     seed: int
     steps: int
     lr: float
-    shares: tuple[float, ...]  # Of Tiny ImageNet, CIFAR-10 and, in B, CIFAR-100 in each batch.
+    shares: tuple[
+        float, ...
+    ]  # Of Tiny ImageNet, CIFAR-10 and, in B, CIFAR-100 in each batch.
     weight_decay: float = 0.1
     warmup: int = 50
 
@@ -59,8 +61,15 @@ REGIMES = {
     "B": Regime(seed=SEED + 1, steps=700, lr=8e-4, shares=(4 / 9, 2 / 9, 1 / 3)),
 }
 BATCH = 512
-TOKENS, KEPT, DROPPING = SIDE * SIDE, 5, 0.85  # Tokens of a map, those kept, and the share of the steps with dropping.
-GUESS, HYPERNYM = 0.4, 0.2  # Shares of captions from the stem's guesses and from above the class.
+TOKENS, KEPT, DROPPING = (
+    SIDE * SIDE,
+    5,
+    0.85,
+)  # Tokens of a map, those kept, and the share of the steps with dropping.
+GUESS, HYPERNYM = (
+    0.4,
+    0.2,
+)  # Shares of captions from the stem's guesses and from above the class.
 GUESSES, HYPERNYMS = 3, 4
 WRONG = 0.3  # Share of CIFAR-100's images whose caption is another class's.
 TEXT_LR = 0.1  # The text map's learning rate, as a share of the tower's.
@@ -73,18 +82,33 @@ class Source:
 
     maps: Tensor  # (n, views, 320, 3, 3) float16
     own: Tensor  # (n,) concept of the class
-    broader: Tensor  # (n, 4) concepts above the class, the class itself where there are none
+    broader: (
+        Tensor  # (n, 4) concepts above the class, the class itself where there are none
+    )
     guessed: Tensor  # (n, 3) concepts of the stem's guesses
 
-    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(
+        self, count: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Maps, the concepts that are true of each, and one of these to name in its caption."""
         image = torch.randint(len(self.own), (count,), generator=generator)
         view = torch.randint(self.maps.shape[1], (count,), generator=generator)
-        own, broader, guessed = self.own[image, None], self.broader[image], self.guessed[image]
+        own, broader, guessed = (
+            self.own[image, None],
+            self.broader[image],
+            self.guessed[image],
+        )
         chance = torch.rand(count, 1, generator=generator)
         kind = (chance < GUESS + HYPERNYM).long() + (chance < GUESS).long()
-        named = [concepts.gather(1, column(concepts, generator)) for concepts in (own, broader, guessed)]
-        return self.maps[image, view], torch.cat([own, broader, guessed], 1), torch.cat(named, 1).gather(1, kind)[:, 0]
+        named = [
+            concepts.gather(1, column(concepts, generator))
+            for concepts in (own, broader, guessed)
+        ]
+        return (
+            self.maps[image, view],
+            torch.cat([own, broader, guessed], 1),
+            torch.cat(named, 1).gather(1, kind)[:, 0],
+        )
 
 
 def column(table: Tensor, generator: torch.Generator) -> Tensor:
@@ -101,7 +125,13 @@ def standardization(sources: list[Source]) -> tuple[Tensor, Tensor]:
 class Images:
     """Batches of the images of all sources, with captions."""
 
-    def __init__(self, sources: list[Source], counts: list[int], concepts: Concepts, encoder: Encoder) -> None:
+    def __init__(
+        self,
+        sources: list[Source],
+        counts: list[int],
+        concepts: Concepts,
+        encoder: Encoder,
+    ) -> None:
         self.sources, self.counts = sources, counts
         captions, self.first, self.captions_of = concepts.flat()
         self.captions = encoder(captions)
@@ -113,9 +143,14 @@ class Images:
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Maps (B, 320, 3, 3), captions (B, 384), and which of the captions are true of which image (B, B)."""
-        drawn = [source.draw(count, generator) for source, count in zip(self.sources, self.counts, strict=True)]
+        drawn = [
+            source.draw(count, generator)
+            for source, count in zip(self.sources, self.counts, strict=True)
+        ]
         maps, concepts, named = (torch.cat(part) for part in zip(*drawn, strict=True))
-        number = (torch.rand(len(named), generator=generator) * self.captions_of[named]).long()
+        number = (
+            torch.rand(len(named), generator=generator) * self.captions_of[named]
+        ).long()
         captions = self.captions[self.first[named] + number]
         return self.standardized(maps), captions, (concepts[:, :, None] == named).any(1)
 
@@ -156,7 +191,9 @@ def new_tower() -> CLIPVisionModelWithProjection:
     return CLIPVisionModelWithProjection(config)
 
 
-def embed(tower: CLIPVisionModelWithProjection, maps: Tensor, kept: Tensor | None) -> Tensor:
+def embed(
+    tower: CLIPVisionModelWithProjection, maps: Tensor, kept: Tensor | None
+) -> Tensor:
     """Image embeddings from the class token and some of the others, of unit length."""
     vision = tower.vision_model
     hidden = vision.embeddings(maps)
@@ -165,10 +202,14 @@ def embed(tower: CLIPVisionModelWithProjection, maps: Tensor, kept: Tensor | Non
     hidden = vision.pre_layrnorm(hidden)
     for block in vision.encoder.layers:
         hidden = block(hidden, None)
-    return F.normalize(tower.visual_projection(vision.post_layernorm(hidden[:, 0])).float(), dim=-1)
+    return F.normalize(
+        tower.visual_projection(vision.post_layernorm(hidden[:, 0])).float(), dim=-1
+    )
 
 
-def contrastive_loss(images: Tensor, texts: Tensor, true: Tensor, scale: Tensor) -> Tensor:
+def contrastive_loss(
+    images: Tensor, texts: Tensor, true: Tensor, scale: Tensor
+) -> Tensor:
     """The mean of both directions, where every caption that is true of an image counts as its own (B, B)."""
     logits, true = scale * images @ texts.T, true.float()
     rows = F.cross_entropy(logits, true / true.sum(1, keepdim=True))
@@ -180,7 +221,11 @@ class Trainer:
     """Trains a tower and its text map in one regime, with checkpoints."""
 
     def __init__(
-        self, regime: Regime, tower: CLIPVisionModelWithProjection, text_map: TextMap, images: Images
+        self,
+        regime: Regime,
+        tower: CLIPVisionModelWithProjection,
+        text_map: TextMap,
+        images: Images,
     ) -> None:
         self.regime, self.images, self.step = regime, images, 0
         self.tower, self.text_map = tower.to(device()).train(), text_map.to(device())
@@ -189,20 +234,35 @@ class Trainer:
         base, decay = regime.lr, regime.weight_decay
         groups = [
             {"params": matrices, "base": base, "weight_decay": decay},
-            {"params": [*vectors, text_map.log_scale], "base": base, "weight_decay": 0.0},
-            {"params": [text_map.weight, text_map.bias], "base": base * TEXT_LR, "weight_decay": 0.0},
+            {
+                "params": [*vectors, text_map.log_scale],
+                "base": base,
+                "weight_decay": 0.0,
+            },
+            {
+                "params": [text_map.weight, text_map.bias],
+                "base": base * TEXT_LR,
+                "weight_decay": 0.0,
+            },
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=base, betas=(0.9, 0.98))
 
     def train_step(self) -> float:
         """One step of the optimizer; returns the loss."""
         progress = min(self.step / self.regime.steps, 1)
-        rate = min((self.step + 1) / self.regime.warmup, 0.5 + 0.5 * math.cos(math.pi * progress))
+        rate = min(
+            (self.step + 1) / self.regime.warmup,
+            0.5 + 0.5 * math.cos(math.pi * progress),
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = group["base"] * rate
         # All of a step is drawn by its number, so a run that was stopped goes on as if it had not been.
-        generator = torch.Generator().manual_seed(1_000_000 * self.regime.seed + self.step)
-        maps, captions, true = (part.to(device()) for part in self.images.batch(generator))
+        generator = torch.Generator().manual_seed(
+            1_000_000 * self.regime.seed + self.step
+        )
+        maps, captions, true = (
+            part.to(device()) for part in self.images.batch(generator)
+        )
         dropping = self.step < DROPPING * self.regime.steps
         kept = random_tokens(len(maps), generator).to(device()) if dropping else None
         with torch.autocast(device().type, torch.bfloat16, enabled=has_fast_bfloat16()):
@@ -217,7 +277,11 @@ class Trainer:
 
     def run(self, checkpoint: Path, report: Callable[[], str]) -> None:
         """Train to the end, from the checkpoint where there is one."""
-        parts = {"tower": self.tower, "text_map": self.text_map, "optimizer": self.optimizer}
+        parts = {
+            "tower": self.tower,
+            "text_map": self.text_map,
+            "optimizer": self.optimizer,
+        }
         if checkpoint.exists():
             state = torch.load(checkpoint, map_location=device())
             self.step = state["step"]
@@ -227,22 +291,32 @@ class Trainer:
         while self.step < self.regime.steps:
             losses.append(self.train_step())
             if self.step % CHECKPOINT == 0 or self.step == self.regime.steps:
-                state = {"step": self.step, **{name: part.state_dict() for name, part in parts.items()}}
+                state = {
+                    "step": self.step,
+                    **{name: part.state_dict() for name, part in parts.items()},
+                }
                 torch.save(state, checkpoint.with_suffix(".partial"))
                 os.replace(checkpoint.with_suffix(".partial"), checkpoint)
                 pace = (time.time() - began) / len(losses)
                 message = f"step {self.step} of {self.regime.steps}, {pace:.2f} s/step"
-                print(f"{message}, loss {np.mean(losses[-CHECKPOINT:]):.3f}, {report()}", flush=True)
+                print(
+                    f"{message}, loss {np.mean(losses[-CHECKPOINT:]):.3f}, {report()}",
+                    flush=True,
+                )
 
 
 def pretraining_sources(data: Path, work: Path, ids: dict[str, int]) -> list[Source]:
     """Tiny ImageNet and CIFAR-10, with the stem's guesses as concepts."""
     wordnet, imagenet = read_wordnet(data), read_imagenet(data)
     guess_ids = torch.tensor([ids[label] for label in imagenet])
-    tiny = [wordnet["tiny-imagenet"][key] for key in read_names(data, "tiny-imagenet-half")]
+    tiny = [
+        wordnet["tiny-imagenet"][key] for key in read_names(data, "tiny-imagenet-half")
+    ]
     cifar10 = [wordnet["cifar10"][key] for key in read_names(data, "cifar10-part")]
     named = {
-        "tiny-pretrain": [(", ".join(entry["names"]), entry["hypernyms"]) for entry in tiny],
+        "tiny-pretrain": [
+            (", ".join(entry["names"]), entry["hypernyms"]) for entry in tiny
+        ],
         "cifar10-pretrain": [(entry["names"][0], []) for entry in cifar10],
     }
     sources = []
@@ -250,10 +324,14 @@ def pretraining_sources(data: Path, work: Path, ids: dict[str, int]) -> list[Sou
         labels = read_labels(work, split)
         own = torch.tensor([ids[name] for name, _ in classes])
         # As many above each class: the class stands for those that it lacks.
-        above = [(hypernyms + [name] * HYPERNYMS)[:HYPERNYMS] for name, hypernyms in classes]
+        above = [
+            (hypernyms + [name] * HYPERNYMS)[:HYPERNYMS] for name, hypernyms in classes
+        ]
         broader = torch.tensor([[ids[name] for name in names] for names in above])
         guessed = guess_ids[read_guesses(work, split)[:, :GUESSES]]
-        sources.append(Source(read_maps(work, split), own[labels], broader[labels], guessed))
+        sources.append(
+            Source(read_maps(work, split), own[labels], broader[labels], guessed)
+        )
     return sources
 
 
@@ -266,38 +344,76 @@ def cifar100_source(data: Path, work: Path, ids: dict[str, int]) -> Source:
     shift = torch.randint(1, len(names), labels.shape, generator=generator)
     labels = torch.where(wrong, (labels + shift) % len(names), labels)
     own = torch.tensor([ids[spoken(name)] for name in names])[labels]
-    broader, guessed = own[:, None].expand(-1, HYPERNYMS), own[:, None].expand(-1, GUESSES)
+    broader, guessed = (
+        own[:, None].expand(-1, HYPERNYMS),
+        own[:, None].expand(-1, GUESSES),
+    )
     return Source(read_maps(work, "cifar100-pretrain"), own, broader, guessed)
 
 
 def save_tower(folder: Path, trainer: Trainer) -> None:
     """Write the tower, its standardisation and its text map."""
     trainer.tower.save_pretrained(folder)
-    beside = {name: weight.detach().cpu().numpy() for name, weight in trainer.text_map.named_parameters()}
-    np.savez(folder / "beside.npz", mean=trainer.images.mean.numpy(), std=trainer.images.std.numpy(), **beside)
+    beside = {
+        name: weight.detach().cpu().numpy()
+        for name, weight in trainer.text_map.named_parameters()
+    }
+    np.savez(
+        folder / "beside.npz",
+        mean=trainer.images.mean.numpy(),
+        std=trainer.images.std.numpy(),
+        **beside,
+    )
 
 
 class Report:
     """Tells the zero-shot accuracy on validation images."""
 
-    def __init__(self, data: Path, work: Path, encoder: Encoder, trainer: Trainer) -> None:
+    def __init__(
+        self, data: Path, work: Path, encoder: Encoder, trainer: Trainer
+    ) -> None:
         self.trainer = trainer
         self.tasks = []
         for task, split in (("A", "cifar100-validation"), ("tiny", "tiny-validation")):
             captions = [encoder(texts) for texts in class_captions(data, task)[1]]
-            self.tasks.append((split, captions, read_maps(work, split)[:, 0], read_labels(work, split)))
+            self.tasks.append(
+                (
+                    split,
+                    captions,
+                    read_maps(work, split)[:, 0],
+                    read_labels(work, split),
+                )
+            )
 
     @torch.inference_mode()
     def __call__(self) -> str:
         """The accuracies, in words."""
-        return ", ".join(f"{split} {self.accuracy(*images):.1f} %" for split, *images in self.tasks)
+        return ", ".join(
+            f"{split} {self.accuracy(*images):.1f} %" for split, *images in self.tasks
+        )
 
     def accuracy(self, captions: list[Tensor], maps: Tensor, labels: Tensor) -> float:
         """Per cent of the images that are nearest to the captions of their class."""
-        tower, text_map, images = self.trainer.tower, self.trainer.text_map, self.trainer.images
-        texts = F.normalize(torch.stack([text_map(texts.to(device())).mean(0) for texts in captions]), dim=1)
-        embeds = [embed(tower, images.standardized(part).to(device()), None) for part in maps.split(BATCH)]
-        return 100 * ((torch.cat(embeds) @ texts.T).argmax(1).cpu() == labels).float().mean().item()
+        tower, text_map, images = (
+            self.trainer.tower,
+            self.trainer.text_map,
+            self.trainer.images,
+        )
+        texts = F.normalize(
+            torch.stack([text_map(texts.to(device())).mean(0) for texts in captions]),
+            dim=1,
+        )
+        embeds = [
+            embed(tower, images.standardized(part).to(device()), None)
+            for part in maps.split(BATCH)
+        ]
+        return (
+            100
+            * ((torch.cat(embeds) @ texts.T).argmax(1).cpu() == labels)
+            .float()
+            .mean()
+            .item()
+        )
 
 
 def pretrain(data: Path, work: Path, name: str, encoder: Encoder) -> None:
@@ -308,7 +424,9 @@ def pretrain(data: Path, work: Path, name: str, encoder: Encoder) -> None:
     sources = pretraining_sources(data, work, concepts.ids())
     if regime.cifar100:
         sources.append(cifar100_source(data, work, concepts.ids()))
-    images = Images(sources, [int(share * BATCH) for share in regime.shares], concepts, encoder)
+    images = Images(
+        sources, [int(share * BATCH) for share in regime.shares], concepts, encoder
+    )
     torch.manual_seed(regime.seed)
     tower, text_map = new_tower(), TextMap(images.captions, 192)
     if regime.cifar100:

@@ -10,7 +10,16 @@ from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
-from methods import HEAD_BATCH_SIZE, HEAD_STEPS, Data, Settings, accuracies, batches, each_split, fit
+from methods import (
+    HEAD_BATCH_SIZE,
+    HEAD_STEPS,
+    Data,
+    Settings,
+    accuracies,
+    batches,
+    each_split,
+    fit,
+)
 from torch import Tensor
 
 from peft_sage import SageLoss
@@ -30,27 +39,43 @@ def clap(settings: Settings, data: Data, seed: int) -> dict[str, Tensor]:
     The multiplier of a class is the mean probability that zero-shot gives its training images, set once.
     """
     texts, scale = data.task.text_embeds, data.task.logit_scale
-    probability = (scale * data.embeds[:, 0] @ texts.T).softmax(dim=1).gather(1, data.labels[:, None])[:, 0]
-    multipliers = torch.zeros(len(texts)).index_add_(0, data.labels, probability) / data.counts.clamp(min=1)
+    probability = (
+        (scale * data.embeds[:, 0] @ texts.T)
+        .softmax(dim=1)
+        .gather(1, data.labels[:, None])[:, 0]
+    )
+    multipliers = torch.zeros(len(texts)).index_add_(
+        0, data.labels, probability
+    ) / data.counts.clamp(min=1)
     weight = texts.clone().requires_grad_()
     loss = SageLoss(data.counts, tau=settings.tau, compensation=0)
 
     def losses() -> Iterator[Tensor]:
-        for images, views in batches(*data.embeds.shape[:2], HEAD_BATCH_SIZE, HEAD_STEPS, seed):
+        for images, views in batches(
+            *data.embeds.shape[:2], HEAD_BATCH_SIZE, HEAD_STEPS, seed
+        ):
             distances = (weight - texts).square().sum(dim=1)
             logits = scale * data.embeds[images, views] @ F.normalize(weight, dim=-1).T
             yield loss(logits, data.labels[images]) + (multipliers * distances).mean()
 
-    fit(torch.optim.AdamW([weight], lr=settings.rates[1], weight_decay=0), losses(), HEAD_STEPS)
+    fit(
+        torch.optim.AdamW([weight], lr=settings.rates[1], weight_decay=0),
+        losses(),
+        HEAD_STEPS,
+    )
     rows = F.normalize(weight.detach(), dim=-1)
     return each_split(data, lambda embeds: embeds @ rows.T)
 
 
-def best_on_validation(data: Data, candidates: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+def best_on_validation(
+    data: Data, candidates: Iterable[dict[str, Tensor]]
+) -> dict[str, Tensor]:
     """The logits with the best macro accuracy on the validation split."""
     return max(
         candidates,
-        key=lambda logits: accuracies(logits["validation"], data.task.validation, data.counts)["macro"],
+        key=lambda logits: accuracies(
+            logits["validation"], data.task.validation, data.counts
+        )["macro"],
     )
 
 
@@ -66,16 +91,30 @@ def tip_adapter(settings: Settings, data: Data, seed: int) -> dict[str, Tensor]:
     loss = SageLoss(data.counts, tau=settings.tau, compensation=0)
 
     def logits(features: Tensor, alpha: float = 1.0, beta: float = 5.5) -> Tensor:
-        return scale * features @ texts.T + alpha * (beta * (features @ keys.T - 1)).exp() @ values
+        return (
+            scale * features @ texts.T
+            + alpha * (beta * (features @ keys.T - 1)).exp() @ values
+        )
 
     steps = CACHE_EPOCHS * math.ceil(len(data.labels) / HEAD_BATCH_SIZE)
     order = batches(*data.embeds.shape[:2], HEAD_BATCH_SIZE, steps, seed)
-    losses = (loss(logits(data.embeds[images, views]), data.labels[images]) for images, views in order)
-    fit(torch.optim.AdamW([keys], lr=settings.rates[1], eps=1e-4, weight_decay=0), losses, steps)
+    losses = (
+        loss(logits(data.embeds[images, views]), data.labels[images])
+        for images, views in order
+    )
+    fit(
+        torch.optim.AdamW([keys], lr=settings.rates[1], eps=1e-4, weight_decay=0),
+        losses,
+        steps,
+    )
     tried = itertools.product((0.3, 1.0, 3.0), (1.0, 5.5, 20.0))
     with torch.no_grad():
         return best_on_validation(
-            data, (each_split(data, functools.partial(logits, alpha=alpha, beta=beta)) for alpha, beta in tried)
+            data,
+            (
+                each_split(data, functools.partial(logits, alpha=alpha, beta=beta))
+                for alpha, beta in tried
+            ),
         )
 
 
@@ -85,16 +124,27 @@ def gda(settings: Settings, data: Data, seed: int) -> dict[str, Tensor]:
     The weight of the two is searched on the validation split, as in the paper.
     """
     texts, scale = data.task.text_embeds, data.task.logit_scale
-    features, labels = data.embeds.flatten(0, 1), data.labels.repeat_interleave(data.embeds.shape[1])
-    means = torch.zeros_like(texts).index_add_(0, labels, features) / labels.bincount(minlength=len(texts))[:, None]
+    features, labels = (
+        data.embeds.flatten(0, 1),
+        data.labels.repeat_interleave(data.embeds.shape[1]),
+    )
+    means = (
+        torch.zeros_like(texts).index_add_(0, labels, features)
+        / labels.bincount(minlength=len(texts))[:, None]
+    )
     covariance = (features - means[labels]).T.cov()
     images, width = features.shape
-    precision = width * torch.linalg.inv((images - 1) * covariance + covariance.trace() * torch.eye(width))
+    precision = width * torch.linalg.inv(
+        (images - 1) * covariance + covariance.trace() * torch.eye(width)
+    )
     weight = means @ precision
     bias = -(weight * means).sum(dim=1) / 2
 
     def logits(seen: Tensor, alpha: float) -> Tensor:
         return scale * seen @ texts.T + alpha * (seen @ weight.T + bias)
 
-    tried = (each_split(data, functools.partial(logits, alpha=alpha)) for alpha in (3, 30, 300))
+    tried = (
+        each_split(data, functools.partial(logits, alpha=alpha))
+        for alpha in (3, 30, 300)
+    )
     return best_on_validation(data, tried)

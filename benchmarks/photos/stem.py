@@ -30,19 +30,30 @@ def dequantized(model: tflite.Model, graph: tflite.SubGraph, index: int) -> Tens
     """The numbers of a quantised tensor: scale * (stored number - zero point)."""
     tensor = graph.Tensors(index)
     raw = model.Buffers(tensor.Buffer()).DataAsNumpy().tobytes()
-    stored = torch.frombuffer(bytearray(raw), dtype=TYPES[tensor.Type()]).reshape(tensor.ShapeAsNumpy().tolist())
+    stored = torch.frombuffer(bytearray(raw), dtype=TYPES[tensor.Type()]).reshape(
+        tensor.ShapeAsNumpy().tolist()
+    )
     quantization = tensor.Quantization()
-    return (stored.float() - float(quantization.ZeroPointAsNumpy()[0])) * float(quantization.ScaleAsNumpy()[0])
+    return (stored.float() - float(quantization.ZeroPointAsNumpy()[0])) * float(
+        quantization.ScaleAsNumpy()[0]
+    )
 
 
 class Convolution(nn.Module):
     """A convolution as TensorFlow pads it, with ReLU6 where the file has it."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, stride: int, groups: int, relu: bool) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor, stride: int, groups: int, relu: bool
+    ) -> None:
         super().__init__()
         out, into, size, _ = weight.shape
         self.convolution = nn.Conv2d(
-            into * groups, out, size, stride, padding=size // 2 * (stride == 1), groups=groups
+            into * groups,
+            out,
+            size,
+            stride,
+            padding=size // 2 * (stride == 1),
+            groups=groups,
         )
         self.convolution.weight.data, self.convolution.bias.data = weight, bias
         # TensorFlow's "same" pads an even side on the right alone when the stride is 2.
@@ -55,15 +66,26 @@ class Convolution(nn.Module):
 
 
 def convolution(
-    model: tflite.Model, graph: tflite.SubGraph, operator: tflite.Operator, depthwise: bool
+    model: tflite.Model,
+    graph: tflite.SubGraph,
+    operator: tflite.Operator,
+    depthwise: bool,
 ) -> Convolution:
     """The convolution of an operator of the file, whose batch norm is already in its weights."""
     options = tflite.DepthwiseConv2DOptions() if depthwise else tflite.Conv2DOptions()
     options.Init(operator.BuiltinOptions().Bytes, operator.BuiltinOptions().Pos)
-    weight, bias = (dequantized(model, graph, int(index)) for index in operator.InputsAsNumpy()[1:3])
+    weight, bias = (
+        dequantized(model, graph, int(index)) for index in operator.InputsAsNumpy()[1:3]
+    )
     weight = weight.permute(3, 0, 1, 2) if depthwise else weight.permute(0, 3, 1, 2)
     relu = options.FusedActivationFunction() == tflite.ActivationFunctionType.RELU6
-    return Convolution(weight.contiguous(), bias, options.StrideH(), len(weight) if depthwise else 1, relu)
+    return Convolution(
+        weight.contiguous(),
+        bias,
+        options.StrideH(),
+        len(weight) if depthwise else 1,
+        relu,
+    )
 
 
 class Stem(nn.Module):
@@ -81,7 +103,11 @@ class Stem(nn.Module):
             operator = graph.Operators(position)
             code = model.OperatorCodes(operator.OpcodeIndex()).DeprecatedBuiltinCode()
             if code in (OPERATORS.CONV_2D, OPERATORS.DEPTHWISE_CONV_2D):
-                self.convolutions.append(convolution(model, graph, operator, code == OPERATORS.DEPTHWISE_CONV_2D))
+                self.convolutions.append(
+                    convolution(
+                        model, graph, operator, code == OPERATORS.DEPTHWISE_CONV_2D
+                    )
+                )
                 self.steps.append(None)
             elif code == OPERATORS.ADD:
                 self.steps.append(made_by[int(operator.InputsAsNumpy()[1])])
@@ -95,7 +121,11 @@ class Stem(nn.Module):
         """The map (B, 320, 3, 3) of images (B, 3, 96, 96) between -1 and 1."""
         kept, hidden, convolutions = [], images, iter(self.convolutions)
         for earlier in self.steps:
-            hidden = next(convolutions)(hidden) if earlier is None else hidden + kept[earlier]
+            hidden = (
+                next(convolutions)(hidden)
+                if earlier is None
+                else hidden + kept[earlier]
+            )
             kept.append(hidden)
         return hidden
 

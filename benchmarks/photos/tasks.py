@@ -15,17 +15,27 @@ from torch import Tensor
 BATCH = 200
 
 # Splits of the images that each split of a task has. In A the model has seen none of CIFAR-100, in B one half.
-CIFAR100 = {"train": ["cifar100-pool"], "validation": ["cifar100-validation"], "test": ["cifar100-test"]}
+CIFAR100 = {
+    "train": ["cifar100-pool"],
+    "validation": ["cifar100-validation"],
+    "test": ["cifar100-test"],
+}
 SPLITS = {
     "A": {**CIFAR100, "train": ["cifar100-pretrain", "cifar100-pool"]},
     "B": CIFAR100,
-    "tiny": {"train": ["tiny-pool"], "validation": ["tiny-validation"], "test": ["tiny-test"]},
+    "tiny": {
+        "train": ["tiny-pool"],
+        "validation": ["tiny-validation"],
+        "test": ["tiny-test"],
+    },
 }
 
 
 def read_chunks(work: Path, split: str, kind: str) -> Tensor:
     """The maps (n, views, 320, 3, 3) or guesses (n, 5) of a split."""
-    arrays = [np.load(path)[kind] for path in sorted((work / "stem" / split).glob("*.npz"))]
+    arrays = [
+        np.load(path)[kind] for path in sorted((work / "stem" / split).glob("*.npz"))
+    ]
     return torch.from_numpy(np.concatenate(arrays))
 
 
@@ -68,22 +78,33 @@ def write_images(work: Path, folder: Path, name: str, split: str) -> None:
         embeds.append(tower.visual_projection(vision.post_layernorm(plain[:, 0])).cpu())
     np.save(folder / f"{split}_tokens.npy", torch.cat(tokens).numpy())
     np.save(folder / f"{split}_embeds.npy", torch.cat(embeds).numpy())
-    np.save(folder / f"{split}_labels.npy", torch.cat([read_labels(work, part) for part in parts]).numpy())
+    np.save(
+        folder / f"{split}_labels.npy",
+        torch.cat([read_labels(work, part) for part in parts]).numpy(),
+    )
 
 
-def write_texts(data: Path, work: Path, folder: Path, name: str, encoder: Encoder) -> None:
+def write_texts(
+    data: Path, work: Path, folder: Path, name: str, encoder: Encoder
+) -> None:
     """Write a task's class names and the embeddings of its texts."""
     _, beside = load_tower(work, TASKS[name])
 
     def embed(captions: list[str]) -> Tensor:
-        return F.normalize(F.linear(encoder(captions), beside["weight"], beside["bias"]), dim=-1)
+        return F.normalize(
+            F.linear(encoder(captions), beside["weight"], beside["bias"]), dim=-1
+        )
 
     names, captions, descriptions = class_captions(data, name)
-    classes = F.normalize(torch.stack([embed(texts).mean(0) for texts in captions]), dim=-1)
+    classes = F.normalize(
+        torch.stack([embed(texts).mean(0) for texts in captions]), dim=-1
+    )
     np.savez(
         folder / "texts.npz",
         text_embeds=classes.numpy(),
-        description_embeds=torch.stack([embed(texts) for texts in descriptions]).numpy(),
+        description_embeds=torch.stack(
+            [embed(texts) for texts in descriptions]
+        ).numpy(),
         other_embeds=embed(other_captions(data, name)).numpy(),
         logit_scale=beside["log_scale"].exp().numpy(),
     )

@@ -39,8 +39,18 @@ from peft_sage.layer import SageLayer
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "examples" / "emoji_lt" / "tiny-clip"
-TEMPLATES = ["a photo of a {}.", "a bad photo of the {}.", "a close-up of a {}.", "a {} in the wild."]
-TEMPLATES += ["a drawing of a {}.", "a photo of the small {}.", "a photo of many {}.", "a {} at night."]
+TEMPLATES = [
+    "a photo of a {}.",
+    "a bad photo of the {}.",
+    "a close-up of a {}.",
+    "a {} in the wild.",
+]
+TEMPLATES += [
+    "a drawing of a {}.",
+    "a photo of the small {}.",
+    "a photo of many {}.",
+    "a {} at night.",
+]
 #: A run: timed if it returns nothing; otherwise it returns what is measured.
 Run = Callable[[], float | None]
 
@@ -70,16 +80,31 @@ def frozen_tower(sizes: tuple[tuple[str, int], ...], device: str) -> nn.Module:
 def classifier(run: SimpleNamespace) -> nn.Module:
     """Return a classifier with what its method trains. All share one copy of the frozen weights."""
     base = frozen_tower(tuple(run.sizes.items()), run.device)
-    shared = {} if run.method == "full" else {id(t): t for t in (*base.parameters(), *base.buffers())}
+    shared = (
+        {}
+        if run.method == "full"
+        else {id(t): t for t in (*base.parameters(), *base.buffers())}
+    )
     torch.manual_seed(0)
-    model = SageClassifier(copy.deepcopy(base, shared), torch.randn(run.classes, run.sizes["embedding"]))
+    model = SageClassifier(
+        copy.deepcopy(base, shared), torch.randn(run.classes, run.sizes["embedding"])
+    )
     if run.method in ("head", "full"):
         return model.requires_grad_(True) if run.method == "full" else model
     if run.method == "lora":
         targets = ["q_proj", "v_proj"]
-        config = LoraConfig(r=run.r, lora_alpha=run.r, target_modules=targets, modules_to_save=["class_head"])
+        config = LoraConfig(
+            r=run.r,
+            lora_alpha=run.r,
+            target_modules=targets,
+            modules_to_save=["class_head"],
+        )
     else:
-        config = SageConfig(r=run.r, guidance_rows=0 if run.method == "adaptformer" else None, init_weights=False)
+        config = SageConfig(
+            r=run.r,
+            guidance_rows=0 if run.method == "adaptformer" else None,
+            init_weights=False,
+        )
     return get_peft_model(model, config)
 
 
@@ -109,12 +134,20 @@ class Step:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5)
         if getattr(run, "compile", False):
-            self.loss = torch.compile(self.loss, fullgraph=True, backend=getattr(run, "backend", "inductor"))
-            self(), self(), self()  # the moving average of the loss gets its shape in the first step: compiled twice
+            self.loss = torch.compile(
+                self.loss, fullgraph=True, backend=getattr(run, "backend", "inductor")
+            )
+            (
+                self(),
+                self(),
+                self(),
+            )  # the moving average of the loss gets its shape in the first step: compiled twice
 
     def loss(self, dtype: str | None = None) -> torch.Tensor:
         dtype = getattr(torch, dtype or self.run.dtype)
-        with torch.autocast(self.run.device, dtype=dtype, enabled=dtype != torch.float32):
+        with torch.autocast(
+            self.run.device, dtype=dtype, enabled=dtype != torch.float32
+        ):
             outputs = self.model(**self.batch)
         return self.function(outputs, self.labels)
 
@@ -140,13 +173,22 @@ def inference(run: SimpleNamespace) -> Run:
 def adapters(run: SimpleNamespace) -> Run:
     """What the adapters alone do in a step of training, or in inference: in whole steps it drowns in the noise."""
     step, calls = Step(run), []
-    layers = [module for module in step.model.modules() if isinstance(module, SageLayer)]
-    hooks = [m.register_forward_hook(lambda m, args, output: calls.append((m, args[0], output))) for m in layers]
+    layers = [
+        module for module in step.model.modules() if isinstance(module, SageLayer)
+    ]
+    hooks = [
+        m.register_forward_hook(
+            lambda m, args, output: calls.append((m, args[0], output))
+        )
+        for m in layers
+    ]
     with torch.no_grad():
         step.model(**step.batch)
     for hook in hooks:
         hook.remove()
-    optimizer = torch.optim.AdamW([p for layer in layers for p in layer.parameters() if p.requires_grad], lr=1e-5)
+    optimizer = torch.optim.AdamW(
+        [p for layer in layers for p in layer.parameters() if p.requires_grad], lr=1e-5
+    )
 
     @torch.inference_mode()
     def forward() -> None:
@@ -171,7 +213,9 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self.alive: dict[int, Any] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         tree_map_only(torch.Tensor, self._count, result)
         return result
@@ -180,7 +224,9 @@ class LiveBytes(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage._cdata not in self.alive:
             size = storage.nbytes()
-            self.alive[storage._cdata] = weakref.finalize(storage, self._free, storage._cdata, size)
+            self.alive[storage._cdata] = weakref.finalize(
+                storage, self._free, storage._cdata, size
+            )
             self.now += size
             self.peak = max(self.peak, self.now)
 
@@ -216,8 +262,14 @@ def agreement(run: SimpleNamespace) -> Run:
         step = Step(run)
         gradients = []
         for dtype in ("float32", "bfloat16"):
-            parts = torch.autograd.grad(step.loss(dtype), step.trained, allow_unused=True)
-            gradients.append(torch.cat([part.flatten().double() for part in parts if part is not None]))
+            parts = torch.autograd.grad(
+                step.loss(dtype), step.trained, allow_unused=True
+            )
+            gradients.append(
+                torch.cat(
+                    [part.flatten().double() for part in parts if part is not None]
+                )
+            )
         return 1 - F.cosine_similarity(*gradients, dim=0).item()
 
     return measure
@@ -228,7 +280,13 @@ def importing(run: SimpleNamespace) -> Run:
     code = "import time, peft; start = time.process_time(); import peft_sage; print(time.process_time() - start)"
 
     def measure() -> float:
-        output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
+        output = subprocess.run(
+            [sys.executable, "-c", code],
+            check=True,
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
         return 1000 * float(output.stdout)
 
     return measure
@@ -237,12 +295,24 @@ def importing(run: SimpleNamespace) -> Run:
 def clip_model(run: SimpleNamespace) -> CLIPModel:
     """Return a whole CLIP with random weights; its text tower is two thirds as wide as the image tower."""
     torch.manual_seed(0)
-    width, tokenizer = max(32, run.sizes["width"] * 2 // 3), AutoTokenizer.from_pretrained(TOKENIZER)
-    text = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": max(1, width // 64)}
+    width, tokenizer = (
+        max(32, run.sizes["width"] * 2 // 3),
+        AutoTokenizer.from_pretrained(TOKENIZER),
+    )
+    text = {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_attention_heads": max(1, width // 64),
+    }
     text |= {"num_hidden_layers": run.sizes["blocks"], "vocab_size": 49408}
-    text |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text |= {
+        name: getattr(tokenizer, name)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
     vision, projection = vision_config(run.sizes), run.sizes["embedding"]
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=projection)).eval()
+    return CLIPModel(
+        CLIPConfig(text_config=text, vision_config=vision, projection_dim=projection)
+    ).eval()
 
 
 @cache
@@ -252,23 +322,39 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 def text(run: SimpleNamespace) -> Run:
     """Encode 8 texts for each of `texts` classes; the same by the tower alone; or from the disk."""
-    tokenizer, clip = AutoTokenizer.from_pretrained(TOKENIZER), clip_model(run).to(run.device)
+    tokenizer, clip = (
+        AutoTokenizer.from_pretrained(TOKENIZER),
+        clip_model(run).to(run.device),
+    )
     rng = np.random.default_rng(0)
     syllables = [a + b for a in "bcdfglmnprstv" for b in "aeiou"]
     words = [
-        ["".join(rng.choice(syllables, rng.integers(2, 5))) for _ in range(rng.integers(1, 5))]
+        [
+            "".join(rng.choice(syllables, rng.integers(2, 5)))
+            for _ in range(rng.integers(1, 5))
+        ]
         for _ in range(run.texts)
     ]
     names = [f"{' '.join(parts)} {i}" for i, parts in enumerate(words)]
     if run.path != "tower":
-        kept = {"cache_dir": Path(_folder().name, "texts")} if run.path == "cached" else {}
+        kept = (
+            {"cache_dir": Path(_folder().name, "texts")} if run.path == "cached" else {}
+        )
 
         def encode() -> None:
             encode_class_descriptions(clip, tokenizer, names, TEMPLATES, **kept)
 
         return encode
-    ids = sorted(tokenizer([template.format(name) for name in names for template in TEMPLATES])["input_ids"], key=len)
-    batches = [tokenizer.pad({"input_ids": ids[i : i + 256]}, return_tensors="pt") for i in range(0, len(ids), 256)]
+    ids = sorted(
+        tokenizer([template.format(name) for name in names for template in TEMPLATES])[
+            "input_ids"
+        ],
+        key=len,
+    )
+    batches = [
+        tokenizer.pad({"input_ids": ids[i : i + 256]}, return_tensors="pt")
+        for i in range(0, len(ids), 256)
+    ]
 
     @torch.no_grad()
     def tower_alone() -> None:
@@ -280,8 +366,12 @@ def text(run: SimpleNamespace) -> Run:
 
 def _photograph(path: Path, rng: np.random.Generator) -> None:
     """Write a smooth random picture with a little noise, of the size that photographs have in iNaturalist."""
-    smooth = PIL.Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((800, 600))
-    noisy = np.clip(np.array(smooth) + rng.normal(0, 6, (600, 800, 1)), 0, 255).astype(np.uint8)
+    smooth = PIL.Image.fromarray(
+        rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    ).resize((800, 600))
+    noisy = np.clip(np.array(smooth) + rng.normal(0, 6, (600, 800, 1)), 0, 255).astype(
+        np.uint8
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     PIL.Image.fromarray(noisy).save(path, quality=90)
 
@@ -308,8 +398,13 @@ def photos(run: SimpleNamespace) -> Run:
 
     processor, folder = CLIPImageProcessor(), _photographs(run.photos)
     files = sorted(str(path) for path in folder.glob("train/*/*.jpg"))
-    data = datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image())
-    views = {"centre": ProcessorView(processor), "crops": RandomCropView(processor, 0.5, 0)}
+    data = datasets.Dataset.from_dict({"image": files}).cast_column(
+        "image", datasets.Image()
+    )
+    views = {
+        "centre": ProcessorView(processor),
+        "crops": RandomCropView(processor, 0.5, 0),
+    }
     pixels = PixelDataset(load_images(str(folder)).splits["train"], views.get(run.path))
 
     def by_pil(index: int) -> np.ndarray:
@@ -320,7 +415,9 @@ def photos(run: SimpleNamespace) -> Run:
         return np.array(resized.crop((left, top, left + 224, top + 224)))
 
     def by_datasets(index: int) -> torch.Tensor:
-        return processor(data[index]["image"].convert("RGB"), return_tensors="pt")["pixel_values"]
+        return processor(data[index]["image"].convert("RGB"), return_tensors="pt")[
+            "pixel_values"
+        ]
 
     read = {"pil": by_pil, "datasets": by_datasets}.get(run.path, pixels.__getitem__)
 
@@ -356,7 +453,14 @@ class _Waiting:
 def finetune(run: SimpleNamespace) -> Run:
     """Of the second epoch of `examples/finetune.py`: images a second, or the share of its time it waits for them."""
     photographs = run.photographs or str(_photographs(run.photos))
-    settings = (tuple(run.sizes.items()), run.device, run.dtype, run.batch, photographs, run.cache_gib)
+    settings = (
+        tuple(run.sizes.items()),
+        run.device,
+        run.dtype,
+        run.batch,
+        photographs,
+        run.cache_gib,
+    )
     return lambda: _finetuned(*settings)[run.value]
 
 
@@ -367,10 +471,17 @@ def _finetuned(
     _examples()
     import finetune as example
 
-    clip_folder, seconds, waits, side = Path(_folder().name, "clip"), [], [], dict(sizes)["image"]
+    clip_folder, seconds, waits, side = (
+        Path(_folder().name, "clip"),
+        [],
+        [],
+        dict(sizes)["image"],
+    )
     clip_model(SimpleNamespace(sizes=dict(sizes))).save_pretrained(clip_folder)
     AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(clip_folder)
-    processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )
     processor.save_pretrained(clip_folder)
 
     def timed(*args: Any) -> Any:
@@ -379,15 +490,27 @@ def _finetuned(
         seconds.append(time.perf_counter() - start)
 
     epoch, skip = example.train_epoch, example.skip_first_batches
-    example.train_epoch, example.skip_first_batches = timed, lambda *args: _Waiting(skip(*args), waits)
-    flags = {"model": clip_folder, "dataset": photographs, "output-dir": Path(_folder().name, f"finetuned{cache_gib}")}
+    example.train_epoch, example.skip_first_batches = (
+        timed,
+        lambda *args: _Waiting(skip(*args), waits),
+    )
+    flags = {
+        "model": clip_folder,
+        "dataset": photographs,
+        "output-dir": Path(_folder().name, f"finetuned{cache_gib}"),
+    }
     flags |= {"cache-gib": cache_gib, "epochs": 2, "batch-size": batch}
-    flags |= {"mixed-precision": "bf16"} if device == "cuda" and dtype == "bfloat16" else {}
+    flags |= (
+        {"mixed-precision": "bf16"} if device == "cuda" and dtype == "bfloat16" else {}
+    )
     try:
         results = example.main([f"--{name}={value}" for name, value in flags.items()])
     finally:
         example.train_epoch, example.skip_first_batches = epoch, skip
-    return {"speed": sum(results["class_counts"]) / seconds[-1], "waiting": sum(waits) / seconds[-1]}
+    return {
+        "speed": sum(results["class_counts"]) / seconds[-1],
+        "waiting": sum(waits) / seconds[-1],
+    }
 
 
 MEASURES: dict[str, Callable[[SimpleNamespace], Run]] = {

@@ -40,15 +40,19 @@ PAGE = """# Speed
 measured. ViT-B/16, r = 32, float32 and, on the CPU, batches of 2, where a row does not say otherwise. The median, and
 between which quartiles it lies; a ratio is taken within each repetition.
 """
-NO_GPU = (
-    "\n## GPU\n\nNot measured: there was no GPU. `bash benchmarks/speed/on_gpu.sh` fills this table in 8 minutes.\n"
-)
+NO_GPU = "\n## GPU\n\nNot measured: there was no GPU. `bash benchmarks/speed/on_gpu.sh` fills this table in 8 minutes.\n"
 
 
-def combinations(group: dict[str, Any], args: argparse.Namespace, file: dict[str, Any]) -> Iterator[tuple[dict, dict]]:
+def combinations(
+    group: dict[str, Any], args: argparse.Namespace, file: dict[str, Any]
+) -> Iterator[tuple[dict, dict]]:
     """Give the settings of the runs of a group by name, for every combination of `each`, which comes first."""
     each = group.get("each", {})
-    shared = {key: value for key, value in group.items() if key not in ("each", "runs", "rows")}
+    shared = {
+        key: value
+        for key, value in group.items()
+        if key not in ("each", "runs", "rows")
+    }
     for values in itertools.product(*each.values()):
         combination = dict(zip(each, values, strict=True))
         runs = {}
@@ -57,11 +61,15 @@ def combinations(group: dict[str, Any], args: argparse.Namespace, file: dict[str
             if args.small:
                 run |= file["small"] | {"classes": run["classes"] // 100 + 3}
             sizes = file["towers"][run["tower"]]
-            runs[name] = SimpleNamespace(**run, sizes=sizes, device=args.device, photographs=args.photographs)
+            runs[name] = SimpleNamespace(
+                **run, sizes=sizes, device=args.device, photographs=args.photographs
+            )
         yield combination, runs
 
 
-def interleaved(runs: Mapping[str, Run], device: str, repetitions: int) -> dict[str, np.ndarray]:
+def interleaved(
+    runs: Mapping[str, Run], device: str, repetitions: int
+) -> dict[str, np.ndarray]:
     """Let runs take turns, so that whatever else the machine does falls on all of them alike.
 
     Returns:
@@ -92,7 +100,10 @@ def interleaved(runs: Mapping[str, Run], device: str, repetitions: int) -> dict[
 
 
 def table_row(
-    row: dict[str, Any], values: dict[str, np.ndarray], combination: dict[str, Any], run: SimpleNamespace
+    row: dict[str, Any],
+    values: dict[str, np.ndarray],
+    combination: dict[str, Any],
+    run: SimpleNamespace,
 ) -> dict[str, Any]:
     """Return a row of the table: title, quartiles, unit and goal."""
     result = values[row["of"]] * row.get("times", 1)
@@ -110,12 +121,23 @@ def table_row(
     settings = [names[key].format(value) for key, value in combination.items()]
     goal = row.get("goal")
     goal = goal[combination["classes"]] if isinstance(goal, dict) else goal
-    low, median, high = (float(f"{value:.4g}") for value in np.quantile(result, [0.25, 0.5, 0.75]))
+    low, median, high = (
+        float(f"{value:.4g}") for value in np.quantile(result, [0.25, 0.5, 0.75])
+    )
     title = ", ".join([row["what"], *settings])
-    return {"what": title, "median": median, "low": low, "high": high, "unit": row.get("unit", "x"), "goal": goal}
+    return {
+        "what": title,
+        "median": median,
+        "low": low,
+        "high": high,
+        "unit": row.get("unit", "x"),
+        "goal": goal,
+    }
 
 
-def measure(group: dict[str, Any], args: argparse.Namespace, file: dict[str, Any]) -> list[dict[str, Any]]:
+def measure(
+    group: dict[str, Any], args: argparse.Namespace, file: dict[str, Any]
+) -> list[dict[str, Any]]:
     """Return the rows of a group."""
     rows = []
     for combination, settings in combinations(group, args, file):
@@ -124,7 +146,10 @@ def measure(group: dict[str, Any], args: argparse.Namespace, file: dict[str, Any
         values = interleaved(runs, args.device, args.repetitions or first.repetitions)
         for row in group["rows"]:
             rows.append(table_row(row, values, combination, first))
-            print("  {what}: {median:g} ({low:g} to {high:g}) {unit}".format(**rows[-1]), flush=True)
+            print(
+                "  {what}: {median:g} ({low:g} to {high:g}) {unit}".format(**rows[-1]),
+                flush=True,
+            )
         del runs
         torch._dynamo.reset()
     return rows
@@ -138,11 +163,18 @@ def environment(args: argparse.Namespace) -> str:
         info = Path("/proc/cpuinfo")
         lines = info.read_text().splitlines() if info.exists() else []
         name = next(
-            (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+            (
+                line.split(":")[1].strip()
+                for line in lines
+                if line.startswith("model name")
+            ),
+            platform.machine(),
         )
         where = f"{name}, {os.cpu_count()} cores, {args.threads} thread{'s' * (args.threads > 1)}"
     small = ", `--small`: the numbers mean nothing" * args.small
-    return f"{where}; torch {torch.__version__}, Python {platform.python_version()}{small}"
+    return (
+        f"{where}; torch {torch.__version__}, Python {platform.python_version()}{small}"
+    )
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
@@ -150,11 +182,19 @@ def write(results: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file = yaml.safe_load((HERE / "rows.yaml").read_text())
     order = [*file["groups"], *file["gpu_groups"]]
-    results = dict(sorted(results.items(), key=lambda item: order.index(item[0].removesuffix(" (GPU)"))))
+    results = dict(
+        sorted(
+            results.items(),
+            key=lambda item: order.index(item[0].removesuffix(" (GPU)")),
+        )
+    )
     parts = []
     for name, group in results.items():
         rows = ",\n".join(f"  {json.dumps(row)}" for row in group["rows"])
-        head = ", ".join(f"{json.dumps(key)}: {json.dumps(group[key])}" for key in ("device", "environment"))
+        head = ", ".join(
+            f"{json.dumps(key)}: {json.dumps(group[key])}"
+            for key in ("device", "environment")
+        )
         parts.append(f' {json.dumps(name)}: {{{head}, "rows": [\n{rows}\n ]}}')
     (folder / "results.json").write_text("{\n" + ",\n".join(parts) + "\n}\n")
     (folder / "RESULTS.md").write_text(page(results))
@@ -163,10 +203,16 @@ def write(results: dict[str, Any], folder: Path) -> None:
 def page(results: dict[str, Any]) -> str:
     """Return the page in Markdown: a table for every machine, and what is still to be measured."""
     text = PAGE
-    missing = [name for name in yaml.safe_load((HERE / "rows.yaml").read_text())["groups"] if name not in results]
+    missing = [
+        name
+        for name in yaml.safe_load((HERE / "rows.yaml").read_text())["groups"]
+        if name not in results
+    ]
     if missing:
         text += f"\nNot measured yet: `python benchmarks/speed/run.py --rows {' '.join(missing)}`.\n"
-    places = dict.fromkeys((group["device"], group["environment"]) for group in results.values())
+    places = dict.fromkeys(
+        (group["device"], group["environment"]) for group in results.values()
+    )
     for device, place in places:
         text += f"\n## {'GPU' if device == 'cuda' else 'CPU'}: {place}\n"
         text += "\n| what | median | quartiles | goal | met |\n|---|---|---|---|---|\n"
@@ -187,20 +233,45 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _digits(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" if abs(value) >= 10 else f"{value:.3f}"
+    return (
+        f"{value:,.0f}"
+        if abs(value) >= 1000
+        else f"{value:.4g}"
+        if abs(value) >= 10
+        else f"{value:.3f}"
+    )
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", help="groups of rows.yaml; default: `groups`")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rows", nargs="+", help="groups of rows.yaml; default: `groups`"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch")
-    parser.add_argument("--repetitions", type=int, help="of every group; default: as in rows.yaml")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="of PyTorch"
+    )
+    parser.add_argument(
+        "--repetitions", type=int, help="of every group; default: as in rows.yaml"
+    )
     parser.add_argument("--small", action="store_true", help="sizes for a test")
-    parser.add_argument("--photographs", help="a folder for the rows with `finetune.py`")
-    parser.add_argument("--output", type=Path, default=HERE, help="folder of results.json and RESULTS.md")
-    parser.add_argument("--report", action="store_true", help="write and print the page, without measuring")
+    parser.add_argument(
+        "--photographs", help="a folder for the rows with `finetune.py`"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=HERE,
+        help="folder of results.json and RESULTS.md",
+    )
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="write and print the page, without measuring",
+    )
     return parser.parse_args(argv)
 
 
@@ -219,8 +290,16 @@ def main(argv: list[str] | None = None) -> None:
     for name in args.rows or file["groups"]:
         print(name, flush=True)
         rows = measure(groups[name], args, file)
-        key = name if args.device == "cpu" or name in file["gpu_groups"] else f"{name} (GPU)"
-        results[key] = {"device": args.device, "environment": environment(args), "rows": rows}
+        key = (
+            name
+            if args.device == "cpu" or name in file["gpu_groups"]
+            else f"{name} (GPU)"
+        )
+        results[key] = {
+            "device": args.device,
+            "environment": environment(args),
+            "rows": rows,
+        }
         write(results, args.output)
 
 

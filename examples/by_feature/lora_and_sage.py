@@ -34,10 +34,19 @@ folder = Path(args.output_dir)
 sage.save_pretrained(folder, selected_adapters=["semantic"])
 both.save_pretrained(folder, selected_adapters=["attention"])
 
-sage_again = PeftModel.from_pretrained(load(args)[0], folder / "semantic", adapter_name="semantic")
+sage_again = PeftModel.from_pretrained(
+    load(args)[0], folder / "semantic", adapter_name="semantic"
+)
 base = sage_again.get_base_model()
-both_again = PeftModel.from_pretrained(base, folder / "attention", adapter_name="attention").eval()
-sage_again.set_adapter("semantic")  # the second one has switched the head of the first off
+both_again = PeftModel.from_pretrained(
+    base, folder / "attention", adapter_name="attention"
+).eval()
+sage_again.set_adapter(
+    "semantic"
+)  # the second one has switched the head of the first off
 image = splits["test"][0]["pixel_values"][None]
 with torch.no_grad():
-    print("loaded equals saved:", torch.allclose(both_again(image).logits, both(image).logits, atol=1e-5))
+    print(
+        "loaded equals saved:",
+        torch.allclose(both_again(image).logits, both(image).logits, atol=1e-5),
+    )

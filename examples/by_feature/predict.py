@@ -13,5 +13,7 @@ parser.add_argument("images", nargs="+", help="files, or folders of them")
 args = parser.parse_args()
 
 paths = find_images(args.images)
-for path, [best] in zip(paths, SageClassifier.from_pretrained(args.model).predict(paths), strict=True):
+for path, [best] in zip(
+    paths, SageClassifier.from_pretrained(args.model).predict(paths), strict=True
+):
     print(f"{path}: {best['label']} {100 * best['score']:.1f} %")

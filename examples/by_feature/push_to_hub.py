@@ -14,7 +14,9 @@ from peft import PeftConfig
 from peft_sage import SageClassifier
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
 parser.add_argument("folder", help="what was saved by training")
 parser.add_argument("repo_id", help="user/name")
 parser.add_argument("--private", action="store_true")
@@ -22,13 +24,24 @@ args = parser.parse_args()
 
 base_model = PeftConfig.from_pretrained(args.folder).base_model_name_or_path
 if base_model and Path(base_model).is_dir():
-    print(f"The base model {base_model!r} is a folder of yours, which nobody else has: see docs/hub.md.")
+    print(
+        f"The base model {base_model!r} is a folder of yours, which nobody else has: see docs/hub.md."
+    )
 
 api = HfApi()
 api.create_repo(args.repo_id, private=args.private, exist_ok=True)
 # The report shows many of the images that it was made from; upload it yourself if they may be seen.
-others = ["README.md", "report.html", "checkpoint*", "checkpoints/*", "logs/*", "text_embeds/*"]
-url = api.upload_folder(repo_id=args.repo_id, folder_path=args.folder, ignore_patterns=others)
+others = [
+    "README.md",
+    "report.html",
+    "checkpoint*",
+    "checkpoints/*",
+    "logs/*",
+    "text_embeds/*",
+]
+url = api.upload_folder(
+    repo_id=args.repo_id, folder_path=args.folder, ignore_patterns=others
+)
 # The card in the folder says how to load the folder; the card on the Hub says how to load it from there.
 card = ModelCard.load(Path(args.folder, "README.md"))
 card.text = re.sub(r'(from_pretrained\()".+"\)', rf'\1"{args.repo_id}")', card.text)

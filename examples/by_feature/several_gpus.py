@@ -14,7 +14,13 @@ from peft import get_peft_model
 from torch.utils.data import DataLoader
 from transformers import CLIPVisionModelWithProjection
 
-from peft_sage import LongTailAccuracy, SageClassifier, SageConfig, SageLoss, parameter_groups
+from peft_sage import (
+    LongTailAccuracy,
+    SageClassifier,
+    SageConfig,
+    SageLoss,
+    parameter_groups,
+)
 
 
 args = parse(__doc__)
@@ -24,7 +30,9 @@ counts = torch.as_tensor(data.class_counts())
 
 # The texts are encoded, so the vision tower is enough: less to copy, and FSDP2 takes no scalars such as `logit_scale`.
 vision = CLIPVisionModelWithProjection.from_pretrained(args.model, dtype=torch.float32)
-model = get_peft_model(SageClassifier(vision, whole.text_embeds, whole.class_names), SageConfig())
+model = get_peft_model(
+    SageClassifier(vision, whole.text_embeds, whole.class_names), SageConfig()
+)
 
 model, optimizer, train, test = accelerator.prepare(
     model,
@@ -49,10 +57,17 @@ for batch in test:
     accuracy.update(*accelerator.gather_for_metrics((logits, batch["labels"])))
 scores = accuracy.compute()
 if accelerator.is_main_process:
-    report(f"{accelerator.num_processes} processes, {accelerator.distributed_type.value}", scores)
+    report(
+        f"{accelerator.num_processes} processes, {accelerator.distributed_type.value}",
+        scores,
+    )
 
-state_dict = accelerator.get_state_dict(model)  # by all processes, since some spread the weights
+state_dict = accelerator.get_state_dict(
+    model
+)  # by all processes, since some spread the weights
 if accelerator.is_main_process:
-    accelerator.unwrap_model(model).save_pretrained(args.output_dir, state_dict=state_dict)
+    accelerator.unwrap_model(model).save_pretrained(
+        args.output_dir, state_dict=state_dict
+    )
 accelerator.wait_for_everyone()
 accelerator.end_training()

@@ -37,7 +37,9 @@ def class_names_of(path: Path) -> list[str]:
 
 
 @torch.no_grad()
-def encode_classes(model: CLIPModel, tokenizer: AutoTokenizer, descriptions: list[list[str]]) -> Tensor:
+def encode_classes(
+    model: CLIPModel, tokenizer: AutoTokenizer, descriptions: list[list[str]]
+) -> Tensor:
     """Returns the class embeddings (K, e), normalised means over the texts of a class."""
     rows = []
     for texts in descriptions:
@@ -50,11 +52,16 @@ def encode_classes(model: CLIPModel, tokenizer: AutoTokenizer, descriptions: lis
 @torch.no_grad()
 def encode_images(model: CLIPModel, pixels: Tensor, batch_size: int = 256) -> Tensor:
     """Returns normalised image embeddings (n, e)."""
-    parts = [model.visual_projection(model.vision_model(part).pooler_output) for part in pixels.split(batch_size)]
+    parts = [
+        model.visual_projection(model.vision_model(part).pooler_output)
+        for part in pixels.split(batch_size)
+    ]
     return F.normalize(torch.cat(parts), dim=-1)
 
 
-def group_accuracy(logits: Tensor, labels: Tensor, counts: Tensor | None = None) -> dict[str, float]:
+def group_accuracy(
+    logits: Tensor, labels: Tensor, counts: Tensor | None = None
+) -> dict[str, float]:
     """Computes accuracies in percent.
 
     Args:
@@ -72,11 +79,21 @@ def group_accuracy(logits: Tensor, labels: Tensor, counts: Tensor | None = None)
     present = labels.unique()
     per_class = torch.stack([hit[labels == label].mean() for label in present])
     per_class5 = torch.stack([hit5[labels == label].mean() for label in present])
-    result = {"overall": hit.mean(), "macro": per_class.mean(), "top5": per_class5.mean()}
+    result = {
+        "overall": hit.mean(),
+        "macro": per_class.mean(),
+        "top5": per_class5.mean(),
+    }
     if counts is not None:
         size = counts[present]
-        groups = {"many": size > 100, "medium": (size >= 20) & (size <= 100), "few": size < 20}
-        result.update({name: per_class[members].mean() for name, members in groups.items()})
+        groups = {
+            "many": size > 100,
+            "medium": (size >= 20) & (size <= 100),
+            "few": size < 20,
+        }
+        result.update(
+            {name: per_class[members].mean() for name, members in groups.items()}
+        )
     return {name: 100 * value.item() for name, value in result.items()}
 
 
@@ -100,29 +117,57 @@ def bootstrap_macro(
 
 def main() -> None:
     """Evaluates from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(HERE / "tiny-clip"), help="CLIP model, a folder or a Hub id")
-    parser.add_argument("--split", default="validation", help="train, validation or test, or a parquet file")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model",
+        default=str(HERE / "tiny-clip"),
+        help="CLIP model, a folder or a Hub id",
+    )
+    parser.add_argument(
+        "--split",
+        default="validation",
+        help="train, validation or test, or a parquet file",
+    )
     parser.add_argument("--descriptions", type=Path, default=HERE / "descriptions.json")
     args = parser.parse_args()
-    path = Path(args.split) if args.split.endswith(".parquet") else HERE / f"{args.split}.parquet"
+    path = (
+        Path(args.split)
+        if args.split.endswith(".parquet")
+        else HERE / f"{args.split}.parquet"
+    )
 
     model = CLIPModel.from_pretrained(args.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     processor = AutoImageProcessor.from_pretrained(args.model)
     names = class_names_of(path)
     texts = json.loads(args.descriptions.read_text(encoding="utf-8"))
-    classes = encode_classes(model, tokenizer, [[t] if isinstance(t := texts[n], str) else t for n in names])
+    classes = encode_classes(
+        model, tokenizer, [[t] if isinstance(t := texts[n], str) else t for n in names]
+    )
     table = pq.read_table(path)
-    images = [Image.fromarray(decode(row["bytes"])) for row in table["image"].to_pylist()]
+    images = [
+        Image.fromarray(decode(row["bytes"])) for row in table["image"].to_pylist()
+    ]
     labels = torch.tensor(table["label"].to_pylist())
-    train = torch.tensor(pq.read_table(HERE / "train.parquet", columns=["label"])["label"].to_pylist())
-    logits = encode_images(model, processor(images, return_tensors="pt")["pixel_values"]) @ classes.T
+    train = torch.tensor(
+        pq.read_table(HERE / "train.parquet", columns=["label"])["label"].to_pylist()
+    )
+    logits = (
+        encode_images(model, processor(images, return_tensors="pt")["pixel_values"])
+        @ classes.T
+    )
     result = group_accuracy(logits, labels, train.bincount(minlength=len(names)))
     low, high = bootstrap_macro(logits, labels, table["concept"].to_pylist(), 2000, 0)
     print(f"{path.stem}: {len(labels)} images, {len(labels.unique())} classes")
-    print("| macro | 95 % interval | top-5 | many | medium | few | overall |\n|---|---|---|---|---|---|---|")
-    shown = [f"{result[key]:.1f}" for key in ("macro", "top5", "many", "medium", "few", "overall")]
+    print(
+        "| macro | 95 % interval | top-5 | many | medium | few | overall |\n|---|---|---|---|---|---|---|"
+    )
+    shown = [
+        f"{result[key]:.1f}"
+        for key in ("macro", "top5", "many", "medium", "few", "overall")
+    ]
     print("| " + " | ".join([shown[0], f"{low:.1f} to {high:.1f}", *shown[1:]]) + " |")
 
 

@@ -60,7 +60,12 @@ def configuration(tokenizer: CLIPTokenizer | None = None) -> CLIPConfig:
         "hidden_act": "gelu",
         "projection_dim": EMBEDDING,
     }
-    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=EMBEDDING, logit_scale_init_value=3.0)
+    return CLIPConfig(
+        text_config=text,
+        vision_config=vision,
+        projection_dim=EMBEDDING,
+        logit_scale_init_value=3.0,
+    )
 
 
 class Archive:
@@ -75,27 +80,51 @@ class Archive:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         layout = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
-        emoji, styles, icons = (np.load(folder / f"{name}.npz") for name in ("emoji", "styles", "icons"))
+        emoji, styles, icons = (
+            np.load(folder / f"{name}.npz") for name in ("emoji", "styles", "icons")
+        )
         self.texts: list[str] = layout["texts"]
-        self.embeddings = torch.from_numpy(np.load(folder / "texts.npz")["embeddings"]).float().to(device)
+        self.embeddings = (
+            torch.from_numpy(np.load(folder / "texts.npz")["embeddings"])
+            .float()
+            .to(device)
+        )
         self.num_emoji = layout["emoji"] // layout["per_emoji"]
         num_icons = layout["icon"] // layout["per_icon"]
-        self.pixels = torch.from_numpy(np.concatenate([emoji["pixels"], styles["pixels"], icons["pixels"]])).to(device)
-        concept = np.concatenate([emoji["concept"], styles["concept"], icons["concept"] + self.num_emoji])
+        self.pixels = torch.from_numpy(
+            np.concatenate([emoji["pixels"], styles["pixels"], icons["pixels"]])
+        ).to(device)
+        concept = np.concatenate(
+            [emoji["concept"], styles["concept"], icons["concept"] + self.num_emoji]
+        )
         clutter = emoji["clutter"]
         self.clutter = torch.from_numpy(np.flatnonzero(clutter)).to(device)
         first = torch.arange(self.num_emoji) * layout["per_emoji"]
-        self.first = torch.cat([first, layout["emoji"] + torch.arange(num_icons) * layout["per_icon"]]).to(device)
-        sizes = [layout["per_emoji"]] * self.num_emoji + [layout["per_icon"]] * num_icons
-        owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)
+        self.first = torch.cat(
+            [first, layout["emoji"] + torch.arange(num_icons) * layout["per_icon"]]
+        ).to(device)
+        sizes = [layout["per_emoji"]] * self.num_emoji + [
+            layout["per_icon"]
+        ] * num_icons
+        owner = torch.repeat_interleave(
+            torch.arange(len(sizes)), torch.tensor(sizes)
+        ).to(device)
         centres = torch.zeros(len(sizes), SENTENCE, device=device)
-        self.centres = F.normalize(centres.index_add_(0, owner, self.embeddings[: len(owner)]), dim=-1)
+        self.centres = F.normalize(
+            centres.index_add_(0, owner, self.embeddings[: len(owner)]), dim=-1
+        )
         skip = np.pad(clutter, (0, len(concept) - len(clutter)))
         self.members = _members(concept, len(sizes), skip)
-        self.drawn_emoji = np.array([i for i in range(self.num_emoji) if len(self.members[i])])
-        self.drawn_icons = np.array([i for i in range(self.num_emoji, len(sizes)) if len(self.members[i])])
+        self.drawn_emoji = np.array(
+            [i for i in range(self.num_emoji) if len(self.members[i])]
+        )
+        self.drawn_icons = np.array(
+            [i for i in range(self.num_emoji, len(sizes)) if len(self.members[i])]
+        )
 
-    def batch(self, size: int, icon_share: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, size: int, icon_share: float, rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
         """Draws two drawings of each of `size` / 2 concepts.
 
         Returns:
@@ -103,10 +132,17 @@ class Archive:
         """
         icons = int(size // 2 * icon_share)
         concepts = np.concatenate(
-            [rng.choice(self.drawn_emoji, size // 2 - icons, replace=False), rng.choice(self.drawn_icons, icons)]
+            [
+                rng.choice(self.drawn_emoji, size // 2 - icons, replace=False),
+                rng.choice(self.drawn_icons, icons),
+            ]
         )
-        rows = np.array([rng.choice(self.members[c]) for _ in range(2) for c in concepts])
-        return torch.from_numpy(rows), torch.from_numpy(np.concatenate([concepts, concepts]))
+        rows = np.array(
+            [rng.choice(self.members[c]) for _ in range(2) for c in concepts]
+        )
+        return torch.from_numpy(rows), torch.from_numpy(
+            np.concatenate([concepts, concepts])
+        )
 
     def caption(self, concepts: Tensor) -> Tensor:
         """Returns the mean sentence embedding of the captions of each concept (n, 384)."""
@@ -127,7 +163,9 @@ def premultiplied(pixels: Tensor) -> Tensor:
     return torch.cat([(x[:, :3] - (1 - x[:, 3:])).clamp_min(0), x[:, 3:]], dim=1)
 
 
-def place(drawings: Tensor, scale: Tensor, shift: Tensor, angle: Tensor, size: int) -> Tensor:
+def place(
+    drawings: Tensor, scale: Tensor, shift: Tensor, angle: Tensor, size: int
+) -> Tensor:
     """Draws premultiplied drawings on transparent canvases, scaled, turned, mirrored at random and moved.
 
     Args:
@@ -142,9 +180,16 @@ def place(drawings: Tensor, scale: Tensor, shift: Tensor, angle: Tensor, size: i
     """
     cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
     mirror = torch.where(torch.rand_like(scale) < 0.3, -1.0, 1.0)
-    matrix = torch.stack([torch.stack([cos * mirror, sin * mirror], -1), torch.stack([-sin, cos], -1)], dim=1)
+    matrix = torch.stack(
+        [torch.stack([cos * mirror, sin * mirror], -1), torch.stack([-sin, cos], -1)],
+        dim=1,
+    )
     moved = -(matrix @ shift[..., None])
-    grid = F.affine_grid(torch.cat([matrix, moved], -1), [len(drawings), 4, size, size], align_corners=False)
+    grid = F.affine_grid(
+        torch.cat([matrix, moved], -1),
+        [len(drawings), 4, size, size],
+        align_corners=False,
+    )
     return F.grid_sample(drawings, grid, align_corners=False)
 
 
@@ -152,7 +197,9 @@ def recolour(drawings: Tensor) -> Tensor:
     """Jitters hue, brightness and contrast of premultiplied drawings; turns some of them grey."""
     colours, alpha = drawings[:, :3], drawings[:, 3:]
     n = len(drawings)
-    mix = torch.eye(3, device=drawings.device) + 0.08 * torch.randn(n, 3, 3, device=drawings.device)
+    mix = torch.eye(3, device=drawings.device) + 0.08 * torch.randn(
+        n, 3, 3, device=drawings.device
+    )
     grey = (torch.rand(n, device=drawings.device) < 0.1).float()[:, None, None]
     mix = mix * (1 - grey) + grey / 3
     colours = torch.einsum("nij,njhw->nihw", mix, colours)
@@ -163,11 +210,23 @@ def recolour(drawings: Tensor) -> Tensor:
 def backgrounds(n: int, size: int, white: float, device: torch.device) -> Tensor:
     """Makes white, plain, graded or textured backgrounds (n, 3, size, size)."""
     plain = torch.rand(n, 3, 1, 1, device=device)
-    coarse = torch.randn(n, 3, 4, 4, device=device) * 0.3 * torch.rand(n, 1, 1, 1, device=device)
-    fine = torch.randn(n, 1, size, size, device=device) * 0.1 * torch.rand(n, 1, 1, 1, device=device)
+    coarse = (
+        torch.randn(n, 3, 4, 4, device=device)
+        * 0.3
+        * torch.rand(n, 1, 1, 1, device=device)
+    )
+    fine = (
+        torch.randn(n, 1, size, size, device=device)
+        * 0.1
+        * torch.rand(n, 1, 1, 1, device=device)
+    )
     texture = plain + F.interpolate(coarse, size=size, mode="bilinear") + fine
     keep = torch.rand(n, 1, 1, 1, device=device)
-    made = torch.where(keep < white, torch.ones_like(texture), torch.where(keep < (1 + white) / 2, plain, texture))
+    made = torch.where(
+        keep < white,
+        torch.ones_like(texture),
+        torch.where(keep < (1 + white) / 2, plain, texture),
+    )
     return made.clamp(0, 1)
 
 
@@ -191,17 +250,29 @@ def views(archive: Archive, rows: Tensor, scene_share: float, size: int) -> Tens
     image = backgrounds(n, size, 0.85, device)
     image[scene] = backgrounds(scenes, size, 0.1, device)
     for _ in range(4):
-        clutter = archive.pixels[archive.clutter[torch.randint(len(archive.clutter), (scenes,), device=device)]]
+        clutter = archive.pixels[
+            archive.clutter[
+                torch.randint(len(archive.clutter), (scenes,), device=device)
+            ]
+        ]
         scale = torch.empty(scenes, device=device).uniform_(0.25, 0.5)
         shift = torch.empty(scenes, 2, device=device).uniform_(-0.9, 0.9)
-        layer = place(recolour(premultiplied(clutter)), scale, shift, 0.5 * torch.randn(scenes, device=device), size)
+        layer = place(
+            recolour(premultiplied(clutter)),
+            scale,
+            shift,
+            0.5 * torch.randn(scenes, device=device),
+            size,
+        )
         image[scene] = layer[:, :3] + image[scene] * (1 - layer[:, 3:])
     uniform = torch.rand(n, device=device)
     scale = torch.where(scene, 0.35 + 0.35 * uniform, 0.65 + 0.45 * uniform)
     room = torch.where(scene, (1 - scale) * 1.1, (1 - scale).abs() + 0.08)
     shift = (2 * torch.rand(n, 2, device=device) - 1) * room[:, None]
     angle = 0.12 * torch.randn(n, device=device)
-    layer = place(recolour(premultiplied(archive.pixels[rows])), scale, shift, angle, size)
+    layer = place(
+        recolour(premultiplied(archive.pixels[rows])), scale, shift, angle, size
+    )
     image = layer[:, :3] + image * (1 - layer[:, 3:])
     return (image - 0.5) / 0.5
 
@@ -213,7 +284,10 @@ def encode_images(model: CLIPModel, pixels: Tensor, keep: float) -> Tensor:
     if keep < 1:
         n, length, width = tokens.shape
         count = int((length - 1) * keep)
-        chosen = torch.rand(n, length - 1, device=tokens.device).topk(count, dim=1).indices + 1
+        chosen = (
+            torch.rand(n, length - 1, device=tokens.device).topk(count, dim=1).indices
+            + 1
+        )
         kept = tokens.gather(1, chosen[..., None].expand(-1, -1, width))
         tokens = torch.cat([tokens[:, :1], kept], dim=1)
     hidden = vision.encoder(inputs_embeds=vision.pre_layrnorm(tokens)).last_hidden_state
@@ -223,7 +297,11 @@ def encode_images(model: CLIPModel, pixels: Tensor, keep: float) -> Tensor:
 def principal_map(embeddings: Tensor, dim: int) -> Tensor:
     """Returns the leading principal directions (dim, d) of centred embeddings."""
     centred = embeddings - embeddings.mean(0)
-    return torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, :dim].T.contiguous()
+    return (
+        torch.linalg.eigh(centred.T @ centred)
+        .eigenvectors.flip(1)[:, :dim]
+        .T.contiguous()
+    )
 
 
 def load_validation(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -240,7 +318,10 @@ def class_embeddings(archive: Archive, mapping: Tensor) -> Tensor:
     row = {text: i for i, text in enumerate(archive.texts)}
     means = []
     for name in class_names_of(HERE / "validation.parquet"):
-        mapped = F.normalize(archive.embeddings[[row[text] for text in descriptions[name]]] @ mapping.T, dim=-1)
+        mapped = F.normalize(
+            archive.embeddings[[row[text] for text in descriptions[name]]] @ mapping.T,
+            dim=-1,
+        )
         means.append(F.normalize(mapped.mean(0), dim=-1))
     return torch.stack(means)
 
@@ -256,7 +337,9 @@ def train_vision(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     archive = Archive(args.archive, device)
-    model = CLIPModel._from_config(configuration(), attn_implementation="eager").to(device)
+    model = CLIPModel._from_config(configuration(), attn_implementation="eager").to(
+        device
+    )
     begun = torch.load(args.begin, map_location=device) if args.begin else None
     captions = archive.embeddings[: archive.first[-1] + 1]
     mapping = nn.Parameter(principal_map(captions, EMBEDDING))
@@ -284,9 +367,13 @@ def train_vision(args: argparse.Namespace) -> None:
             group["lr"] = base * schedule(progress)
         keep = args.keep if progress < 0.85 else 1.0
         scene_share = args.scene_share * min(1.0, 2 * progress)
-        rows, concepts = (t.to(device) for t in archive.batch(args.batch_size, args.icon_share, rng))
+        rows, concepts = (
+            t.to(device) for t in archive.batch(args.batch_size, args.icon_share, rng)
+        )
         own = concepts[: len(concepts) // 2]
-        others = torch.from_numpy(rng.choice(everything, args.negatives, replace=False)).to(device)
+        others = torch.from_numpy(
+            rng.choice(everything, args.negatives, replace=False)
+        ).to(device)
         others = others[~torch.isin(others, own)]
         bank = torch.cat([own, others])
         sentences = archive.caption(bank)
@@ -295,16 +382,22 @@ def train_vision(args: argparse.Namespace) -> None:
             encoded = encode_images(model, images, keep)
         encoded = F.normalize(encoded.float(), dim=-1)
         mapped = F.normalize(sentences @ mapping.T, dim=-1)
-        same = F.one_hot(torch.arange(len(own), device=device).repeat(2), len(bank)).float()
+        same = F.one_hot(
+            torch.arange(len(own), device=device).repeat(2), len(bank)
+        ).float()
         with torch.no_grad():
-            near = F.softmax(archive.caption(own) @ sentences.T * 20, dim=-1).repeat(2, 1)
+            near = F.softmax(archive.caption(own) @ sentences.T * 20, dim=-1).repeat(
+                2, 1
+            )
             target = 0.8 * same + 0.2 * near
         temperature = scale.exp().clamp(max=60)
         loss = F.cross_entropy(temperature * encoded @ mapped.T, target)
         first, second = encoded.chunk(2)
         between = 10 * first @ second.T
         diagonal = torch.arange(len(own), device=device)
-        loss = loss + 0.15 * (F.cross_entropy(between, diagonal) + F.cross_entropy(between.T, diagonal))
+        loss = loss + 0.15 * (
+            F.cross_entropy(between, diagonal) + F.cross_entropy(between.T, diagonal)
+        )
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(towers, 1.0)
@@ -313,18 +406,31 @@ def train_vision(args: argparse.Namespace) -> None:
         step += 1
         progress = max(step / args.steps, (time.time() - start) / (60 * args.minutes))
         if step % args.log_every == 0 or progress >= 1:
-            macro, top5 = _validate(model, pixels, labels, class_embeddings(archive, mapping.detach()))
+            macro, top5 = _validate(
+                model, pixels, labels, class_embeddings(archive, mapping.detach())
+            )
             mean = sum(losses[-args.log_every :]) / len(losses[-args.log_every :])
-            print(f"step {step} ({progress:.0%}) loss {mean:.3f} validation {macro:.1f} top-5 {top5:.1f}", flush=True)
-            state = {"model": model.state_dict(), "mapping": mapping.detach().cpu(), "scale": temperature.item()}
+            print(
+                f"step {step} ({progress:.0%}) loss {mean:.3f} validation {macro:.1f} top-5 {top5:.1f}",
+                flush=True,
+            )
+            state = {
+                "model": model.state_dict(),
+                "mapping": mapping.detach().cpu(),
+                "scale": temperature.item(),
+            }
             torch.save(state, args.output)
 
 
 @torch.no_grad()
-def _validate(model: CLIPModel, pixels: Tensor, labels: Tensor, classes: Tensor) -> tuple[float, float]:
+def _validate(
+    model: CLIPModel, pixels: Tensor, labels: Tensor, classes: Tensor
+) -> tuple[float, float]:
     with torch.autocast(pixels.device.type, torch.bfloat16):
         encoded = encode_images(model, pixels, 1.0)
-    result = group_accuracy((F.normalize(encoded.float(), dim=-1) @ classes.T).cpu(), labels.cpu())
+    result = group_accuracy(
+        (F.normalize(encoded.float(), dim=-1) @ classes.T).cpu(), labels.cpu()
+    )
     return result["macro"], result["top5"]
 
 
@@ -334,20 +440,28 @@ def train_text(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     archive = Archive(args.archive, device)
     tokenizer = build_tokenizer(archive.texts, VOCABULARY, CONTEXT)
-    model = CLIPModel._from_config(configuration(tokenizer), attn_implementation="eager").to(device)
+    model = CLIPModel._from_config(
+        configuration(tokenizer), attn_implementation="eager"
+    ).to(device)
     ids = tokenize(tokenizer, archive.texts, CONTEXT).to(device)
     lengths = (ids != tokenizer.pad_token_id).sum(1) + 1
-    head = nn.Linear(model.config.text_config.hidden_size, SENTENCE, bias=False).to(device)
+    head = nn.Linear(model.config.text_config.hidden_size, SENTENCE, bias=False).to(
+        device
+    )
     targets = F.normalize(archive.embeddings, dim=-1)
     important = _important_rows(archive)
     parameters = [*model.text_model.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01
+    )
     start, step, progress, losses = time.time(), 0, 0.0, []
     while progress < 1:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * schedule(progress)
         rows = torch.randint(len(ids), (args.batch_size,), device=device)
-        rows[: args.batch_size // 4] = important[torch.randint(len(important), (args.batch_size // 4,), device=device)]
+        rows[: args.batch_size // 4] = important[
+            torch.randint(len(important), (args.batch_size // 4,), device=device)
+        ]
         order = lengths[rows].argsort()
         optimizer.zero_grad()
         for part in rows[order].chunk(4):
@@ -355,7 +469,9 @@ def train_text(args: argparse.Namespace) -> None:
             with torch.autocast(device.type, torch.bfloat16):
                 out = head(model.text_model(input_ids=tokens).pooler_output)
             out = F.normalize(out.float(), dim=-1)
-            rank = F.cross_entropy(20 * out @ targets[part].T, torch.arange(len(part), device=device))
+            rank = F.cross_entropy(
+                20 * out @ targets[part].T, torch.arange(len(part), device=device)
+            )
             loss = (1 - (out * targets[part]).sum(-1)).mean() + 0.1 * rank
             (loss / 4).backward()
             losses.append(loss.item())
@@ -364,21 +480,32 @@ def train_text(args: argparse.Namespace) -> None:
         step += 1
         progress = max(step / args.steps, (time.time() - start) / (60 * args.minutes))
         if step % args.log_every == 0 or progress >= 1:
-            mean = sum(losses[-4 * args.log_every :]) / len(losses[-4 * args.log_every :])
+            mean = sum(losses[-4 * args.log_every :]) / len(
+                losses[-4 * args.log_every :]
+            )
             print(f"step {step} ({progress:.0%}) loss {mean:.3f}", flush=True)
-            torch.save({"model": model.state_dict(), "head": head.weight.detach().cpu()}, args.output)
+            torch.save(
+                {"model": model.state_dict(), "head": head.weight.detach().cpu()},
+                args.output,
+            )
             tokenizer.save_pretrained(args.output.with_suffix(".tokenizer"))
 
 
 def _important_rows(archive: Archive) -> Tensor:
     """Rows of the class names and descriptions, which the classifier stands on."""
     descriptions = json.loads((HERE / "descriptions.json").read_text(encoding="utf-8"))
-    wanted = {text for name, texts in descriptions.items() for text in (name, f"a photo of a {name}.", *texts)}
+    wanted = {
+        text
+        for name, texts in descriptions.items()
+        for text in (name, f"a photo of a {name}.", *texts)
+    }
     return torch.tensor([i for i, text in enumerate(archive.texts) if text in wanted])
 
 
 @torch.no_grad()
-def fit_text_projection(model: CLIPModel, tokenizer: CLIPTokenizer, archive: Archive, mapping: Tensor) -> Tensor:
+def fit_text_projection(
+    model: CLIPModel, tokenizer: CLIPTokenizer, archive: Archive, mapping: Tensor
+) -> Tensor:
     """Fits the text projection in closed form, so that texts land where the image tower expects them.
 
     Weighted ridge regression from the tower's pooled states to the mapped sentence embeddings, over the captions and,
@@ -398,7 +525,9 @@ def fit_text_projection(model: CLIPModel, tokenizer: CLIPTokenizer, archive: Arc
     weights = torch.ones(len(rows), 1)
     weights[: len(important)] = 100
     ids = tokenize(tokenizer, [archive.texts[row] for row in rows], CONTEXT)
-    pooled = torch.cat([model.text_model(input_ids=part).pooler_output for part in ids.split(512)])
+    pooled = torch.cat(
+        [model.text_model(input_ids=part).pooler_output for part in ids.split(512)]
+    )
     targets = F.normalize(archive.embeddings[rows] @ mapping.T, dim=-1)
     gram = pooled.T @ (weights * pooled)
     gram += 1e-4 * gram.diagonal().mean() * torch.eye(len(gram))
@@ -412,33 +541,65 @@ def join(args: argparse.Namespace) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(args.text.with_suffix(".tokenizer"))
     model = CLIPModel._from_config(configuration(tokenizer)).eval()
     state = model.state_dict()
-    state.update({k: v for k, v in vision["model"].items() if k.startswith(("vision_model", "visual_projection"))})
+    state.update(
+        {
+            k: v
+            for k, v in vision["model"].items()
+            if k.startswith(("vision_model", "visual_projection"))
+        }
+    )
     state.update({k: v for k, v in text["model"].items() if k.startswith("text_model")})
     state["logit_scale"] = torch.tensor(math.log(vision["scale"]))
     model.load_state_dict(state)
-    model.text_projection.weight.data = fit_text_projection(model, tokenizer, archive, vision["mapping"])
+    model.text_projection.weight.data = fit_text_projection(
+        model, tokenizer, archive, vision["mapping"]
+    )
     model.half().save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     processor = CLIPImageProcessorPil(
-        size={"height": 48, "width": 48}, do_center_crop=False, image_mean=MEAN, image_std=STD
+        size={"height": 48, "width": 48},
+        do_center_crop=False,
+        image_mean=MEAN,
+        image_std=STD,
     )
     processor.save_pretrained(args.output)
 
 
 def main() -> None:
     """Pretrains from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("stage", choices=("vision", "text", "join"))
-    parser.add_argument("--archive", type=Path, required=True, help="folder that pretraining_data.py filled")
+    parser.add_argument(
+        "--archive",
+        type=Path,
+        required=True,
+        help="folder that pretraining_data.py filled",
+    )
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--vision", type=Path, help="result of the vision stage, for join")
+    parser.add_argument(
+        "--vision", type=Path, help="result of the vision stage, for join"
+    )
     parser.add_argument("--text", type=Path, help="result of the text stage, for join")
-    parser.add_argument("--begin", type=Path, help="earlier result of the vision stage to start from")
+    parser.add_argument(
+        "--begin", type=Path, help="earlier result of the vision stage to start from"
+    )
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--minutes", type=float, default=1e9, help="end after this time, the schedule fitted to it")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=1e9,
+        help="end after this time, the schedule fitted to it",
+    )
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--keep", type=float, default=0.4, help="share of patches seen in the first 85 %")
+    parser.add_argument(
+        "--keep",
+        type=float,
+        default=0.4,
+        help="share of patches seen in the first 85 %",
+    )
     parser.add_argument("--icon-share", type=float, default=0.35)
     parser.add_argument("--scene-share", type=float, default=0.2)
     parser.add_argument("--negatives", type=int, default=1500)

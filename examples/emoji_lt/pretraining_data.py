@@ -30,7 +30,10 @@ ICON_PACKS = {
     "healthicons": ("1.2.13", r"^(?!.*(outline|24px|negative))"),
     "icon-park": ("1.2.4", ""),
     "marketeq": ("1.2.2", ""),
-    "mdi": ("1.2.3", r"^(?!.*(outline|-off|alpha-|numeric-|arrow|chevron|format-|-box|-circle))"),
+    "mdi": (
+        "1.2.3",
+        r"^(?!.*(outline|-off|alpha-|numeric-|arrow|chevron|format-|-box|-circle))",
+    ),
     "meteocons": ("1.2.4", r"-fill$"),
     "ph": ("1.2.2", r"-duotone$"),
     "solar": ("1.2.13", r"-bold-duotone$"),
@@ -42,7 +45,20 @@ ICON_PACKS = {
 }
 # Packs of emoji: an icon is taken only where its name is that of a concept which is not held out.
 EMOJI_PACKS = {"emojione-monotone": "1.2.1", "streamline-emojis": "1.2.4"}
-SUFFIXES = {"flat", "fill", "duotone", "bold", "duo", "alt", "simple", "variant", "svgrepo", "com", "f", "m"}
+SUFFIXES = {
+    "flat",
+    "fill",
+    "duotone",
+    "bold",
+    "duo",
+    "alt",
+    "simple",
+    "variant",
+    "svgrepo",
+    "com",
+    "f",
+    "m",
+}
 SIZE = 64
 CAPTIONS_PER_CONCEPT = 8
 
@@ -55,10 +71,16 @@ def words(text: str) -> list[str]:
 COMMON = set(words("a an and at by for from in no of off on or out the to up with"))
 
 
-def held_out_filter(concepts: list[dict], held_out: list[dict]) -> tuple[set[str], list[str]]:
+def held_out_filter(
+    concepts: list[dict], held_out: list[dict]
+) -> tuple[set[str], list[str]]:
     """Returns the words that only held-out concepts have, and the names of held-out concepts."""
-    known = {w for c in concepts for text in (c["name"], *c["keywords"]) for w in words(text)}
-    secret = {w for c in held_out for text in (c["name"], *c["keywords"]) for w in words(text)}
+    known = {
+        w for c in concepts for text in (c["name"], *c["keywords"]) for w in words(text)
+    }
+    secret = {
+        w for c in held_out for text in (c["name"], *c["keywords"]) for w in words(text)
+    }
     return secret - known - COMMON, [" ".join(words(c["name"])) for c in held_out]
 
 
@@ -71,13 +93,22 @@ def pack_icons(archive: Path, node_modules: Path, seed: int) -> None:
     """Renders the icon packs into `icons.npz` and their captions into `icons.json`."""
     rng = random.Random(seed)
     captions = json.loads((archive / "captions.json").read_text(encoding="utf-8"))
-    secret_words, secret_names = held_out_filter(captions["concepts"], captions["held_out"])
+    secret_words, secret_names = held_out_filter(
+        captions["concepts"], captions["held_out"]
+    )
     pixels, owners, names = [], [], {}
     for pack_name, (_, pattern) in ICON_PACKS.items():
         pack = IconPack(node_modules, pack_name)
-        for icon in tqdm([i for i in pack.parents if i == pack.parents[i] and re.search(pattern, i)], desc=pack_name):
+        for icon in tqdm(
+            [i for i in pack.parents if i == pack.parents[i] and re.search(pattern, i)],
+            desc=pack_name,
+        ):
             name = " ".join(w for w in words(icon) if w not in SUFFIXES)
-            if len(name) < 3 or secret_words & set(words(name)) or any(mentions(name, s) for s in secret_names):
+            if (
+                len(name) < 3
+                or secret_words & set(words(name))
+                or any(mentions(name, s) for s in secret_names)
+            ):
                 continue
             drawing = lay_on_white(render(pack.svg(icon, random_color(rng)), SIZE))
             if (drawing[..., 3] > 64).mean() > 0.03:
@@ -94,11 +125,15 @@ def pack_more_styles(archive: Path, node_modules: Path, seed: int) -> None:
     captions = json.loads((archive / "captions.json").read_text(encoding="utf-8"))
     index = {c["name"]: i for i, c in enumerate(captions["concepts"])}
     pixels, owners = [], []
-    for pack_name, icons in match_icons(node_modules, tuple(EMOJI_PACKS), load_concepts(node_modules)).items():
+    for pack_name, icons in match_icons(
+        node_modules, tuple(EMOJI_PACKS), load_concepts(node_modules)
+    ).items():
         pack = IconPack(node_modules, pack_name)
         for name in sorted(icons.keys() & index.keys()):
             for icon in icons[name]:
-                pixels.append(lay_on_white(render(pack.svg(icon, random_color(rng)), SIZE)))
+                pixels.append(
+                    lay_on_white(render(pack.svg(icon, random_color(rng)), SIZE))
+                )
                 owners.append(index[name])
     np.savez(archive / "styles.npz", pixels=np.stack(pixels), concept=np.array(owners))
     print(f"{len(pixels)} more drawings of emoji")
@@ -108,8 +143,16 @@ def captions_of(name: str, keywords: list[str], rng: random.Random) -> list[str]
     """Writes the captions of one concept from its name and keywords."""
     texts = [name, f"a photo of a {name}.", f"an icon of {name}"]
     while len(texts) < CAPTIONS_PER_CONCEPT:
-        some = rng.sample(keywords, min(len(keywords), rng.randrange(1, 5))) if keywords else []
-        texts.append(rng.choice((f"{name}, {', '.join(some)}", f"{', '.join(some)}, {name}")) if some else name)
+        some = (
+            rng.sample(keywords, min(len(keywords), rng.randrange(1, 5)))
+            if keywords
+            else []
+        )
+        texts.append(
+            rng.choice((f"{name}, {', '.join(some)}", f"{', '.join(some)}, {name}"))
+            if some
+            else name
+        )
     return texts
 
 
@@ -122,7 +165,9 @@ class SentenceEncoder:
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = BertModel.from_pretrained(folder, attn_implementation="eager").eval()
+        self.model = BertModel.from_pretrained(
+            folder, attn_implementation="eager"
+        ).eval()
 
     @torch.no_grad()
     def __call__(self, texts: list[str], batch_size: int = 256) -> np.ndarray:
@@ -132,7 +177,11 @@ class SentenceEncoder:
         for start in tqdm(range(0, len(texts), batch_size), desc="encode"):
             rows = order[start : start + batch_size]
             batch = self.tokenizer(
-                [texts[i] for i in rows], padding=True, truncation=True, max_length=48, return_tensors="pt"
+                [texts[i] for i in rows],
+                padding=True,
+                truncation=True,
+                max_length=48,
+                return_tensors="pt",
             )
             with torch.autocast("cpu", torch.bfloat16):
                 hidden = self.model(**batch).last_hidden_state
@@ -158,42 +207,88 @@ def dictionary_texts(path: Path, limit: int, seed: int) -> list[str]:
 
 
 def pack_texts(
-    archive: Path, encoder: SentenceEncoder, dictionary: Path | None, descriptions: Path, seed: int
+    archive: Path,
+    encoder: SentenceEncoder,
+    dictionary: Path | None,
+    descriptions: Path,
+    seed: int,
 ) -> None:
     """Encodes captions of emoji and icons, and texts that only the text tower learns, into `texts.npz`."""
     rng = random.Random(seed)
-    captions = json.loads((archive / "captions.json").read_text(encoding="utf-8"))["concepts"]
+    captions = json.loads((archive / "captions.json").read_text(encoding="utf-8"))[
+        "concepts"
+    ]
     names = json.loads((archive / "icons.json").read_text(encoding="utf-8"))
     groups = [captions_of(c["name"], c["keywords"], rng) for c in captions]
     emoji = [text for group in groups for text in group]
     icon = [text for name in names for text in (name, f"an icon of {name}")]
     classes = json.loads(descriptions.read_text(encoding="utf-8"))
-    class_texts = [text for label, texts in classes.items() for text in (label, f"a photo of a {label}.", *texts)]
-    extra = list(dict.fromkeys(class_texts + (dictionary_texts(dictionary, 30_000, seed) if dictionary else [])))
+    class_texts = [
+        text
+        for label, texts in classes.items()
+        for text in (label, f"a photo of a {label}.", *texts)
+    ]
+    extra = list(
+        dict.fromkeys(
+            class_texts
+            + (dictionary_texts(dictionary, 30_000, seed) if dictionary else [])
+        )
+    )
     everything = emoji + icon + extra
     embeddings = encoder(everything)
     np.savez(archive / "texts.npz", embeddings=embeddings)
-    layout = {"emoji": len(emoji), "icon": len(icon), "per_emoji": CAPTIONS_PER_CONCEPT, "per_icon": 2}
-    (archive / "texts.json").write_text(json.dumps({**layout, "texts": everything}), encoding="utf-8")
+    layout = {
+        "emoji": len(emoji),
+        "icon": len(icon),
+        "per_emoji": CAPTIONS_PER_CONCEPT,
+        "per_icon": 2,
+    }
+    (archive / "texts.json").write_text(
+        json.dumps({**layout, "texts": everything}), encoding="utf-8"
+    )
     print(f"{len(everything)} texts")
 
 
 def main() -> None:
     """Packs the pretraining data from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, required=True, help="folder for the npm packages")
-    parser.add_argument("--archive", type=Path, required=True, help="folder with emoji.npz, for the results")
-    parser.add_argument("--sentence-encoder", type=Path, required=True, help="folder of a BERT sentence encoder")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cache", type=Path, required=True, help="folder for the npm packages"
+    )
+    parser.add_argument(
+        "--archive",
+        type=Path,
+        required=True,
+        help="folder with emoji.npz, for the results",
+    )
+    parser.add_argument(
+        "--sentence-encoder",
+        type=Path,
+        required=True,
+        help="folder of a BERT sentence encoder",
+    )
     parser.add_argument("--dictionary", type=Path, help="WordNet's data.noun")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    packages = {f"@iconify-json/{name}": version for name, (version, _) in ICON_PACKS.items()}
-    packages |= {f"@iconify-json/{name}": version for name, version in EMOJI_PACKS.items()}
+    packages = {
+        f"@iconify-json/{name}": version for name, (version, _) in ICON_PACKS.items()
+    }
+    packages |= {
+        f"@iconify-json/{name}": version for name, version in EMOJI_PACKS.items()
+    }
     node_modules = fetch(args.cache, packages)
     pack_icons(args.archive, node_modules, args.seed)
     pack_more_styles(args.archive, node_modules, args.seed)
     descriptions = Path(__file__).parent / "descriptions.json"
-    pack_texts(args.archive, SentenceEncoder(args.sentence_encoder), args.dictionary, descriptions, args.seed)
+    pack_texts(
+        args.archive,
+        SentenceEncoder(args.sentence_encoder),
+        args.dictionary,
+        descriptions,
+        args.seed,
+    )
 
 
 if __name__ == "__main__":

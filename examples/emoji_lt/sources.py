@@ -16,7 +16,13 @@ from PIL import Image
 
 
 # Apple's and Facebook's drawings may not be redistributed and are never used.
-VENDORS = ("noto", "noto-v1", "fluent-emoji", "fluent-emoji-flat", "fluent-emoji-high-contrast")
+VENDORS = (
+    "noto",
+    "noto-v1",
+    "fluent-emoji",
+    "fluent-emoji-flat",
+    "fluent-emoji-high-contrast",
+)
 # Other makers, whom a model may be pretrained on: the data set shows drawings that such a model has never seen.
 PRETRAINING_VENDORS = ("twemoji", "emojione", "fxemoji")
 # Share-alike (CC-BY-SA-4.0): never shipped, never trained on, rendered on request as a test of unseen drawing styles.
@@ -33,7 +39,14 @@ DISTRACTOR_SUBGROUPS = (
     "other-symbol",
     "person-symbol",
 )
-DROPPED_SUBGROUPS = ("family", "skin-tone", "hair-style", "other-object", "place-other", *DISTRACTOR_SUBGROUPS)
+DROPPED_SUBGROUPS = (
+    "family",
+    "skin-tone",
+    "hair-style",
+    "other-object",
+    "place-other",
+    *DISTRACTOR_SUBGROUPS,
+)
 
 # Unicode's subgroup names are written for sorting; these read as a noun phrase.
 CLASS_NAMES = {
@@ -249,7 +262,9 @@ def load_concepts(node_modules: Path) -> list[Concept]:
     subgroups = _load(node_modules / "emojibase-data/meta/groups.json")["subgroups"]
     library = {
         canonical("-".join(f"{ord(c):X}" for c in emoji)): words
-        for emoji, words in _load(node_modules / "emojilib/dist/emoji-en-US.json").items()
+        for emoji, words in _load(
+            node_modules / "emojilib/dist/emoji-en-US.json"
+        ).items()
     }
     entries = [entry for entry in data if "subgroup" in entry]
     labels = {canonical(entry["hexcode"]): entry["label"] for entry in entries}
@@ -259,13 +274,23 @@ def load_concepts(node_modules: Path) -> list[Concept]:
         code = canonical(entry["hexcode"])
         subgroup = subgroups[str(entry["subgroup"])]
         name = labels.get(neutral(code), entry["label"]).replace(":", " with")
-        if subgroup.startswith("animal") and (name.removesuffix(" face"), entry["subgroup"]) in in_subgroup:
+        if (
+            subgroup.startswith("animal")
+            and (name.removesuffix(" face"), entry["subgroup"]) in in_subgroup
+        ):
             name = name.removesuffix(" face")
         concept = concepts.setdefault((name, subgroup), Concept(name, subgroup))
         concept.codes.append(code)
-        words = [*entry.get("tags", []), *(word.replace("_", " ") for word in library.get(code, [])[1:])]
+        words = [
+            *entry.get("tags", []),
+            *(word.replace("_", " ") for word in library.get(code, [])[1:]),
+        ]
         banned = {subgroup, concept.label, concept.name, *subgroup.split("-")}
-        concept.keywords += [w.lower() for w in words if w.lower() not in banned and w.lower() not in concept.keywords]
+        concept.keywords += [
+            w.lower()
+            for w in words
+            if w.lower() not in banned and w.lower() not in concept.keywords
+        ]
     return list(concepts.values())
 
 
@@ -283,8 +308,15 @@ class IconPack:
         self._data = _load(folder / "icons.json")
         chars = folder / "chars.json"
         self.chars: dict[str, str] = _load(chars) if chars.exists() else {}
-        plain = {alias: v["parent"] for alias, v in self._data.get("aliases", {}).items() if set(v) <= {"parent"}}
-        self.parents: dict[str, str] = {**{icon: icon for icon in self._data["icons"]}, **plain}
+        plain = {
+            alias: v["parent"]
+            for alias, v in self._data.get("aliases", {}).items()
+            if set(v) <= {"parent"}
+        }
+        self.parents: dict[str, str] = {
+            **{icon: icon for icon in self._data["icons"]},
+            **plain,
+        }
 
     def svg(self, name: str, color: str = "#202020") -> str:
         """Returns the SVG document of an icon; `color` fills what the pack leaves to the page."""
@@ -292,7 +324,9 @@ class IconPack:
             name = self.parents[name]
         icon = self._data["icons"][name]
         left, top = (icon.get(key, self._data.get(key, 0)) for key in ("left", "top"))
-        width, height = (icon.get(key, self._data.get(key, 16)) for key in ("width", "height"))
+        width, height = (
+            icon.get(key, self._data.get(key, 16)) for key in ("width", "height")
+        )
         body = icon["body"].replace("currentColor", color)
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
@@ -312,13 +346,17 @@ def render(svg: str, size: int) -> np.ndarray:
     """
     box = [float(x) for x in svg.split('viewBox="')[1].split('"')[0].split()]
     side = {"width": size} if box[2] >= box[3] else {"height": size}
-    image = Image.open(BytesIO(resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True, **side))).convert("RGBA")
+    image = Image.open(
+        BytesIO(resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True, **side))
+    ).convert("RGBA")
     canvas = Image.new("RGBA", (size, size))
     canvas.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
     return np.asarray(canvas)
 
 
-def match_icons(node_modules: Path, packs: Iterable[str], concepts: list[Concept]) -> dict[str, dict[str, list[str]]]:
+def match_icons(
+    node_modules: Path, packs: Iterable[str], concepts: list[Concept]
+) -> dict[str, dict[str, list[str]]]:
     """Finds the icons of every concept: by code point where a pack has a table, by name elsewhere.
 
     Args:
@@ -361,14 +399,26 @@ def _names_of_codes(node_modules: Path, codes: Iterable[str]) -> dict[str, str]:
     codes = set(codes)
     tiers: list[list[tuple[str, str]]] = []
     for pack in ("noto", "twemoji", "fluent-emoji-flat"):
-        tiers.append([(slug, canonical(code)) for code, slug in IconPack(node_modules, pack).chars.items()])
+        tiers.append(
+            [
+                (slug, canonical(code))
+                for code, slug in IconPack(node_modules, pack).chars.items()
+            ]
+        )
     data = _load(node_modules / "emojibase-data/en/data.json")
     tiers.append([(entry["label"], canonical(entry["hexcode"])) for entry in data])
-    tiers.append([(unicodedata.name(chr(int(c, 16)), ""), c) for c in codes if "-" not in c])
+    tiers.append(
+        [(unicodedata.name(chr(int(c, 16)), ""), c) for c in codes if "-" not in c]
+    )
     for source in ("cldr", "iamcal", "joypixels", "github", "emojibase"):
         table = _load(node_modules / f"emojibase-data/en/shortcodes/{source}.json")
         for code, short in table.items():
-            tiers.append([(name, canonical(code)) for name in ([short] if isinstance(short, str) else short)])
+            tiers.append(
+                [
+                    (name, canonical(code))
+                    for name in ([short] if isinstance(short, str) else short)
+                ]
+            )
     merged: dict[str, str] = {}
     for tier in tiers:
         by_name: dict[str, set[str]] = defaultdict(set)

@@ -49,8 +49,13 @@ def build_tokenizer(texts: list[str], size: int, context: int) -> CLIPTokenizer:
     for letter in alphabet:
         for token in (letter, letter + END_OF_WORD):
             vocabulary.setdefault(token, len(vocabulary))
-    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in learnt["merges"]]
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=END, model_max_length=context)
+    merges = [
+        tuple(merge) if isinstance(merge, list) else tuple(merge.split(" "))
+        for merge in learnt["merges"]
+    ]
+    return CLIPTokenizer(
+        vocab=vocabulary, merges=merges, pad_token=END, model_max_length=context
+    )
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str], context: int) -> Tensor:

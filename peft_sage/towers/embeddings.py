@@ -54,9 +54,14 @@ def encode_text(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """
     encode = _text_encoder(model)
     if encode is None:
-        raise ValueError(f"`model` must have a text tower, but {type(model).__name__} has none: pass embeddings.")
+        raise ValueError(
+            f"`model` must have a text tower, but {type(model).__name__} has none: pass embeddings."
+        )
     names = inspect.signature(encode).parameters
-    return _embedding(encode(**{name: value for name, value in inputs.items() if name in names}), model)
+    return _embedding(
+        encode(**{name: value for name, value in inputs.items() if name in names}),
+        model,
+    )
 
 
 def encode_image(model: nn.Module, pixel_values: Tensor, **kwargs: Any) -> Tensor:
@@ -87,13 +92,24 @@ def _text_encoder(model: nn.Module) -> Callable[..., Any] | None:
         return owner.get_text_features
     if (owner := _owner(model, "encode_text")) is not None:
         return lambda input_ids: owner.encode_text(input_ids)
-    projecting = (module for module in model.modules() if type(module).__name__.endswith("TextModelWithProjection"))
+    projecting = (
+        module
+        for module in model.modules()
+        if type(module).__name__.endswith("TextModelWithProjection")
+    )
     return getattr(next(projecting, None), "forward", None)
 
 
 def _vision_tower(model: nn.Module) -> nn.Module:
     """The part of a model without text that ends in an embedding, below wrappers and the head of a classifier."""
-    model = next((module for module in model.modules() if hasattr(type(module), "base_model_prefix")), model)
+    model = next(
+        (
+            module
+            for module in model.modules()
+            if hasattr(type(module), "base_model_prefix")
+        ),
+        model,
+    )
     if type(model).__name__.endswith("VisionModelWithProjection"):
         return model
     model = getattr(model, "base_model", model)
@@ -102,7 +118,14 @@ def _vision_tower(model: nn.Module) -> nn.Module:
 
 def _owner(model: nn.Module, method: str) -> Any | None:
     """The outermost sub-module whose class defines `method`: wrappers only forward it."""
-    return next((module for module in model.modules() if callable(getattr(type(module), method, None))), None)
+    return next(
+        (
+            module
+            for module in model.modules()
+            if callable(getattr(type(module), method, None))
+        ),
+        None,
+    )
 
 
 def _model_type(model: nn.Module) -> str | None:
@@ -112,12 +135,21 @@ def _model_type(model: nn.Module) -> str | None:
 def _embedding(output: Any, model: nn.Module) -> Tensor:
     """The embedding (B, e) in what a model returns: a tensor or, in transformers, an output object."""
     if not isinstance(output, Tensor):
-        fields = (getattr(output, name, None) for name in ("text_embeds", "image_embeds", "pooler_output"))
+        fields = (
+            getattr(output, name, None)
+            for name in ("text_embeds", "image_embeds", "pooler_output")
+        )
         output = next((field for field in fields if field is not None), output)
     if (hidden := getattr(output, "last_hidden_state", None)) is not None:
         output = hidden.mean(dim=1)
-    if isinstance(output, Tensor) and output.ndim == 3 and _model_type(model) == "flava":
+    if (
+        isinstance(output, Tensor)
+        and output.ndim == 3
+        and _model_type(model) == "flava"
+    ):
         output = output[:, 0]  # FLAVA projects all tokens and compares the first.
     if not isinstance(output, Tensor) or output.ndim != 2:
-        raise ValueError(f"`model` must give embeddings (B, e), but {type(model).__name__} gives none.")
+        raise ValueError(
+            f"`model` must give embeddings (B, e), but {type(model).__name__} gives none."
+        )
     return output

@@ -27,7 +27,15 @@ MLP_NAMES = frozenset({"mlp", "ffn", "feed_forward"})
 # Words in the names of sub-trees beside the encoder of a model that reads images.
 NOT_ENCODER = frozenset({"decoder", "text", "language", "qformer", "predictor", "aifi"})
 # The LayerScale of the MLP branch, by the name that it has in a block.
-LAYER_SCALE_NAMES = ("lambda_2", "layer_scale2", "ls2", "gamma_2", "ls_2", "layer_scale_2", "gamma")
+LAYER_SCALE_NAMES = (
+    "lambda_2",
+    "layer_scale2",
+    "ls2",
+    "gamma_2",
+    "ls_2",
+    "layer_scale_2",
+    "gamma",
+)
 # What `torch.compile` and accelerate's `compile_regions` put between a module and its name.
 COMPILED = "_orig_mod"
 BY_HAND = "Pass `target_modules` to choose modules by hand."
@@ -45,10 +53,18 @@ def find_mlps(model: nn.Module) -> list[str]:
     """
     towers = find_towers(model)
     if not towers:
-        raise ValueError(f"`model` must have a vision tower, but {type(model).__name__} reads no images. {BY_HAND}")
-    mlps = [f"{tower}.{name}".lstrip(".") for tower in towers for name in _mlps(model.get_submodule(tower))]
+        raise ValueError(
+            f"`model` must have a vision tower, but {type(model).__name__} reads no images. {BY_HAND}"
+        )
+    mlps = [
+        f"{tower}.{name}".lstrip(".")
+        for tower in towers
+        for name in _mlps(model.get_submodule(tower))
+    ]
     if not mlps:
-        raise ValueError(f"`model` must have blocks with MLPs, but {type(model).__name__} has none. {BY_HAND}")
+        raise ValueError(
+            f"`model` must have blocks with MLPs, but {type(model).__name__} has none. {BY_HAND}"
+        )
     return mlps
 
 
@@ -68,14 +84,22 @@ def mlp_widths(module: nn.Module) -> tuple[int, int]:
     """
     linears = _linears(module)
     if not linears:
-        raise ValueError(f"`module` must hold a linear layer, but {type(module).__name__} has none.")
+        raise ValueError(
+            f"`module` must hold a linear layer, but {type(module).__name__} has none."
+        )
     if mlp_input(module)[0] == 1:
         return linears[-1].out_features, linears[-1].out_features
     width = linears[0].in_features
     # Gated MLPs do not always define their last linear layer last.
-    width_out = width if any(linear.out_features == width for linear in linears) else linears[-1].out_features
+    width_out = (
+        width
+        if any(linear.out_features == width for linear in linears)
+        else linears[-1].out_features
+    )
     if width_out > width:
-        raise ValueError(f"`module` must map (..., d) to (..., d), got {width} to {width_out} features.")
+        raise ValueError(
+            f"`module` must map (..., d) to (..., d), got {width} to {width_out} features."
+        )
     return width, width_out
 
 
@@ -92,7 +116,10 @@ def layer_scale(model: nn.Module, name: str) -> Tensor | None:
     """The LayerScale (d,) that multiplies an MLP's output before the residual is added, if there is one."""
     parent = model.get_submodule(name.rpartition(".")[0])
     scales = [getattr(parent, attribute, None) for attribute in LAYER_SCALE_NAMES]
-    scales = [next(scale.parameters(), None) if isinstance(scale, nn.Module) else scale for scale in scales]
+    scales = [
+        next(scale.parameters(), None) if isinstance(scale, nn.Module) else scale
+        for scale in scales
+    ]
     return next((scale for scale in scales if isinstance(scale, Tensor)), None)
 
 
@@ -103,23 +130,41 @@ def same_module(one: str, other: str) -> bool:
     around either puts something in front.
     """
     short, long = sorted((_within_tower(one), _within_tower(other)), key=len)
-    return long[len(long) - len(short) :] == short and _in_encoder(long[: len(long) - len(short)])
+    return long[len(long) - len(short) :] == short and _in_encoder(
+        long[: len(long) - len(short)]
+    )
 
 
 def find_towers(model: nn.Module) -> list[str]:
     """Names of the outermost vision towers of a model; the empty name if the model as a whole is one."""
-    named = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in TOWER_NAMES]
-    towers = [name for name in named if not name.startswith(tuple(f"{tower}." for tower in named))]
+    named = [
+        name
+        for name, _ in model.named_modules()
+        if name.rpartition(".")[2] in TOWER_NAMES
+    ]
+    towers = [
+        name
+        for name in named
+        if not name.startswith(tuple(f"{tower}." for tower in named))
+    ]
     return towers or [""] * _reads_images(model)
 
 
 def _reads_images(model: nn.Module) -> bool:
     """Whether a model without a named tower is itself one: it starts from pixels and has no vocabulary."""
     config = getattr(model, "config", None)
-    embeddings = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
+    embeddings = [
+        module.num_embeddings
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+    ]
     main_inputs = getattr(model, "main_input_name", None)
-    if main_inputs is None:  # A plain module: timm's have `forward_features`, and hardly a tower has no convolution.
-        is_tower = hasattr(model, "forward_features") or any(isinstance(m, nn.Conv2d) for m in model.modules())
+    if (
+        main_inputs is None
+    ):  # A plain module: timm's have `forward_features`, and hardly a tower has no convolution.
+        is_tower = hasattr(model, "forward_features") or any(
+            isinstance(m, nn.Conv2d) for m in model.modules()
+        )
         return is_tower and not embeddings
     if getattr(config, "vocab_size", None) in embeddings:
         return False
@@ -139,7 +184,11 @@ def _mlps(tower: nn.Module, skip: frozenset[str] = NOT_ENCODER) -> Iterator[str]
         if not path or not path[-1].isdigit() or not _in_encoder(path, skip):
             continue
         is_pair = last == "output" and hasattr(block, "intermediate")
-        if (is_pair or last in MLP_NAMES) and _fits(module, is_pair) and _mixes_tokens(block, last):
+        if (
+            (is_pair or last in MLP_NAMES)
+            and _fits(module, is_pair)
+            and _mixes_tokens(block, last)
+        ):
             yield name
 
 
@@ -165,7 +214,11 @@ def _fits(module: nn.Module, is_pair: bool) -> bool:
 def _mixes_tokens(block: nn.Module, mlp: str) -> bool:
     """Whether a block has weights outside its MLP, as attention has: a projector of tokens has not."""
     mlp_parts = (f"{mlp}.", "intermediate.")
-    return any(weight.ndim > 1 for name, weight in block.named_parameters() if not name.startswith(mlp_parts))
+    return any(
+        weight.ndim > 1
+        for name, weight in block.named_parameters()
+        if not name.startswith(mlp_parts)
+    )
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

@@ -12,8 +12,18 @@ import nox
 nox.options.default_venv_backend = "uv|virtualenv"
 
 CORE = [
-    *("tests/test_registration.py", "tests/test_config.py", "tests/test_layer.py", "tests/test_model.py"),
-    *("tests/test_encoding.py", "tests/test_classifier.py", "tests/test_workflows.py", "tests/test_training.py"),
+    *(
+        "tests/test_registration.py",
+        "tests/test_config.py",
+        "tests/test_layer.py",
+        "tests/test_model.py",
+    ),
+    *(
+        "tests/test_encoding.py",
+        "tests/test_classifier.py",
+        "tests/test_workflows.py",
+        "tests/test_training.py",
+    ),
 ]
 #: Python, torch, transformers, peft
 COMBINATIONS = [
@@ -28,18 +38,32 @@ COMBINATIONS = [
 ]
 
 
-def install_and_test(session: nox.Session, torch: str, transformers: str, peft: str) -> None:
+def install_and_test(
+    session: nox.Session, torch: str, transformers: str, peft: str
+) -> None:
     """Install one combination and run the tests of the core, with the arguments that follow `--`."""
-    session.install(f"torch=={torch}", f"transformers=={transformers}", f"peft=={peft}", "-e", ".[test]")
+    session.install(
+        f"torch=={torch}",
+        f"transformers=={transformers}",
+        f"peft=={peft}",
+        "-e",
+        ".[test]",
+    )
     session.chdir(session.invoked_from)
     session.run("python", "-m", "pytest", *CORE, *session.posargs)
 
 
 for python, torch, transformers, peft in COMBINATIONS:
 
-    @nox.session(python=python, name=f"py{python}-torch{torch}-transformers{transformers}-peft{peft}")
+    @nox.session(
+        python=python,
+        name=f"py{python}-torch{torch}-transformers{transformers}-peft{peft}",
+    )
     def combination(
-        session: nox.Session, torch: str = torch, transformers: str = transformers, peft: str = peft
+        session: nox.Session,
+        torch: str = torch,
+        transformers: str = transformers,
+        peft: str = peft,
     ) -> None:
         """One row of the matrix."""
         install_and_test(session, torch, transformers, peft)

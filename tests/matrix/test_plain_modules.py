@@ -22,7 +22,14 @@ timm = pytest.importorskip("timm")
 open_clip = pytest.importorskip("open_clip")
 transformers = pytest.importorskip("transformers")
 
-VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+VIT = {
+    "img_size": 16,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "num_classes": 0,
+}
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2}
 TWO = [(0,), (1,)]
 STAGES = [(0, 0), (1, 0)]
@@ -33,75 +40,139 @@ def clip(vision: dict[str, Any], cls: str = "CLIP", **kwargs: Any) -> nn.Module:
     if cls == "CoCa":
         kwargs["multimodal_cfg"] = open_clip.coca_model.MultimodalCfg(**TEXT)
         text = TEXT | {"embed_cls": True, "output_tokens": True}
-    return getattr(open_clip, cls)(embed_dim=32, vision_cfg=vision, text_cfg=text, **kwargs)
+    return getattr(open_clip, cls)(
+        embed_dim=32, vision_cfg=vision, text_cfg=text, **kwargs
+    )
 
 
 def clip_with_timm(name: str, **kwargs: Any) -> nn.Module:
     """A CustomTextCLIP whose vision tower is timm's, with a tiny one in its place."""
-    vision = {"timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "", "image_size": 160}
-    model = open_clip.CustomTextCLIP(embed_dim=32, vision_cfg=vision, text_cfg=TEXT, **kwargs)
+    vision = {
+        "timm_model_name": "test_vit",
+        "timm_pool": "",
+        "timm_proj": "",
+        "image_size": 160,
+    }
+    model = open_clip.CustomTextCLIP(
+        embed_dim=32, vision_cfg=vision, text_cfg=TEXT, **kwargs
+    )
     model.visual.trunk = timm.create_model(name, **VIT)
     return model
 
 
 def timm_wrapper() -> nn.Module:
     arguments = {name: value for name, value in VIT.items() if name != "num_classes"}
-    config = transformers.TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=arguments)
+    config = transformers.TimmWrapperConfig(
+        architecture="vit_tiny_patch16_224", model_args=arguments
+    )
     return transformers.TimmWrapperModel(config)
 
 
 def perception_lm() -> nn.Module:
-    arguments = {name: value for name, value in VIT.items() if name != "num_classes"} | {"global_pool": ""}
-    vision = transformers.TimmWrapperConfig(architecture="vit_pe_core_tiny_patch16_384", model_args=arguments)
-    text = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
+    arguments = {
+        name: value for name, value in VIT.items() if name != "num_classes"
+    } | {"global_pool": ""}
+    vision = transformers.TimmWrapperConfig(
+        architecture="vit_pe_core_tiny_patch16_384", model_args=arguments
     )
-    return transformers.PerceptionLMModel(transformers.PerceptionLMConfig(vision_config=vision, text_config=text))
+    text = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=64,
+    )
+    return transformers.PerceptionLMModel(
+        transformers.PerceptionLMConfig(vision_config=vision, text_config=text)
+    )
 
 
-TIMM, SWIN, CONVNEXT = "timm (ViT, EVA, BEiT, DINO, PE)", "timm (Swin)", "timm (ConvNeXt)"
+TIMM, SWIN, CONVNEXT = (
+    "timm (ViT, EVA, BEiT, DINO, PE)",
+    "timm (Swin)",
+    "timm (ConvNeXt)",
+)
 TRUNK = "open_clip with a timm tower"
 MODELS: dict[str, tuple[Callable[[], nn.Module], str, list[tuple[int, ...]]]] = {
     "vit": (lambda: timm.create_model("vit_tiny_patch16_224", **VIT), TIMM, TWO),
-    "vit with attention pooling": (lambda: timm.create_model("vit_base_patch16_siglip_224", **VIT), TIMM, TWO),
+    "vit with attention pooling": (
+        lambda: timm.create_model("vit_base_patch16_siglip_224", **VIT),
+        TIMM,
+        TWO,
+    ),
     "dinov2": (lambda: timm.create_model("vit_small_patch14_dinov2", **VIT), TIMM, TWO),
     "dinov3": (lambda: timm.create_model("vit_small_patch16_dinov3", **VIT), TIMM, TWO),
     "eva02": (lambda: timm.create_model("eva02_tiny_patch14_224", **VIT), TIMM, TWO),
     "beit": (lambda: timm.create_model("beit_base_patch16_224", **VIT), TIMM, TWO),
     "pe": (lambda: timm.create_model("vit_pe_core_tiny_patch16_384", **VIT), TIMM, TWO),
     "naflex": (
-        lambda: timm.create_model("naflexvit_base_patch16_gap", patch_size=8, embed_dim=32, depth=2, num_heads=2),
+        lambda: timm.create_model(
+            "naflexvit_base_patch16_gap",
+            patch_size=8,
+            embed_dim=32,
+            depth=2,
+            num_heads=2,
+        ),
         TIMM,
         TWO,
     ),
     "swin": (
         lambda: timm.create_model(
-            "swin_tiny_patch4_window7_224", img_size=16, window_size=2, embed_dim=16, depths=(1, 1), num_heads=(2, 2)
+            "swin_tiny_patch4_window7_224",
+            img_size=16,
+            window_size=2,
+            embed_dim=16,
+            depths=(1, 1),
+            num_heads=(2, 2),
         ),
         SWIN,
         STAGES,
     ),
     "convnext": (
-        lambda: timm.create_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)),
+        lambda: timm.create_model(
+            "convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)
+        ),
         CONVNEXT,
         STAGES + [(2, 0), (3, 0)],
     ),
     "timm_wrapper": (timm_wrapper, "timm_wrapper", TWO),
     "open_clip": (
-        lambda: clip({"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}),
+        lambda: clip(
+            {
+                "image_size": 16,
+                "patch_size": 8,
+                "width": 32,
+                "layers": 2,
+                "head_width": 16,
+            }
+        ),
         "open_clip",
         TWO,
     ),
     "open_clip with LayerScale": (
         lambda: clip(
-            {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16, "ls_init_value": 1e-5}
+            {
+                "image_size": 16,
+                "patch_size": 8,
+                "width": 32,
+                "layers": 2,
+                "head_width": 16,
+                "ls_init_value": 1e-5,
+            }
         ),
         "open_clip",
         TWO,
     ),
     "open_clip CustomTextCLIP": (
         lambda: clip(
-            {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}, "CustomTextCLIP"
+            {
+                "image_size": 16,
+                "patch_size": 8,
+                "width": 32,
+                "layers": 2,
+                "head_width": 16,
+            },
+            "CustomTextCLIP",
         ),
         "open_clip",
         TWO,
@@ -123,8 +194,16 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str, list[tuple[int, ...]]]] = 
         "open_clip",
         TWO,
     ),
-    "open_clip SigLIP": (lambda: clip_with_timm("vit_base_patch16_siglip_224", init_logit_bias=-10.0), TRUNK, TWO),
-    "open_clip PE": (lambda: clip_with_timm("vit_pe_core_tiny_patch16_384"), TRUNK, TWO),
+    "open_clip SigLIP": (
+        lambda: clip_with_timm("vit_base_patch16_siglip_224", init_logit_bias=-10.0),
+        TRUNK,
+        TWO,
+    ),
+    "open_clip PE": (
+        lambda: clip_with_timm("vit_pe_core_tiny_patch16_384"),
+        TRUNK,
+        TWO,
+    ),
 }
 every_model = pytest.mark.parametrize("name", MODELS)
 
@@ -141,7 +220,9 @@ def expected(name: str) -> list[str]:
 
 
 def adapted(model: nn.Module, init_weights: bool = True) -> PeftModel:
-    config = SageConfig(guidance=torch.randn(5, 12), r=4, num_heads=2, init_weights=init_weights)
+    config = SageConfig(
+        guidance=torch.randn(5, 12), r=4, num_heads=2, init_weights=init_weights
+    )
     return get_peft_model(model, config).eval()
 
 
@@ -154,7 +235,10 @@ def pixels(name: str) -> torch.Tensor:
 def tokens() -> torch.Tensor:
     torch.manual_seed(2)
     ids = torch.randint(1, 60, (3, 8))
-    ids[:, 5], ids[:, 6:] = 63, 0  # open_clip finds the end of the text by the highest id
+    ids[:, 5], ids[:, 6:] = (
+        63,
+        0,
+    )  # open_clip finds the end of the text by the highest id
     return ids
 
 
@@ -166,9 +250,19 @@ def test_blocks_identity_and_gradients(name: str) -> None:
         before = encode_image(model, images)
         model = adapted(model)
         assert torch.equal(encode_image(model, images), before)
-    layers = [name for name, module in model.named_modules() if isinstance(module, SageLayer)]
-    assert layers == [f"base_model.model.{block}" for block in expected(name)] == find_mlps(model)
-    trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    layers = [
+        name for name, module in model.named_modules() if isinstance(module, SageLayer)
+    ]
+    assert (
+        layers
+        == [f"base_model.model.{block}" for block in expected(name)]
+        == find_mlps(model)
+    )
+    trainable = {
+        name: weight
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+    }
     assert all(".peft_sage_" in name for name in trainable)
     optimizer = torch.optim.SGD(trainable.values(), lr=0.1)
     for _ in range(2):  # in the first step the up-projection is zero and hides the rest
@@ -188,7 +282,9 @@ def test_saved_adapter_gives_the_same_output(name: str, tmp_path: Any) -> None:
     model.save_pretrained(tmp_path)
     other = PeftModel.from_pretrained(build(name), tmp_path).eval()
     assert torch.equal(encode_image(other, images), encode_image(model, images))
-    assert not torch.allclose(encode_image(build(name), images), encode_image(model, images))
+    assert not torch.allclose(
+        encode_image(build(name), images), encode_image(model, images)
+    )
 
 
 @every_model
@@ -199,23 +295,38 @@ def test_bfloat16(name: str) -> None:
     assert torch.equal(encode_image(adapted(model), images), before)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("open_clip")])
+@pytest.mark.parametrize(
+    "name", [name for name in MODELS if name.startswith("open_clip")]
+)
 @torch.no_grad()
 def test_text_of_open_clip(name: str) -> None:
     model, images, text = build(name), pixels(name), tokens()
     assert has_text_tower(model)
     before = encode_text(model, {"input_ids": text})
     output = model(images, text)
-    image, words = (output["image_features"], output["text_features"]) if isinstance(output, dict) else output[:2]
+    image, words = (
+        (output["image_features"], output["text_features"])
+        if isinstance(output, dict)
+        else output[:2]
+    )
     torch.testing.assert_close(F.normalize(before, dim=-1), words)
     torch.testing.assert_close(F.normalize(encode_image(model, images), dim=-1), image)
     classifier = SageClassifier(model, words, scale=1.0)
     torch.testing.assert_close(classifier(images).logits, image @ words.T)
     # The text tower is not touched.
-    assert torch.equal(encode_text(adapted(model, init_weights=False), {"input_ids": text}), before)
+    assert torch.equal(
+        encode_text(adapted(model, init_weights=False), {"input_ids": text}), before
+    )
 
 
-LAYER_SCALED = {"dinov2", "dinov3", "beit", "naflex", "convnext", "open_clip with LayerScale"}
+LAYER_SCALED = {
+    "dinov2",
+    "dinov3",
+    "beit",
+    "naflex",
+    "convnext",
+    "open_clip with LayerScale",
+}
 
 
 @every_model
@@ -245,15 +356,21 @@ def test_timm_tower_inside_a_language_model() -> None:
     assert find_mlps(model) == blocks
     model = adapted(model)
     assert find_mlps(model) == [f"base_model.model.{block}" for block in blocks]
-    assert torch.equal(model.base_model.model.vision_tower(images).last_hidden_state, before)
+    assert torch.equal(
+        model.base_model.model.vision_tower(images).last_hidden_state, before
+    )
 
 
 REFUSED = {
     "resnet": lambda: timm.create_model("resnet18"),
     "fastvit": lambda: timm.create_model("fastvit_t8"),
     "convolutional MLP": lambda: timm.create_model("convnextv2_atto"),
-    "mixer": lambda: timm.models.mlp_mixer.MlpMixer(img_size=16, patch_size=8, num_blocks=1, embed_dim=32),
-    "open_clip ModifiedResNet": lambda: clip({"image_size": 32, "layers": (1, 1, 1, 1), "width": 8}),
+    "mixer": lambda: timm.models.mlp_mixer.MlpMixer(
+        img_size=16, patch_size=8, num_blocks=1, embed_dim=32
+    ),
+    "open_clip ModifiedResNet": lambda: clip(
+        {"image_size": 32, "layers": (1, 1, 1, 1), "width": 8}
+    ),
     "open_clip MobileCLIP-S": lambda: open_clip.create_model("MobileCLIP-S1"),
 }
 
@@ -262,9 +379,13 @@ REFUSED = {
 def test_refused_before_anything_is_changed(name: str) -> None:
     model = REFUSED[name]()
     modules = list(model.modules())
-    with pytest.raises(ValueError, match="`model` must have blocks with MLPs.*`target_modules`"):
+    with pytest.raises(
+        ValueError, match="`model` must have blocks with MLPs.*`target_modules`"
+    ):
         adapted(model)
-    assert all(module is other for module, other in zip(model.modules(), modules, strict=True))
+    assert all(
+        module is other for module, other in zip(model.modules(), modules, strict=True)
+    )
     assert all(weight.requires_grad for weight in model.parameters())
 
 

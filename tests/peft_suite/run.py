@@ -36,11 +36,17 @@ def report(results: Path) -> int:
     passed, failures, skipped = 0, [], Counter()
     for case in ElementTree.parse(results).iter("testcase"):
         name = f"{case.get('classname', '').rsplit('.', 1)[-1]}::{case.get('name')}"
-        failure = case.find("failure") if case.find("failure") is not None else case.find("error")
+        failure = (
+            case.find("failure")
+            if case.find("failure") is not None
+            else case.find("error")
+        )
         if failure is not None:
             failures.append((name, (failure.get("message") or "").split("\n")[0][:200]))
         elif case.find("skipped") is not None:
-            skipped[(case.find("skipped").get("message") or "").split("\n")[0][:200]] += 1
+            skipped[
+                (case.find("skipped").get("message") or "").split("\n")[0][:200]
+            ] += 1
         else:
             passed += 1
     print(f"{passed} passed, {len(failures)} failed, {sum(skipped.values())} skipped")
@@ -53,23 +59,59 @@ def report(results: Path) -> int:
 
 def main() -> int:
     """Run the tests and print a report; the exit status is 1 if a test failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="a checkout of PEFT, or its source distribution from PyPI")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "source",
+        type=Path,
+        help="a checkout of PEFT, or its source distribution from PyPI",
+    )
     parser.add_argument("--method", choices=["sage", "lora"], default="sage")
-    parser.add_argument("pytest_arguments", nargs="*", help="passed on to pytest, after `--`")
+    parser.add_argument(
+        "pytest_arguments", nargs="*", help="passed on to pytest, after `--`"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         package = folder / "suite" / "peft_tests"
         shutil.copytree(unpack(arguments.source, folder), package)
         (package / "__init__.py").touch()
-        shutil.copy(Path(__file__).with_name("suite.py"), package / "test_with_our_cases.py")
+        shutil.copy(
+            Path(__file__).with_name("suite.py"), package / "test_with_our_cases.py"
+        )
         results = folder / "results.xml"
-        options = ["-q", "-p", "no:cacheprovider", "--tb=short", f"--junitxml={results}", "-c", os.devnull]
-        command = [sys.executable, "-m", "pytest", *options, *arguments.pytest_arguments, "test_with_our_cases.py"]
-        environment = {**os.environ, "PEFT_SUITE_METHOD": arguments.method, "HF_HUB_OFFLINE": "1"}
-        environment["PYTHONPATH"] = f"{Path(__file__).parents[2]}{os.pathsep}{folder / 'suite'}"
-        subprocess.run([*command[:-1], str(package / command[-1])], cwd=folder / "suite", env=environment, check=False)
+        options = [
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--tb=short",
+            f"--junitxml={results}",
+            "-c",
+            os.devnull,
+        ]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            *options,
+            *arguments.pytest_arguments,
+            "test_with_our_cases.py",
+        ]
+        environment = {
+            **os.environ,
+            "PEFT_SUITE_METHOD": arguments.method,
+            "HF_HUB_OFFLINE": "1",
+        }
+        environment["PYTHONPATH"] = (
+            f"{Path(__file__).parents[2]}{os.pathsep}{folder / 'suite'}"
+        )
+        subprocess.run(
+            [*command[:-1], str(package / command[-1])],
+            cwd=folder / "suite",
+            env=environment,
+            check=False,
+        )
         return int(report(results) > 0)
 
 

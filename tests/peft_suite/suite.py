@@ -77,7 +77,11 @@ SAGE_CASES = {
     "regular expression": {"target_modules": r".*layers\.1\.mlp"},
     "one layer": {"target_modules": ["mlp"], "layers_to_transform": [0]},
     "heads": {"target_modules": ["mlp"], "r": 8, "num_heads": 4},
-    "fixed scaling": {"target_modules": ["mlp"], "learnable_scaling": False, "scaling": 2.0},
+    "fixed scaling": {
+        "target_modules": ["mlp"],
+        "learnable_scaling": False,
+        "scaling": 2.0,
+    },
     "excluded": {"target_modules": ["mlp"], "exclude_modules": ["layers.0.mlp"]},
     "head": {"target_modules": ["mlp"], "modules_to_save": ["lin1"]},
 }
@@ -89,9 +93,15 @@ LORA_CASES = {
 }
 if METHOD == "sage":
     CONFIG = SageConfig
-    CUSTOM = [(name, "BlockMLP", SageConfig, {"guidance": GUIDANCE, **case}) for name, case in SAGE_CASES.items()]
+    CUSTOM = [
+        (name, "BlockMLP", SageConfig, {"guidance": GUIDANCE, **case})
+        for name, case in SAGE_CASES.items()
+    ]
     CUSTOM.append(("no guidance", "BlockMLP", SageConfig, {"target_modules": ["mlp"]}))
-    CLIP = [("default targets", SageConfig, {"guidance": GUIDANCE}), ("no guidance", SageConfig, {})]
+    CLIP = [
+        ("default targets", SageConfig, {"guidance": GUIDANCE}),
+        ("no guidance", SageConfig, {}),
+    ]
 else:
     CONFIG = LoraConfig
     CUSTOM = [(name, "BlockMLP", LoraConfig, case) for name, case in LORA_CASES.items()]
@@ -119,7 +129,11 @@ def with_cases(function):
     if not any(mark.name == "parametrize" and mark.args[0] == CASE for mark in marks):
         return None
     copied = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
     copied = without_merging(functools.update_wrapper(copied, function))
     copied.pytestmark = [
@@ -137,7 +151,9 @@ class TestCustomModel(test_custom_models.TestPeftCustomModel):
     transformers_class = Models
 
 
-for name, function in inspect.getmembers(test_custom_models.TestPeftCustomModel, inspect.isfunction):
+for name, function in inspect.getmembers(
+    test_custom_models.TestPeftCustomModel, inspect.isfunction
+):
     if name.startswith("test_"):
         setattr(TestCustomModel, name, with_cases(function))
 
@@ -148,9 +164,16 @@ for name, function in inspect.getmembers(test_custom_models.TestPeftCustomModel,
 @pytest.fixture(scope="module")
 def clip_folder():
     torch.manual_seed(0)
-    tower = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    tower = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
     vision = {**tower, "image_size": 16, "patch_size": 8}
-    config = CLIPConfig(text_config={**tower, "vocab_size": 100}, vision_config=vision, num_labels=3)
+    config = CLIPConfig(
+        text_config={**tower, "vocab_size": 100}, vision_config=vision, num_labels=3
+    )
     with tempfile.TemporaryDirectory() as folder:
         CLIPForImageClassification(config).save_pretrained(folder)
         yield folder
@@ -169,33 +192,61 @@ class TestClip(testing_common.PeftCommonTester):
     transformers_class = CLIPForImageClassification
 
     def prepare_inputs_for_testing(self):
-        return {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))}
+        return {
+            "pixel_values": torch.randn(
+                2, 3, 16, 16, generator=torch.Generator().manual_seed(1)
+            )
+        }
 
 
 def common_test(name, parameters):
-    extra = {parameter: ARGUMENTS[parameter] for parameter in parameters if parameter in ARGUMENTS}
+    extra = {
+        parameter: ARGUMENTS[parameter]
+        for parameter in parameters
+        if parameter in ARGUMENTS
+    }
 
     @without_merging
     def test(self, clip_folder, config_cls, config_kwargs, **kwargs):
         if "generate" in name or "input_embeds" in name or "prompt_learning" in name:
             pytest.skip("The test is about language models.")
-        if any(word in name for word in ("merge", "unload", "mixed")):  # as PEFT's tests of other models do
+        if any(
+            word in name for word in ("merge", "unload", "mixed")
+        ):  # as PEFT's tests of other models do
             config_kwargs = set_init_weights_false(config_cls, config_kwargs)
-        arguments = [*(["name"] if "test_name" in parameters else []), clip_folder, config_cls, config_kwargs]
+        arguments = [
+            *(["name"] if "test_name" in parameters else []),
+            clip_folder,
+            config_cls,
+            config_kwargs,
+        ]
         getattr(self, name)(*arguments, **kwargs)
 
     variables = ["self", "clip_folder", "config_cls", "config_kwargs", *extra]
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    test.__signature__ = inspect.Signature([inspect.Parameter(variable, kind) for variable in variables])
+    test.__signature__ = inspect.Signature(
+        [inspect.Parameter(variable, kind) for variable in variables]
+    )
     for variable, values in extra.items():
         test = pytest.mark.parametrize(variable, values)(test)
     cases = [pytest.param(config, kwargs, id=case) for case, config, kwargs in CLIP]
     return pytest.mark.parametrize("config_cls, config_kwargs", cases)(test)
 
 
-for name, function in inspect.getmembers(testing_common.PeftCommonTester, inspect.isfunction):
+for name, function in inspect.getmembers(
+    testing_common.PeftCommonTester, inspect.isfunction
+):
     parameters = list(inspect.signature(function).parameters)
-    if name.startswith("_test_") and {"model_id", "config_cls", "config_kwargs"} <= set(parameters):
-        unknown = set(parameters) - {"self", "test_name", "model_id", "config_cls", "config_kwargs", *ARGUMENTS}
+    if name.startswith("_test_") and {"model_id", "config_cls", "config_kwargs"} <= set(
+        parameters
+    ):
+        unknown = set(parameters) - {
+            "self",
+            "test_name",
+            "model_id",
+            "config_cls",
+            "config_kwargs",
+            *ARGUMENTS,
+        }
         if not unknown:
             setattr(TestClip, name[1:], common_test(name, parameters))
