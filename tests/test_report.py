@@ -26,13 +26,13 @@ sys.path.insert(0, str(EXAMPLES))
 
 import finetune  # noqa: E402
 from image_data import LabelledImages  # noqa: E402
-from report import (
+from report import (  # noqa: E402
     confused_pairs,
     create_model_card,
     expected_gains,
     make_page,
     plot_long_tail,
-)  # noqa: E402
+)
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

@@ -40,7 +40,10 @@ PAGE = """# Speed
 measured. ViT-B/16, r = 32, float32 and, on the CPU, batches of 2, where a row does not say otherwise. The median, and
 between which quartiles it lies; a ratio is taken within each repetition.
 """
-NO_GPU = "\n## GPU\n\nNot measured: there was no GPU. `bash benchmarks/speed/on_gpu.sh` fills this table in 8 minutes.\n"
+NO_GPU = (
+    "\n## GPU\n\nNot measured: there was no GPU. "
+    "`bash benchmarks/speed/on_gpu.sh` fills this table in 8 minutes.\n"
+)
 
 
 def combinations(
