@@ -4,15 +4,12 @@
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -20,6 +17,7 @@ from transformers import AutoImageProcessor, AutoModel
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from ._peft_compat import ModulesToSaveWrapper, adapters_off
 from .config import SageConfig
 from .descriptions import Descriptions, read_class_descriptions
 from .encoding import encode_class_descriptions, load_tokenizer
@@ -324,7 +322,7 @@ class SageClassifier(nn.Module):
         Returns:
             (n, e) float32 on the CPU, of unit length.
         """
-        with eval_mode(self), self._adapters_off():
+        with eval_mode(self), adapters_off(self.model):
             batches = self._batches(images, batch_size, "embedding images")
             embeds = [
                 encode_image(self.model, **batch).float().cpu() for batch in batches
@@ -446,22 +444,6 @@ class SageClassifier(nn.Module):
         ):
             return self.class_head.modules_to_save[self.class_head.active_adapters[0]]  # type: ignore[return-value]
         return getattr(self.class_head, "original_module", self.class_head)
-
-    @contextmanager
-    def _adapters_off(self) -> Iterator[None]:
-        layers = [
-            m
-            for m in self.model.modules()
-            if isinstance(m, BaseTunerLayer) and not m.disable_adapters
-        ]
-        # Not by `enable_adapters`, which also changes what is trained.
-        for layer in layers:
-            layer._disable_adapters = True
-        try:
-            yield
-        finally:
-            for layer in layers:
-                layer._disable_adapters = False
 
     def _batches(
         self, images: Any, batch_size: int, title: str

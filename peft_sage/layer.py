@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ._peft_compat import BaseTunerLayer, BufferDict
 from .registration import PREFIX
 from .towers.mlps import mlp_input, mlp_widths
 

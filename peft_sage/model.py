@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _ExcludedModule,
-    check_target_module_exists,
-)
-from peft.utils import AuxiliaryTrainingWrapper
-from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
 from . import weights
+from ._peft_compat import (
+    DUMMY_TARGET_MODULES,
+    AuxiliaryTrainingWrapper,
+    BaseTuner,
+    BaseTunerLayer,
+    check_target_module_exists,
+    is_excluded,
+)
 from .config import SageConfig
 from .descriptions import Descriptions, normalise_descriptions
 from .encoding import make_guidance, own_embeddings
@@ -333,11 +333,7 @@ def find_targets(
         targets = [name for name in names if name in wanted]
     elif config.target_modules is None:
         found = _select_layers(mlps.find_mlps(model), config.layers_to_transform)
-        targets = [
-            name
-            for name in found
-            if not isinstance(check_target_module_exists(asked, name), _ExcludedModule)
-        ]
+        targets = [name for name in found if not is_excluded(asked, name)]
     else:  # what is excluded counts as false
         targets = [name for name in names if check_target_module_exists(asked, name)]
     head_alone = (

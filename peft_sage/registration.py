@@ -6,8 +6,8 @@ thing that is touched is that enum, in memory: no file of PEFT is edited and not
 """
 
 from peft import PeftType
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import register_peft_method
+
+from ._peft_compat import PEFT_TYPE_TO_CONFIG_MAPPING, register_peft_method
 
 
 #: The value names this package, because a user who forgot `import peft_sage` sees nothing but this value.

@@ -2,8 +2,10 @@
 import copy
 import json
 import pickle
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from peft import LoraConfig, PeftConfig, PeftType, get_peft_model
@@ -61,6 +63,15 @@ def test_peft_is_unchanged_for_lora(clip, tmp_path):
     model = get_peft_model(clip, LoraConfig(target_modules=["q_proj"], r=2))
     model.save_pretrained(tmp_path)
     assert PeftConfig.from_pretrained(tmp_path).peft_type is PeftType.LORA
+
+
+def test_another_version_of_peft_is_refused_at_import():
+    code = "import peft; peft.__version__ = '0.22.0'; import peft_sage"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    setup = (Path(__file__).parents[1] / "setup.cfg").read_text()
+    needed = re.search(r"^ +(peft>=.*)", setup, re.MULTILINE)[1]
+    error = f"ImportError: peft_sage needs {needed}, but peft 0.22.0 is installed"
+    assert run.stderr.splitlines()[-1].startswith(error)
 
 
 def test_documented_names_are_importable():

@@ -9,6 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "peft_sage"
 FLOORS = [
+    {"_peft_compat"},
     {
         "registration",
         "validation",

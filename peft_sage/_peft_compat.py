@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every name of PEFT that is private or has moved between releases, in one place.
+
+Tried on PEFT 0.21.0, 0.21.1 and 0.21.2.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import peft
+from packaging.specifiers import SpecifierSet
+from torch import nn
+
+
+#: The releases of PEFT that this package works with, as in setup.cfg.
+SUPPORTED = ">=0.21,<0.22"
+
+if not SpecifierSet(SUPPORTED).contains(peft.__version__, prereleases=True):
+    raise ImportError(
+        f"peft_sage needs peft{SUPPORTED}, but peft {peft.__version__} is installed: "
+        f"run `pip install 'peft{SUPPORTED}'`."
+    )
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # noqa: E402
+from peft.tuners._buffer_dict import BufferDict  # noqa: E402
+from peft.tuners.tuners_utils import (  # noqa: E402
+    BaseTuner,
+    BaseTunerLayer,
+    _ExcludedModule,
+    check_target_module_exists,
+)
+from peft.utils import (  # noqa: E402
+    AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
+    register_peft_method,
+)
+from peft.utils.constants import DUMMY_TARGET_MODULES  # noqa: E402
+
+
+__all__ = [
+    "DUMMY_TARGET_MODULES",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "SUPPORTED",
+    "AuxiliaryTrainingWrapper",
+    "BaseTuner",
+    "BaseTunerLayer",
+    "BufferDict",
+    "ModulesToSaveWrapper",
+    "adapters_off",
+    "check_target_module_exists",
+    "is_excluded",
+    "register_peft_method",
+]
+
+
+def is_excluded(config: Any, name: str) -> bool:
+    """Whether the `exclude_modules` of a configuration match the name of a module."""
+    return isinstance(check_target_module_exists(config, name), _ExcludedModule)
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Run a model without adapters and trained copies of modules, of whatever method.
+
+    Unlike PEFT's `enable_adapters(False)` it leaves alone what requires gradients.
+    """
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, kinds) and not module.disable_adapters
+    ]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
