@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The results of a run: the one object that `results.json`, the report, the model card and the console show."""
+
+import dataclasses
+import json
+import math
+import platform
+import re
+import shlex
+import sys
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+
+from ..metrics import LongTailAccuracy
+from .statistics import (
+    accuracy_by_coverage,
+    calibration_error,
+    confidence_threshold,
+    fit_temperature,
+)
+
+
+GROUPS = ("many", "medium", "few", "none")
+SCORES = ("overall", "macro", *GROUPS, "worst")
+#: Above this calibration error on the validation images a temperature is fitted.
+MAX_CALIBRATION_ERROR = 0.03
+#: Points of the coverage curve that are kept.
+CURVE_POINTS = 100
+
+
+@dataclass
+class Evaluation:
+    """Accuracies in percent (None where there is nothing to average) and the answers they come from.
+
+    Attributes:
+        per_class: (K,) accuracies.
+        num_classes: From a group to its number of classes in the evaluation.
+        predictions: (n,) predicted classes.
+        confidences: (n,) probabilities of the predicted classes, in [0, 1].
+    """
+
+    overall: float | None
+    macro: float | None
+    many: float | None
+    medium: float | None
+    few: float | None
+    none: float | None
+    worst: float | None
+    per_class: list[float | None]
+    num_classes: dict[str, int]
+    predictions: list[int]
+    confidences: list[float]
+
+    @classmethod
+    def from_logits(
+        cls, logits: torch.Tensor, labels: list[int], class_counts: list[int]
+    ) -> "Evaluation":
+        """Evaluate logits (n, K) against labels (n,), given the numbers of training images (K,)."""
+        confidences, predictions = logits.float().softmax(dim=-1).max(dim=-1)
+        # The predictions of all processes are here already.
+        metric = LongTailAccuracy(class_counts, sync_on_compute=False)
+        metric.update(predictions, torch.as_tensor(labels))
+        scores = metric.compute()
+        return cls(
+            **{name: _percent(scores[name].item()) for name in SCORES},
+            per_class=[_percent(score) for score in scores["per_class"].tolist()],
+            num_classes={group: int(scores[f"num_{group}"]) for group in GROUPS},
+            predictions=predictions.tolist(),
+            confidences=[round(x, 6) for x in confidences.tolist()],
+        )
+
+    def answers(self, labels: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the confidence of each answer, and whether it is right."""
+        right = np.array(self.predictions) == np.array(labels)
+        return np.array(self.confidences), right
+
+
+@dataclass
+class RunResults:
+    """Everything that is known about a run after its evaluation on the test images.
+
+    Attributes:
+        class_names: K names.
+        class_counts: (K,) numbers of training images, zeros included.
+        texts: The texts of the classes, as `ImageData.texts` has them.
+        method: Name of the trained model in tables and legends.
+        settings: What differs from the defaults, `model` and `dataset` included.
+        data: Summary of the data, from `ImageData.to_dict`.
+        labels: (n,) labels of the test images.
+        zero_shot: Evaluation on the test images before training.
+        trained: Evaluation on the test images after training.
+        validation: From each evaluation while training its `epoch` and accuracies in percent.
+        kept_epoch: The epoch whose weights were kept, if the best one was.
+        text_prior: Strength of the text prior.
+        text_guidance: Strength of the text guidance.
+        text_prior_scores: From each strength that was tried to its held-out balanced accuracy in percent.
+        absent: The number of images that a class without any is given in the loss; None: it is left out.
+        suspects: Training images that held-out models take for another class, least likely label first: their
+            `index`, `label`, `predicted` class and the `probability` of their label.
+        calibration_error: Expected calibration error on the test images, in [0, 1].
+        temperature: What the logits were divided by after training; 1.0 if nothing was to be corrected.
+        coverage: Falling `threshold`s of the confidence, the `share` of test images at or above each, and the
+            `accuracy` on these, in [0, 1].
+        threshold: The confidence at and above which 95% of the answers on validation images are right; None if there
+            is none.
+        command: The command line.
+        date: When the run ended (UTC).
+        versions: From a package to its version.
+    """
+
+    class_names: list[str]
+    class_counts: list[int]
+    texts: dict[str, list[str]] | list[str]
+    method: str
+    settings: dict[str, Any]
+    data: dict[str, Any]
+    labels: list[int]
+    zero_shot: Evaluation
+    trained: Evaluation
+    validation: list[dict[str, float]] = field(default_factory=list)
+    kept_epoch: float | None = None
+    text_prior: float = 0.0
+    text_guidance: float = 0.0
+    text_prior_scores: dict[str, float] | None = None
+    absent: float | None = None
+    suspects: list[dict[str, Any]] | None = None
+    calibration_error: float = 0.0
+    temperature: float = 1.0
+    coverage: dict[str, list[float]] = field(default_factory=dict)
+    threshold: float | None = None
+    command: str = ""
+    date: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def collect(
+        cls,
+        trainer: Any,
+        data: Any,
+        *,
+        method: str = "trained",
+        settings: dict[str, Any] | None = None,
+    ) -> "RunResults":
+        """Evaluate a trained model and its zero-shot beginning. All processes must call this.
+
+        Where the calibration error on the validation images is above 0.03, a temperature is fitted there.
+
+        Args:
+            trainer: A [`SageTrainer`] that has trained a [`SageClassifier`].
+            data: The [`ImageData`] it was trained on.
+            method: Name of the trained model in tables and legends.
+            settings: What else the report and the card should list, such as `model` and `dataset`.
+
+        Raises:
+            ValueError: The trainer's model is not a `SageClassifier`.
+        """
+        classifier = trainer.classifier
+        if classifier is None:
+            raise ValueError(
+                "`trainer` must train a SageClassifier for a report, got a "
+                f"{type(trainer.model).__name__}."
+            )
+        head = classifier._head
+        counts = list(data.class_counts)
+        labels = list(data.test["label"])
+        similarity = _embed(trainer, data.test) @ classifier.text_embeds.float().cpu().T
+        zero_shot = Evaluation.from_logits(head.scale * similarity, labels, counts)
+        temperature, threshold = 1.0, None
+        if data.validation is not None:
+            logits = _logits(trainer, data.validation)
+            answers = list(data.validation["label"])
+            evaluation = Evaluation.from_logits(logits, answers, counts)
+            error = calibration_error(*evaluation.answers(answers))
+            if error > MAX_CALIBRATION_ERROR:
+                temperature = fit_temperature(logits, torch.as_tensor(answers))
+                head.scale /= temperature
+                logits = logits / temperature
+                evaluation = Evaluation.from_logits(logits, answers, counts)
+            threshold = confidence_threshold(*evaluation.answers(answers))
+        trained = Evaluation.from_logits(_logits(trainer, data.test), labels, counts)
+        right = trained.answers(labels)
+        prior = trainer.text_prior
+        tried = {f"{k:g}": 100 * x for k, x in prior.scores.items()} if prior else None
+        return cls(
+            class_names=list(data.class_names),
+            class_counts=counts,
+            texts=data.texts,
+            method=method,
+            settings=_settings(trainer.args) | (settings or {}),
+            data=data.to_dict(),
+            labels=labels,
+            zero_shot=zero_shot,
+            trained=trained,
+            **_history(trainer),
+            text_prior=getattr(trainer.loss, "text_prior", 0.0),
+            text_guidance=getattr(trainer.loss, "text_guidance", 0.0),
+            text_prior_scores=tried,
+            absent=prior and prior.absent,
+            suspects=prior and _suspects(prior, list(data.train["label"])),
+            calibration_error=calibration_error(*right),
+            temperature=temperature,
+            coverage=_coverage(*right),
+            threshold=threshold,
+            command=_command(sys.argv),
+            date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+            versions=_versions(),
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write `results.json` into a folder, whole or not at all."""
+        text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
+        # Numbers stand side by side. Within a string no line ends, so that texts are left alone.
+        text = re.sub(r"\[\n[-+\d.eE,\snul]*\]", lambda m: " ".join(m[0].split()), text)
+        unfinished = Path(folder, "results.json.unfinished")
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(Path(folder, "results.json"))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "RunResults":
+        """Read what `save` wrote."""
+        saved = json.loads(Path(folder, "results.json").read_text(encoding="utf-8"))
+        for name in ("zero_shot", "trained"):
+            saved[name] = Evaluation(**saved[name])
+        return cls(**saved)
+
+    @property
+    def runs(self) -> dict[str, Evaluation]:
+        """The two evaluations by the names that tables and legends give them."""
+        return {"zero-shot": self.zero_shot, self.method: self.trained}
+
+    @property
+    def shown_scores(self) -> list[str]:
+        """The names of the scores; the group `none` only where there is such a class."""
+        return [s for s in SCORES if s != "none" or self.trained.num_classes["none"]]
+
+    @property
+    def worse_classes(self) -> list[int]:
+        """The classes that are less accurate than before training."""
+        pairs = zip(self.zero_shot.per_class, self.trained.per_class, strict=True)
+        return [
+            k for k, (before, after) in enumerate(pairs) if (after or 0) < (before or 0)
+        ]
+
+    def __str__(self) -> str:
+        names = self.shown_scores
+        rows = [["test accuracy, %", *names]]
+        for run, evaluation in self.runs.items():
+            scores = [getattr(evaluation, name) for name in names]
+            rows.append([run, *("-" if x is None else f"{x:.1f}" for x in scores)])
+        sizes = self.trained.num_classes
+        rows.append(["classes", *(str(sizes.get(name, "")) for name in names)])
+        lines = [f"{row[0]:<18}" + "".join(f"{x:>9}" for x in row[1:]) for row in rows]
+        tested = sum(score is not None for score in self.trained.per_class)
+        worse = len(self.worse_classes)
+        lines.append(
+            f"{worse} of {tested} classes are worse than before training; "
+            f"calibration error {self.calibration_error:.3f}."
+        )
+        return "\n".join(lines)
+
+
+def _percent(fraction: float) -> float | None:
+    return None if math.isnan(fraction) else 100 * fraction
+
+
+def _embed(trainer: Any, dataset: Any) -> torch.Tensor:
+    """Embed images (n, e) with the frozen tower, each process its share."""
+    classifier = trainer.classifier
+    indices = list(range(len(dataset)))
+    with trainer.accelerator.split_between_processes(indices) as share:
+        embeds = classifier.text_embeds[:0].float().cpu()
+        if share:
+            embeds = classifier.embed(dataset.select(share))
+    return torch.cat(gather_object([embeds]))
+
+
+def _logits(trainer: Any, dataset: Any) -> torch.Tensor:
+    predictions = trainer.predict(dataset).predictions
+    if isinstance(predictions, tuple):
+        predictions = predictions[0]
+    return torch.as_tensor(predictions).float()
+
+
+def _coverage(confidences: np.ndarray, right: np.ndarray) -> dict[str, list[float]]:
+    curve = accuracy_by_coverage(confidences, right)
+    kept = np.unique(np.linspace(0, len(curve[0]) - 1, CURVE_POINTS, dtype=int))
+    names = ("threshold", "share", "accuracy")
+    return {name: x[kept].tolist() for name, x in zip(names, curve, strict=True)}
+
+
+def _history(trainer: Any) -> dict[str, Any]:
+    """Return the validation curve and the epoch that was kept."""
+    state, curve, kept = trainer.state, [], None
+    for entry in state.log_history:
+        if "eval_macro" not in entry:
+            continue
+        scores = {s: 100 * entry[f"eval_{s}"] for s in SCORES if f"eval_{s}" in entry}
+        curve.append({"epoch": entry["epoch"], **scores})
+        if entry["step"] == state.best_global_step:
+            kept = entry["epoch"]
+    best = trainer.args.load_best_model_at_end
+    return {"validation": curve, "kept_epoch": kept if best else None}
+
+
+def _suspects(chosen: Any, labels: list[int], most: int = 12) -> list[dict[str, Any]]:
+    probability = chosen.label_probability.nan_to_num(2).tolist()
+    predicted = chosen.predicted_label.tolist()
+    wrong = [i for i, label in enumerate(labels) if predicted[i] not in (-1, label)]
+    return [
+        {
+            "index": i,
+            "label": labels[i],
+            "predicted": predicted[i],
+            "probability": probability[i],
+        }
+        for i in sorted(wrong, key=probability.__getitem__)[:most]
+    ]
+
+
+def _settings(args: Any) -> dict[str, Any]:
+    """Return the training arguments that are not at their defaults, secrets masked."""
+    values = args.to_dict()
+    return {
+        f.name: values[f.name]
+        for f in dataclasses.fields(args)
+        if f.name in values and getattr(args, f.name) != _default(f)
+    }
+
+
+def _default(f: Any) -> Any:
+    return (
+        f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    )
+
+
+def _command(argv: list[str]) -> str:
+    """Return the command line without where the script lies and without tokens."""
+    line = shlex.join(["python", Path(argv[0]).name, *argv[1:]])
+    return re.sub(r"(--\w*token[= ])\S+", r"\1***", line)
+
+
+def _versions() -> dict[str, str]:
+    import peft
+    import transformers
+
+    from .. import __version__
+
+    return {
+        "peft_sage": __version__,
+        "peft": peft.__version__,
+        "transformers": transformers.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
