@@ -27,7 +27,7 @@ from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
 
-from peft_sage.images import decoding_side, read_image
+from peft_sage.pictures import decoding_side, read_image
 
 
 #: Images that a thread decodes before they are made small: enough for speed, and few enough where they are large.

@@ -22,7 +22,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
 from labels import Classes, is_text, read_labels, stated_names, unite
 
 from peft_sage.descriptions import read_csv, read_text
-from peft_sage.images import is_image_name, read_image
+from peft_sage.pictures import is_image_name, read_image
 
 
 #: What a split may be called as well, where none has the name that was asked for.

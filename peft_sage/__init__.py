@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from . import templates
 from .attention import attention_maps, plot_attention
 from .classifier import CosineHead, SageClassifier, SageClassifierOutput
+from .collator import ImageCollator
 from .config import SageConfig
 from .descriptions import read_class_descriptions
 from .encoding import encode_class_descriptions, pool_guidance
@@ -14,6 +15,7 @@ from .layer import SageLayer
 from .loss import SageLoss
 from .model import SageModel
 from .optimization import parameter_groups
+from .pictures import find_images, read_image
 from .registration import register
 from .text_prior import TextPrior, choose_text_prior
 
@@ -26,6 +28,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "CosineHead",
+    "ImageCollator",
     "LongTailAccuracy",
     "LongTailCallback",
     "SageClassifier",
@@ -39,10 +42,12 @@ __all__ = [
     "attention_maps",
     "choose_text_prior",
     "encode_class_descriptions",
+    "find_images",
     "parameter_groups",
     "plot_attention",
     "pool_guidance",
     "read_class_descriptions",
+    "read_image",
     "templates",
 ]
 

@@ -4,7 +4,7 @@
 import argparse
 
 from peft_sage import SageClassifier
-from peft_sage.images import find_images
+from peft_sage.pictures import find_images
 
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -28,7 +28,7 @@ from peft_sage import (
     choose_text_prior,
     parameter_groups,
 )
-from peft_sage.images import decoding_side, read_image
+from peft_sage.pictures import decoding_side, read_image
 
 
 parser = argparse.ArgumentParser(

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from peft_sage.images import decoding_side, find_images, read_image
+from peft_sage.pictures import decoding_side, find_images, read_image
 
 
 RED, WHITE = (200, 10, 30), (255, 255, 255)
@@ -225,10 +225,12 @@ def test_images_of_folders(tmp_path, monkeypatch):
         tmp_path / "[x]/d.tiff",
         tmp_path / "notes.txt",
     ]
+    below = [tmp_path / "[x]/d.tiff", tmp_path / "below/c.png"]
+    assert find_images(tmp_path, recursive=True) == [*own, *below]
     monkeypatch.setenv("HOME", str(tmp_path))
     assert find_images("~/a.png") == own[:1]
     for name, message in [
-        ("folder.png", "folder.png' holds no images"),
+        ("folder.png", "folder.png' contains no images; `recursive=True`"),
         ("absent", "absent' does not exist"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -4,7 +4,7 @@
 import io
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -81,27 +81,42 @@ def decoding_side(image_processor: Any) -> int | None:
 
 def find_images(
     paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    recursive: bool = False,
 ) -> list[Path]:
-    """List files, and the images of folders: of each folder its own, sorted, without hidden ones.
+    """List files, and the images of folders in the order of their names; hidden files and folders are left out.
+
+    Args:
+        paths: Files and folders, which may begin with `~`.
+        recursive: Whether to search the folders in a folder, too.
 
     Raises:
-        ValueError: If a path does not exist or a folder holds no image. The path is named.
+        ValueError: If a path does not exist or a folder contains no images. The path is named.
     """
     found: list[Path] = []
     for given in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         path = Path(given) if os.path.exists(given) else Path(os.path.expanduser(given))
         if not path.exists():
             raise ValueError(f"{str(given)!r} does not exist.")
-        inside = sorted(path.iterdir()) if path.is_dir() else []
-        images = [
-            file for file in inside if is_image_name(file.name) and not file.is_dir()
-        ]
-        if path.is_dir() and not images:
-            raise ValueError(
-                f"Folder {str(given)!r} holds no images; the folders in it are not searched."
-            )
-        found += images or [path]
+        if not path.is_dir():
+            found.append(path)
+            continue
+        images = list(_images_in(path, recursive))
+        if not images:
+            hint = "" if recursive else "; `recursive=True` searches its subfolders"
+            raise ValueError(f"Folder {str(given)!r} contains no images{hint}.")
+        found += images
     return found
+
+
+def _images_in(folder: Path, recursive: bool) -> Iterator[Path]:
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in sorted(folders) if recursive and is_shown(name)]
+        yield from (Path(parent, name) for name in sorted(files) if is_image_name(name))
+
+
+def is_shown(name: str) -> bool:
+    """Whether a file or folder is neither hidden nor what macOS leaves in an archive."""
+    return not name.startswith(".") and name != "__MACOSX"
 
 
 def is_image_name(name: str) -> bool:

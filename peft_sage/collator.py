@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of pixels from pictures: the same way for training, evaluation, embedding and prediction."""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from .pictures import decoding_side, read_image
+
+
+AUGMENTS = ("crop-flip", "resized-crop-flip")
+#: What the processors of vision towers return.
+INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+
+
+class ImageCollator:
+    """Collate pictures and labels into what a vision tower takes.
+
+    Without augmentation the pixels are those of the image processor, of each picture as [`read_image`] reads it.
+
+    Args:
+        image_processor: One of transformers, or a torchvision `Compose` (open_clip, timm).
+        augment: Augmentation while training. "crop-flip": random crops and flips of the resized pixels, the batch at
+            once; "resized-crop-flip": of the original pictures, which is slower and sharper; or a function from a PIL
+            image to a PIL image. Both strings need kornia.
+        image_column: Key of an item's picture, which is anything that [`read_image`] takes.
+        label_column: Key of its label, unless that is "labels".
+        crop_scale: Smallest share of a picture's area that a random crop keeps.
+        seed: With the epoch, once [`set_epoch`] has told one, and the items' `index`, decides on crops and flips,
+            however many workers there are. Otherwise torch's generator does.
+
+    Raises:
+        ValueError: An argument is wrong, or the processor cuts images into patches (NaFlex), where neither crops nor
+            flips are possible.
+        ImportError: Kornia is needed and not installed.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any,
+        augment: str | Callable[[PIL.Image.Image], PIL.Image.Image] | None = None,
+        *,
+        image_column: str = "image",
+        label_column: str = "label",
+        crop_scale: float = 0.5,
+        seed: int = 0,
+    ) -> None:
+        if not (augment is None or callable(augment) or augment in AUGMENTS):
+            raise ValueError(
+                f"`augment` must be None, a function or one of {AUGMENTS}, got {augment!r}."
+            )
+        if not 0 < crop_scale <= 1:
+            raise ValueError(f"`crop_scale` must lie in (0, 1], got {crop_scale!r}.")
+        self.image_processor, self.augment = image_processor, augment
+        self.image_column, self.label_column = image_column, label_column
+        self.crop_scale, self.seed = crop_scale, seed
+        self.training = augment is not None
+        self.epoch: int | None = None
+        if isinstance(augment, str):
+            _import_kornia()
+            self.size  # noqa: B018 - is refused here and not in the first batch
+
+    def train(self) -> "ImageCollator":
+        """Switch the augmentation on, if there is any."""
+        self.training = self.augment is not None
+        return self
+
+    def eval(self) -> "ImageCollator":
+        """Switch the augmentation off."""
+        self.training = False
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make crops and flips depend on the seed, this epoch and the items' `index` alone."""
+        self.epoch = epoch
+
+    @property
+    def needs_pictures(self) -> bool:
+        """Whether the augmentation starts from the original pictures and not from prepared pixels."""
+        return callable(self.augment) or self.augment == "resized-crop-flip"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the pixels that the processor makes."""
+        return self._geometry.size
+
+    def __call__(self, items: Iterable[Any]) -> dict[str, Tensor]:
+        """Collate items.
+
+        Args:
+            items: Pictures; or dictionaries with a picture, with `pixels` from [`prepare`], or with `pixel_values`. A
+                label, `index`, and whatever begins with `base_` are handed on.
+
+        Returns:
+            `pixel_values` (B, 3, H, W) float32, or what the processor returns; `labels` (B,) and the rest.
+        """
+        items = list(items)
+        if not items:
+            raise ValueError("`items` is empty; give at least one.")
+        first = items[0]
+        if not isinstance(first, Mapping) or set(first) == {"bytes", "path"}:
+            return self._inputs(items, None)
+        label = next((key for key in (self.label_column, "labels") if key in first), "")
+        others = [key for key in first if key == "index" or key.startswith("base_")]
+        batch = {key: _stack(items, key) for key in others}
+        if label:
+            batch["labels"] = _stack(items, label)
+        indices = batch["index"].tolist() if "index" in batch else None
+        if "pixel_values" in first:
+            return {key: _stack(items, key) for key in INPUTS if key in first} | batch
+        if "pixels" in first:
+            if self.training and self.needs_pictures:
+                raise ValueError(
+                    "`augment` needs the original pictures, but the items hold their `pixels`."
+                )
+            pixels = self._finish(_stack(items, "pixels"), indices)
+            return {"pixel_values": pixels} | batch
+        if self.image_column not in first:
+            raise ValueError(
+                f"Items have no {self.image_column!r}, only {[*first]}; `image_column` names the picture."
+            )
+        pictures = [item[self.image_column] for item in items]
+        return self._inputs(pictures, indices) | batch
+
+    def prepare(self, pictures: Iterable[Any], crops: int = 1) -> Tensor:
+        """Resize and crop pictures as the processor does, without augmentation.
+
+        Args:
+            pictures: B pictures, as [`read_image`] takes them.
+            crops: 1; or 5 for the centre and corners of a picture enlarged by 248 / 224, LIFT's test-time ensembling.
+
+        Returns:
+            (B, 3, H, W) or (B, 5, 3, H, W) uint8.
+        """
+        if crops not in (1, 5):
+            raise ValueError(f"`crops` must be 1 or 5, got {crops!r}.")
+        make = self._geometry.pixels if crops == 1 else self._geometry.five_crops
+        side = decoding_side(self.image_processor)
+        return torch.cat(_in_threads(lambda part: make(_read(part, side)), pictures))
+
+    def finish(self, pixels: Tensor) -> Tensor:
+        """Scale and normalise (..., 3, H, W) uint8 to float32, on their device; with "crop-flip", augment before."""
+        return self._finish(pixels, None)
+
+    @cached_property
+    def _geometry(self) -> "_Geometry":
+        return _Geometry(self.image_processor)
+
+    def _inputs(
+        self, pictures: list[Any], indices: list[int] | None
+    ) -> dict[str, Tensor]:
+        if self.image_processor is None:
+            raise ValueError("`image_processor` is needed for pictures, got None.")
+        if self.training and self.augment == "crop-flip":
+            return {"pixel_values": self._finish(self.prepare(pictures), indices)}
+        side = decoding_side(self.image_processor)
+        if self.training and self.augment == "resized-crop-flip" and side:
+            # The smallest crop is to be as sharp as the whole picture.
+            side = math.ceil(side / math.sqrt(self.crop_scale))
+        if self.training and callable(self.augment):
+            side = None
+        parts = _in_threads(lambda part: _read(part, side), pictures)
+        images = [image for part in parts for image in part]
+        if self.training and callable(self.augment):
+            images = [self.augment(image) for image in images]
+        elif self.training:
+            return {"pixel_values": self._geometry.finish(self._crops(images, indices))}
+        if _is_compose(self.image_processor):
+            return {"pixel_values": torch.stack([*map(self.image_processor, images)])}
+        return dict(self.image_processor(images=images, return_tensors="pt"))
+
+    def _finish(self, pixels: Tensor, indices: list[int] | None) -> Tensor:
+        images = pixels.flatten(0, -4).float()
+        if self.training and self.augment == "crop-flip":
+            kornia = _import_kornia()
+            crop = kornia.RandomResizedCrop(
+                images.shape[-2:],
+                scale=(self.crop_scale, 1.0),
+                cropping_mode="resample",
+            )
+            with self._seeded(indices):
+                images = kornia.RandomHorizontalFlip()(crop(images))
+        return self._geometry.finish(images).unflatten(0, pixels.shape[:-3])
+
+    def _crops(
+        self, images: list[PIL.Image.Image], indices: list[int] | None
+    ) -> Tensor:
+        """(B, 3, H, W) uint8 random parts of pictures, resized to the processor's size and flipped at random."""
+        crop = _import_kornia().RandomResizedCrop(
+            self.size, scale=(self.crop_scale, 1.0)
+        )
+        cut = []
+        for number, image in enumerate(images):
+            with self._seeded(indices and indices[number : number + 1]):
+                shape = torch.Size((1, 3, image.height, image.width))
+                corners = crop.forward_parameters(shape)["src"][0]
+                flip = torch.rand(()) < 0.5
+            box = (*corners[0].tolist(), *(corners[2] + 1).tolist())
+            # By PIL, as kornia does not smooth what it makes smaller.
+            part = image.resize(self.size[::-1], PIL.Image.Resampling.BILINEAR, box=box)
+            pixels = torch.from_numpy(np.array(part)).permute(2, 0, 1)
+            cut.append(pixels.flip(-1) if flip else pixels)
+        return torch.stack(cut)
+
+    @contextmanager
+    def _seeded(self, indices: list[int] | None) -> Iterator[None]:
+        """Seed what kornia draws, which it does on the CPU, by the images and the epoch where both are known."""
+        if self.epoch is None or not indices:
+            yield
+            return
+        sequence = np.random.SeedSequence([self.seed, self.epoch, *indices])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(sequence.generate_state(1)[0]))
+            yield
+
+
+class _Geometry:
+    """What an image processor does, in two steps: uint8 pixels, and then their scale and normalisation.
+
+    The second is a factor and an offset for each channel, which a black and a white picture tell.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+        name = type(processor).__name__
+        noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+        black, white, mixed = (
+            self._whole([PIL.Image.fromarray(array)])
+            for array in (noise * 0, noise * 0 + 255, noise)
+        )
+        if black.ndim != 4:
+            raise ValueError(
+                f"`augment` and prepared pixels need an image processor that returns images; {name} cuts them into "
+                "patches, as NaFlex does. A function as `augment` works with it."
+            )
+        self.size: tuple[int, int] = (black.shape[-2], black.shape[-1])
+        # Of the middle, as the margin may be padding.
+        middle = (0, slice(None), self.size[0] // 2, self.size[1] // 2)
+        self.offset = black[middle].view(3, 1, 1)
+        self.factor = (white[middle].view(3, 1, 1) - self.offset) / 255
+        finished = self.finish(self.pixels([PIL.Image.fromarray(noise)]))
+        if not torch.allclose(finished, mixed, atol=0.01):
+            raise ValueError(
+                f"`augment` and prepared pixels need an image processor that ends with a scale and a normalisation "
+                f"for each channel; {name} does not. A function as `augment` works with it."
+            )
+
+    def pixels(self, images: list[PIL.Image.Image], **geometry: Any) -> Tensor:
+        """(B, 3, H, W) uint8."""
+        if _is_compose(self.processor):
+            values = (self._whole(images) - self.offset) / self.factor
+            return values.round().clamp(0, 255).to(torch.uint8)
+        plain = {"do_rescale": False, "do_normalize": False}
+        return self._whole(images, **plain, **geometry).to(torch.uint8)
+
+    def five_crops(self, images: list[PIL.Image.Image]) -> Tensor:
+        """(B, 5, 3, H, W) uint8."""
+        if _is_compose(self.processor):
+            raise ValueError("`crops` needs an image processor of transformers.")
+        edges = dict(self.processor.size).items()
+        larger = {edge: round(length * 248 / 224) for edge, length in edges if length}
+        crops = []
+        height, width = self.size
+        for image in images:  # whose shapes may differ now
+            pixels = self.pixels([image], size=larger, do_center_crop=False)[0]
+            bottom, right = pixels.shape[-2] - height, pixels.shape[-1] - width
+            corners = [(bottom // 2, right // 2), (0, 0), (0, right)]
+            corners += [(bottom, 0), (bottom, right)]
+            crops += [pixels[:, y : y + height, x : x + width] for y, x in corners]
+        return torch.stack(crops).unflatten(0, (-1, 5))
+
+    def finish(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) float32."""
+        factor, offset = self.factor.to(pixels.device), self.offset.to(pixels.device)
+        return torch.addcmul(offset, pixels.float(), factor)
+
+    def _whole(self, images: list[PIL.Image.Image], **arguments: Any) -> Tensor:
+        if _is_compose(self.processor):
+            return torch.stack([self.processor(image) for image in images])
+        processed = self.processor(images=images, return_tensors="pt", **arguments)
+        return processed["pixel_values"]
+
+
+def _is_compose(processor: Any) -> bool:
+    return hasattr(processor, "transforms")
+
+
+def _stack(items: list[Any], key: str) -> Tensor:
+    values = [item[key] for item in items]
+    if isinstance(values[0], (int, float, np.number)):
+        return torch.tensor(values)
+    return torch.stack([torch.as_tensor(value) for value in values])
+
+
+def _read(pictures: Sequence[Any], min_side: int | None) -> list[PIL.Image.Image]:
+    return [read_image(picture, min_side=min_side) for picture in pictures]
+
+
+def _import_kornia() -> Any:
+    try:
+        import kornia.augmentation
+    except ImportError as error:
+        raise ImportError(
+            '`augment` needs kornia: pip install "peft_sage[data]"'
+        ) from error
+    return kornia.augmentation
+
+
+def _in_threads(
+    function: Callable[[Sequence[Any]], Any], pictures: Iterable[Any]
+) -> list[Any]:
+    """Apply a function to a few pictures at a time, which processors take in half the time, with a thread per core."""
+    pictures, cores = list(pictures), 1
+    if get_worker_info() is None:  # a worker of a loader is one of many
+        cores = len(getattr(os, "sched_getaffinity", lambda _: range(1))(0))
+    size = max(1, min(8, math.ceil(len(pictures) / cores)))
+    parts = [pictures[start : start + size] for start in range(0, len(pictures), size)]
+    if cores == 1 or len(parts) == 1:
+        return [function(part) for part in parts]
+    with ThreadPoolExecutor(cores) as pool:
+        return list(pool.map(function, parts))
