@@ -109,7 +109,8 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--guidance-rows",
         type=int,
-        help="rows that the adapter attends to; default: at most 64 (sage)",
+        default=64,
+        help="rows that the adapter attends to, at most (sage)",
     )
 
     add = parser.add_argument_group("method").add_argument

@@ -10,7 +10,8 @@ from .classifier import CosineHead, SageClassifier, SageClassifierOutput
 from .collator import ImageCollator
 from .config import SageConfig
 from .descriptions import read_class_descriptions
-from .encoding import encode_class_descriptions, pool_guidance
+from .encoding import encode_class_descriptions
+from .guidance import pool_guidance
 from .layer import SageLayer
 from .loss import SageLoss
 from .model import SageModel

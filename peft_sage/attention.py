@@ -43,7 +43,7 @@ def attention_maps(
     name = adapter_name or next(
         (name for module in layers for name in module.active_adapters), "default"
     )
-    layers = [module for module in layers if name in module.shared]
+    layers = [module for module in layers if name in module.shared_guidance]
     if not layers:
         raise ValueError(
             f"`adapter_name`={name!r} is no Sage adapter with guidance in `model`."
@@ -68,7 +68,7 @@ def attention_weights(layer: SageLayer, x: Tensor, adapter_name: str) -> Tensor:
     """Return the softmax (h, ..., M) of the layer's equation for its input (..., d), for each head."""
     z = layer.queries(x, adapter_name)
     keys = layer.peft_sage_key[adapter_name](
-        layer.shared[adapter_name].rows.to(z.dtype)
+        layer.shared_guidance[adapter_name].like(z)
     )
     q, k = layer.split_heads(z, adapter_name), layer.split_heads(keys, adapter_name)
     weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1)

@@ -21,7 +21,7 @@ from ._peft_compat import ModulesToSaveWrapper, adapters_off
 from .config import SageConfig
 from .descriptions import Descriptions, read_class_descriptions
 from .encoding import encode_class_descriptions, load_tokenizer
-from .model import set_guidance
+from .guidance import set_guidance
 from .pictures import decoding_side, find_images, read_image
 from .towers.embeddings import encode_image, eval_mode
 from .validation import check_embeddings, check_integer, check_number

@@ -44,7 +44,7 @@ class SageConfig(PeftConfig):
         guidance: A float tensor (M, e), one row per class, instead of texts. L2-normalised. It is saved with the
             weights, not in the configuration file.
         guidance_rows: At most this many rows of guidance; more classes are pooled to groups of similar ones
-            ([`pool_guidance`]). Default: 64, but all rows of a tensor given as `guidance`. 0: no guidance.
+            ([`pool_guidance`]). 0: no guidance.
         guidance_shape: (M, e) of a saved adapter, (0, 0) without guidance. Filled in.
         row_names: Which classes each of the M rows stands for. Filled in.
         text_templates: Texts with one `{}` each, for classes that have only a name. Default: "a photo of a {}.".
@@ -81,9 +81,7 @@ class SageConfig(PeftConfig):
     guidance: Tensor | None = _option(
         None, "Embeddings (M, e). Not serialised.", repr=False, compare=False
     )
-    guidance_rows: int | None = _option(
-        None, "At most this many rows; default 64, or all of a tensor; 0: none."
-    )
+    guidance_rows: int = _option(64, "At most this many rows; 0: none.")
     guidance_shape: list[int] | None = _option(
         None, "(M, e) of the saved guidance. Filled in by the tuner."
     )
@@ -173,8 +171,7 @@ class SageConfig(PeftConfig):
             self.class_names = names if self.class_names is None else self.class_names
         if self.text_templates is not None:
             self.text_templates = check_templates(self.text_templates)
-        if self.guidance_rows is not None:
-            check_integer("guidance_rows", self.guidance_rows, 0)
+        check_integer("guidance_rows", self.guidance_rows, 0)
         if (shape := self.guidance_shape) is not None:
             if not _is_list(shape, is_int) or len(shape) != 2 or min(shape) < 0:
                 raise ValueError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From texts to rows: tokenise, encode, pool."""
+"""From class descriptions to embeddings: tokenise and encode them with the model's own text tower."""
 
 import hashlib
 import json
@@ -17,14 +17,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from .config import SageConfig
 from .descriptions import Descriptions, expand
 from .towers import embeddings as towers
-from .validation import check_embeddings, check_integer
-
-
-#: Rows of guidance at most, for texts and for a classifier's own embeddings.
-MOST_ROWS = 64
+from .validation import check_integer
 
 
 @torch.no_grad()
@@ -108,112 +103,6 @@ def load_tokenizer(model: nn.Module, name: str | None = None) -> Any:
         raise ValueError(
             f"Texts need a `tokenizer` or `tokenizer_name_or_path`, none in {name!r}."
         ) from error
-
-
-def make_guidance(
-    model: nn.Module,
-    config: SageConfig,
-    source: Tensor | Descriptions | None,
-    names: list[str] | None,
-) -> tuple[Tensor | None, list[str] | None]:
-    """Rows (M, e) from a tensor, class descriptions or a classifier's own embeddings, and what each stands for."""
-    embeddings = own_embeddings(model) if source is None else source
-    if config.guidance_rows == 0 or embeddings is None or not len(embeddings):
-        return None, None
-    if not isinstance(embeddings, Tensor):
-        # Without a text tower, that is what the error is about.
-        tokenizer = (
-            load_tokenizer(model, config.tokenizer_name_or_path)
-            if towers.has_text_tower(model)
-            else None
-        )
-        embeddings = encode_class_descriptions(
-            model, tokenizer, embeddings, config.text_templates
-        )
-    most = config.guidance_rows or (
-        len(embeddings) if isinstance(source, Tensor) else MOST_ROWS
-    )
-    rows = pool_guidance(embeddings, most)
-    return rows, None if names is None else name_rows(rows, embeddings, names)
-
-
-def own_embeddings(model: nn.Module) -> Tensor | None:
-    """The `text_embeds` (K, e) of the head of a classifier, `None` of other models."""
-    return getattr(getattr(model, "class_head", None), "text_embeds", None)
-
-
-@torch.no_grad()
-def pool_guidance(
-    guidance: Tensor, num_rows: int = 64, iterations: int = 20, seed: int = 0
-) -> Tensor:
-    """Replace the embeddings (M, e) of many classes by fewer rows that stand for groups of similar classes.
-
-    What an adapter costs grows with the rows that its blocks attend to. Spherical k-means (Dhillon and Modha, 2001)
-    gathers the classes around `num_rows` directions, on the CPU, so that all processes come to the same result.
-
-    Args:
-        guidance: One embedding per class; normalised here.
-        num_rows: R, how many rows remain.
-        iterations: Steps of k-means at most; fewer if nothing changes any more.
-        seed: Decides which rows k-means starts from.
-
-    Returns:
-        A float32 tensor (R, e) with L2-normalised rows, on the device of `guidance`; if M is at most R, all M rows.
-    """
-    check_embeddings(guidance, "guidance")
-    for name, value, low in (
-        ("num_rows", num_rows, 1),
-        ("iterations", iterations, 1),
-        ("seed", seed, 0),
-    ):
-        check_integer(name, value, low)
-    rows = F.normalize(guidance.detach().float(), dim=-1)
-    if len(rows) <= num_rows:
-        return rows
-    rows = rows.cpu()
-    means = rows[
-        torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[
-            :num_rows
-        ]
-    ]
-    for _ in range(iterations):
-        sums = torch.zeros_like(means).index_add_(0, nearest(rows, means), rows)
-        # A group without rows, or whose rows cancel out, keeps its direction.
-        before, means = (
-            means,
-            torch.where(
-                sums.norm(dim=1, keepdim=True) > 1e-6, F.normalize(sums, dim=-1), means
-            ),
-        )
-        if torch.equal(before, means):
-            break
-    return means.to(guidance.device)
-
-
-def nearest(embeddings: Tensor, rows: Tensor) -> Tensor:
-    """Index (M,) of the row (R, e) that each embedding (M, e) is nearest to."""
-    return torch.cat(
-        [(part @ rows.T).argmax(dim=1) for part in embeddings.split(2**14)]
-    )
-
-
-def name_rows(
-    rows: Tensor, embeddings: Tensor, class_names: Sequence[str]
-) -> list[str]:
-    """Name rows of guidance (R, e) by the classes with embeddings (M, e) that they stand for: at most three each."""
-    if len(rows) == len(class_names):
-        return list(class_names)
-    groups = nearest(
-        F.normalize(embeddings.detach().float().to(rows.device), dim=-1), rows
-    )
-    members = [
-        [class_names[k] for k in (groups == row).nonzero()[:, 0].tolist()]
-        for row in range(len(rows))
-    ]
-    return [
-        ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        for names in members
-    ]
 
 
 def _fingerprint(model: nn.Module, texts_of_class: list[list[str]]) -> str:

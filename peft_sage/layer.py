@@ -8,25 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._peft_compat import BaseTunerLayer, BufferDict
+from .guidance import SharedGuidance
 from .registration import PREFIX
 from .towers.mlps import mlp_input, mlp_widths
-
-
-class SharedGuidance:
-    """The guidance (M, e) that all blocks of an adapter attend to.
-
-    It is a buffer of the first block that takes it, so that it is saved once. The others reach it through that
-    block's dictionary, never by the tensor, which loading may replace.
-    """
-
-    def __init__(self, adapter_name: str, rows: Tensor) -> None:
-        self.adapter_name = adapter_name
-        self.owner: BufferDict | dict[str, Tensor] = {adapter_name: rows}
-
-    @property
-    def rows(self) -> Tensor:
-        """The tensor (M, e), with L2-normalised rows."""
-        return self.owner[self.adapter_name]
 
 
 class SageLayer(nn.Module, BaseTunerLayer):
@@ -52,7 +36,7 @@ class SageLayer(nn.Module, BaseTunerLayer):
     other_param_names = (
         "peft_sage_dropout",
         "peft_sage_guidance",
-        "shared",
+        "shared_guidance",
         "fixed_scaling",
         "num_heads",
         "unloaded",
@@ -73,7 +57,7 @@ class SageLayer(nn.Module, BaseTunerLayer):
         self.peft_sage_guidance = BufferDict(persistent=True)
         self.fixed_scaling: dict[str, float] = {}
         self.num_heads: dict[str, int] = {}
-        self.shared: dict[str, SharedGuidance] = {}
+        self.shared_guidance: dict[str, SharedGuidance] = {}
         # Adapters whose weights are still to be loaded.
         self.unloaded: dict[str, bool] = {}
 
@@ -102,10 +86,8 @@ class SageLayer(nn.Module, BaseTunerLayer):
         else:
             self.fixed_scaling[adapter_name] = scaling
         if guidance is not None:
-            self.shared[adapter_name] = guidance
-            if not isinstance(guidance.owner, BufferDict):
-                self.peft_sage_guidance[adapter_name] = guidance.rows
-                guidance.owner = self.peft_sage_guidance
+            self.shared_guidance[adapter_name] = guidance
+            guidance.keep_in(self.peft_sage_guidance)
             for projections in (self.peft_sage_key, self.peft_sage_value):
                 projections[adapter_name] = projection = nn.Linear(
                     guidance.rows.shape[1], config.r, bias=False
@@ -163,7 +145,7 @@ class SageLayer(nn.Module, BaseTunerLayer):
         if self.unloaded:
             self._check_loaded(adapter_name)
         z = self.queries(x, adapter_name)
-        if adapter_name in self.shared:
+        if adapter_name in self.shared_guidance:
             z = z + self.attend(z, adapter_name)
         update = self.peft_sage_up[adapter_name](
             self.peft_sage_dropout[adapter_name](F.gelu(z))
@@ -177,7 +159,7 @@ class SageLayer(nn.Module, BaseTunerLayer):
 
     def attend(self, z: Tensor, adapter_name: str) -> Tensor:
         """Return the attention (..., r) of queries (..., r) to the guidance; the weights are never kept."""
-        guidance = self.shared[adapter_name].rows.to(z.dtype)
+        guidance = self.shared_guidance[adapter_name].like(z)
         keys, values = (
             self.peft_sage_key[adapter_name](guidance),
             self.peft_sage_value[adapter_name](guidance),

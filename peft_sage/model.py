@@ -22,9 +22,8 @@ from ._peft_compat import (
     is_excluded,
 )
 from .config import SageConfig
-from .descriptions import Descriptions, normalise_descriptions
-from .encoding import make_guidance, own_embeddings
-from .layer import SageLayer, SharedGuidance, is_of_adapter
+from .guidance import SharedGuidance, make_guidance, own_embeddings, set_guidance
+from .layer import SageLayer, is_of_adapter
 from .registration import PREFIX
 from .towers import mlps
 
@@ -108,8 +107,10 @@ class SageModel(BaseTuner):
         plan.exclude_modules = plan.layers_to_transform = plan.layers_pattern = None
         plan.shared = None if rows is None else SharedGuidance(adapter_name, rows)
         self.peft_config[adapter_name] = plan
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self.peft_config[adapter_name] = config
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            self.peft_config[adapter_name] = config
 
     def set_guidance(
         self, guidance: Any = None, adapter_name: str | None = None
@@ -258,58 +259,6 @@ class SageModel(BaseTuner):
         for layer in layers.values():
             layer.unloaded.pop(adapter_name, None)
         return state_dict
-
-
-def set_guidance(
-    model: nn.Module, source: Tensor | Descriptions | None, adapter_name: str
-) -> None:
-    """Give a trained adapter another set of classes, without training: attention is over a set of any size.
-
-    `guidance_rows` of the configuration limits the rows as at the start. A head is not touched.
-
-    `model` comes without PEFT's wrapper; `source` is as in [`SageModel.set_guidance`].
-
-    Raises:
-        TypeError, ValueError: The adapter does not exist or has no guidance, or the source does not fit.
-    """
-    configs: dict[str, Any] = getattr(model, "peft_config", {})
-    config = configs.get(adapter_name)
-    if not isinstance(config, SageConfig):
-        raise ValueError(
-            f"`adapter_name` must be a Sage adapter of {list(configs)}, got {adapter_name!r}."
-        )
-    shared = next(
-        (
-            layer.shared[adapter_name]
-            for _, layer in _layers(model)
-            if adapter_name in layer.shared
-        ),
-        None,
-    )
-    if shared is None:
-        raise ValueError(
-            f"The adapter {adapter_name!r} was made without guidance, so it cannot be given any."
-        )
-    texts: Any = None
-    if source is None:
-        names = getattr(model, "class_names", None)
-    elif isinstance(source, Tensor):
-        names = config.class_names if config.num_classes == len(source) else None
-    else:
-        names, texts = normalise_descriptions(source)
-    rows, row_names = make_guidance(model, config, source, names)
-    if rows is None or rows.shape[1] != shared.rows.shape[1]:
-        shape = f"(M, {shared.rows.shape[1]})"
-        raise ValueError(
-            f"`guidance` must have the shape {shape}, got {getattr(rows, 'shape', None)}."
-        )
-    shared.owner[adapter_name] = rows.to(shared.rows)
-    config.class_names, config.class_descriptions, config.row_names = (
-        names,
-        texts,
-        row_names,
-    )
-    config.guidance, config.guidance_shape = None, list(rows.shape)
 
 
 def find_targets(

@@ -38,7 +38,9 @@ def adapted(model, **kwargs):
 def softmax_by_hand(layer, x):
     """The equation of `SageLayer`, written out: mean over heads of softmax(z (G W_k)^T / sqrt(r / h)), (..., M)."""
     z = layer.peft_sage_down["default"](layer.peft_sage_norm["default"](x))
-    keys = layer.shared["default"].rows @ layer.peft_sage_key["default"].weight.T
+    keys = (
+        layer.shared_guidance["default"].rows @ layer.peft_sage_key["default"].weight.T
+    )
     heads = layer.num_heads["default"]
     width = z.shape[-1] // heads
     slices = [slice(h * width, (h + 1) * width) for h in range(heads)]
@@ -75,7 +77,7 @@ def test_the_layer_attends_with_these_weights():
     layer = next(module for module in model.modules() if isinstance(module, SageLayer))
     x = torch.randn(2, 7, 32)
     z = layer.peft_sage_down["default"](layer.peft_sage_norm["default"](x))
-    values = layer.peft_sage_value["default"](layer.shared["default"].rows)
+    values = layer.peft_sage_value["default"](layer.shared_guidance["default"].rows)
     torch.testing.assert_close(
         attention_weights(layer, x, "default")[0] @ values, layer.attend(z, "default")
     )

@@ -26,8 +26,8 @@ def explicit(layer: SageLayer, x: torch.Tensor, heads: int) -> torch.Tensor:
         F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias), down.weight, down.bias
     )
     a = 0
-    if layer.shared:
-        guidance = layer.shared["default"].rows
+    if layer.shared_guidance:
+        guidance = layer.shared_guidance["default"].rows
         keys = guidance @ layer.peft_sage_key["default"].weight.T
         values = guidance @ layer.peft_sage_value["default"].weight.T
         parts = []
@@ -68,7 +68,7 @@ def test_random_start_is_no_identity():
 
 def test_without_guidance_there_is_no_attention():
     layer = make()
-    assert not layer.shared
+    assert not layer.shared_guidance
     assert not list(layer.peft_sage_key.parameters()) and not list(
         layer.peft_sage_value.parameters()
     )
@@ -87,7 +87,7 @@ def test_guidance_is_a_set():
 
 def test_guidance_has_no_gradient_and_unit_rows():
     layer = make(torch.randn(9, 6) * 10)
-    guidance = layer.shared["default"].rows
+    guidance = layer.shared_guidance["default"].rows
     assert not guidance.requires_grad
     torch.testing.assert_close(guidance.norm(dim=-1), torch.ones(9))
 

@@ -31,7 +31,7 @@ def adapted(model) -> list[str]:
 
 def guidance_of(model) -> torch.Tensor:
     layer = next(module for module in model.modules() if isinstance(module, SageLayer))
-    return layer.shared["default"].rows if layer.shared else None
+    return layer.shared_guidance["default"].rows if layer.shared_guidance else None
 
 
 @pytest.mark.parametrize("make", [tiny_clip, tiny_siglip])
@@ -97,10 +97,14 @@ def test_guidance_is_saved_once_and_loading_encodes_no_text(
 def test_guidance_is_shared_by_reference(clip):
     model = get_peft_model(clip, SageConfig(guidance=torch.randn(5, 24)))
     layers = [module for module in model.modules() if isinstance(module, SageLayer)]
-    assert len({layer.shared["default"].rows.data_ptr() for layer in layers}) == 1
+    assert (
+        len({layer.shared_guidance["default"].rows.data_ptr() for layer in layers}) == 1
+    )
     assert [len(layer.peft_sage_guidance) for layer in layers] == [1, 0, 0]
     model.set_guidance(torch.randn(2, 24))
-    assert all(layer.shared["default"].rows.shape == (2, 24) for layer in layers)
+    assert all(
+        layer.shared_guidance["default"].rows.shape == (2, 24) for layer in layers
+    )
 
 
 def test_several_adapters_with_other_classes_widths_and_blocks(
@@ -240,13 +244,12 @@ def test_guidance_rows_limit_every_source(clip_dir, pixel_values, tmp_path):
     assert again.peft_config["default"].num_classes == 70
     assert again.peft_config["default"].row_names == config.row_names
 
-    model.set_guidance(rows)  # a tensor is taken as it is
-    torch.testing.assert_close(guidance_of(model), rows)
+    model.set_guidance(rows[:40])
+    torch.testing.assert_close(guidance_of(model), rows[:40])
     model.set_guidance(["bee", *names])
     assert config.num_classes == 71 and config.guidance_shape == [64, 16]
-    assert guidance_of(
-        get_peft_model(tiny_clip(), SageConfig(guidance=rows))
-    ).shape == (70, 16)
+    config = SageConfig(guidance=rows, guidance_rows=70)
+    assert guidance_of(get_peft_model(tiny_clip(), config)).shape == (70, 16)
     limited = get_peft_model(tiny_clip(), SageConfig(guidance=rows, guidance_rows=2))
     assert torch.equal(guidance_of(limited), pool_guidance(rows, 2))
     limited.set_guidance(rows[:9])

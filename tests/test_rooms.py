@@ -20,7 +20,9 @@ FLOORS = [
         "optimization",
     },
     {"config", "loss", "text_prior", "metrics", "collator", "data"},
-    {"layer", "weights", "encoding"},
+    {"weights", "encoding"},
+    {"guidance"},
+    {"layer"},
     {"model", "classifier"},
     {"attention", "callbacks", "__init__"},
 ]

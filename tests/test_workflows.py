@@ -575,7 +575,8 @@ def test_copies_are_independent(clone, trained, pixel_values):
     assert torch.equal(features(trained, pixel_values), expected)
     layers = [module for module in copied.modules() if isinstance(module, SageLayer)]
     assert all(
-        layer.shared["default"].rows is layers[0].shared["default"].rows
+        layer.shared_guidance["default"].rows
+        is layers[0].shared_guidance["default"].rows
         for layer in layers
     )
 

@@ -24,7 +24,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel
 
 from peft_sage import SageClassifier, SageConfig
-from peft_sage.encoding import MOST_ROWS
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
@@ -85,7 +84,7 @@ def build(recipe: Recipe) -> PeftModel:
         clip = CLIPModel(CONFIGS[recipe.model])
     texts = torch.ones(DATA[recipe.data].classes, CONFIGS[recipe.model].projection_dim)
     guidance = (
-        {"guidance": texts[:MOST_ROWS]}
+        {"guidance": texts[: SageConfig.guidance_rows]}
         if recipe.method == "sage"
         else {"guidance_rows": 0}
     )
@@ -102,7 +101,7 @@ def cost(recipe: Recipe) -> Cost:
     tokens = model.get_base_model().model.vision_model.embeddings.num_positions
     attention = [
         (tokens, tokens),
-        (BATCH * tokens, min(MOST_ROWS, DATA[recipe.data].classes)),
+        (BATCH * tokens, min(SageConfig.guidance_rows, DATA[recipe.data].classes)),
     ]
     kept: dict[int, torch.UntypedStorage] = {}
 

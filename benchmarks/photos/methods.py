@@ -202,9 +202,8 @@ def adapt(
     torch.manual_seed(seed)
     if settings.method == "adapter":
         rows = guidance_rows(settings.rows, texts, seed)
-        limit = (
-            0 if rows is None else None
-        )  # Without rows of its own, a classifier's adapter attends to its texts.
+        # Without rows of its own, a classifier's adapter would attend to its texts.
+        limit = 0 if rows is None else len(rows)
         return get_peft_model(
             classifier, SageConfig(r=RANK, guidance=rows, guidance_rows=limit)
         )

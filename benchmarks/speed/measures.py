@@ -102,7 +102,7 @@ def classifier(run: SimpleNamespace) -> nn.Module:
     else:
         config = SageConfig(
             r=run.r,
-            guidance_rows=0 if run.method == "adaptformer" else None,
+            guidance_rows=0 if run.method == "adaptformer" else 64,
             init_weights=False,
         )
     return get_peft_model(model, config)

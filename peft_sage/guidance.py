@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows that the blocks of an adapter attend to: how they are made, where they are kept, how they are replaced."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._peft_compat import BufferDict
+from .config import SageConfig
+from .descriptions import Descriptions, normalise_descriptions
+from .encoding import encode_class_descriptions, load_tokenizer
+from .towers.embeddings import has_text_tower
+from .validation import check_embeddings, check_integer
+
+
+class SharedGuidance:
+    """The guidance (M, e) of an adapter, with rows of unit length, for all of its blocks.
+
+    The first block that takes it keeps it as a buffer, so that it is saved once. All blocks read it through the
+    `BufferDict` of that block and never hold the tensor, which loading and moving replace.
+    """
+
+    def __init__(self, adapter_name: str, rows: Tensor) -> None:
+        self.adapter_name = adapter_name
+        self.owner: BufferDict | dict[str, Tensor] = {adapter_name: rows}
+
+    def keep_in(self, buffers: BufferDict) -> None:
+        """Make the rows a buffer of the first block that asks for it."""
+        if not isinstance(self.owner, BufferDict):
+            buffers[self.adapter_name] = self.rows
+            self.owner = buffers
+
+    @property
+    def rows(self) -> Tensor:
+        """The tensor (M, e), where the first block is. Setting it keeps the device and the precision."""
+        return self.owner[self.adapter_name]
+
+    @rows.setter
+    def rows(self, rows: Tensor) -> None:
+        self.owner[self.adapter_name] = rows.to(self.rows)
+
+    def like(self, x: Tensor) -> Tensor:
+        """Return the rows with the device and the precision of `x`: blocks may be on several devices."""
+        return self.rows.to(x)
+
+
+def find_guidance(model: nn.Module, adapter_name: str) -> SharedGuidance | None:
+    """Return the guidance of an adapter in a model, None if it has none."""
+    for module in model.modules():
+        shared = getattr(module, "shared_guidance", {})
+        if adapter_name in shared:
+            return shared[adapter_name]
+    return None
+
+
+def make_guidance(
+    model: nn.Module,
+    config: SageConfig,
+    source: Tensor | Descriptions | None,
+    names: list[str] | None,
+) -> tuple[Tensor | None, list[str] | None]:
+    """Make the rows (M, e) of an adapter, and say which classes each stands for.
+
+    Args:
+        model: The model that is adapted; its text tower encodes descriptions.
+        config: For `guidance_rows`, `text_templates` and `tokenizer_name_or_path`.
+        source: A tensor, class descriptions, or None for a classifier's own embeddings.
+        names: Names of the classes, where they are known.
+    """
+    embeddings = own_embeddings(model) if source is None else source
+    if config.guidance_rows == 0 or embeddings is None or not len(embeddings):
+        return None, None
+    if not isinstance(embeddings, Tensor):
+        # Without a text tower, that is what the error is about, and not the tokenizer.
+        tokenizer = None
+        if has_text_tower(model):
+            tokenizer = load_tokenizer(model, config.tokenizer_name_or_path)
+        embeddings = encode_class_descriptions(
+            model, tokenizer, embeddings, config.text_templates
+        )
+    rows = pool_guidance(embeddings, config.guidance_rows)
+    return rows, None if names is None else name_rows(rows, embeddings, names)
+
+
+def own_embeddings(model: nn.Module) -> Tensor | None:
+    """Return the `text_embeds` (K, e) of the head of a classifier, None for other models."""
+    return getattr(getattr(model, "class_head", None), "text_embeds", None)
+
+
+def set_guidance(
+    model: nn.Module, source: Tensor | Descriptions | None, adapter_name: str
+) -> None:
+    """Give a trained adapter another set of classes, without training: attention is over a set of any size.
+
+    `model` comes without PEFT's wrapper; `source` is as in [`SageModel.set_guidance`].
+
+    Raises:
+        TypeError, ValueError: The adapter does not exist or has no guidance, or the source does not fit.
+    """
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    config = configs.get(adapter_name)
+    if not isinstance(config, SageConfig):
+        raise ValueError(
+            f"`adapter_name` must be a Sage adapter of {list(configs)}, got {adapter_name!r}."
+        )
+    shared = find_guidance(model, adapter_name)
+    if shared is None:
+        raise ValueError(
+            f"The adapter {adapter_name!r} was made without guidance, so it cannot be given any."
+        )
+    names: list[str] | None = None
+    texts: Any = None
+    if source is None:
+        names = getattr(model, "class_names", None)
+    elif not isinstance(source, Tensor):
+        names, texts = normalise_descriptions(source)
+    rows, row_names = make_guidance(model, config, source, names)
+    width = shared.rows.shape[1]
+    if rows is None or rows.shape[1] != width:
+        shape = None if rows is None else tuple(rows.shape)
+        raise ValueError(f"`guidance` must have the shape (M, {width}), got {shape}.")
+    shared.rows = rows
+    config.class_names, config.class_descriptions = names, texts
+    config.row_names, config.guidance_shape = row_names, list(rows.shape)
+    config.guidance = None
+
+
+@torch.no_grad()
+def pool_guidance(
+    guidance: Tensor, num_rows: int = 64, iterations: int = 20, seed: int = 0
+) -> Tensor:
+    """Replace the embeddings (M, e) of many classes by fewer rows that stand for groups of similar classes.
+
+    What an adapter costs grows with the rows that its blocks attend to. Spherical k-means (Dhillon and Modha, 2001)
+    gathers the classes around `num_rows` directions, on the CPU, so that all processes come to the same result.
+
+    Args:
+        guidance: One embedding per class; normalised here.
+        num_rows: R, how many rows remain.
+        iterations: Steps of k-means at most; fewer if nothing changes any more.
+        seed: Decides which rows k-means starts from.
+
+    Returns:
+        A float32 tensor (R, e) with L2-normalised rows, on the device of `guidance`; if M is at most R, all M rows.
+    """
+    check_embeddings(guidance, "guidance")
+    check_integer("num_rows", num_rows, 1)
+    check_integer("iterations", iterations, 1)
+    check_integer("seed", seed, 0)
+    rows = F.normalize(guidance.detach().float(), dim=-1)
+    if len(rows) <= num_rows:
+        return rows
+    rows = rows.cpu()
+    generator = torch.Generator().manual_seed(seed)
+    means = rows[torch.randperm(len(rows), generator=generator)[:num_rows]]
+    for _ in range(iterations):
+        sums = torch.zeros_like(means).index_add_(0, _nearest(rows, means), rows)
+        # A group without rows, or whose rows cancel out, keeps its direction.
+        moved = sums.norm(dim=1, keepdim=True) > 1e-6
+        before, means = means, torch.where(moved, F.normalize(sums, dim=-1), means)
+        if torch.equal(before, means):
+            break
+    return means.to(guidance.device)
+
+
+def name_rows(
+    rows: Tensor, embeddings: Tensor, class_names: Sequence[str]
+) -> list[str]:
+    """Name rows (R, e) by the classes with embeddings (M, e) that they stand for: at most three each."""
+    if len(rows) == len(class_names):
+        return list(class_names)
+    unit = F.normalize(embeddings.detach().float().to(rows.device), dim=-1)
+    members: list[list[str]] = [[] for _ in rows]
+    for name, row in zip(class_names, _nearest(unit, rows).tolist(), strict=True):
+        members[row].append(name)
+    return [
+        ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        for names in members
+    ]
+
+
+def _nearest(embeddings: Tensor, rows: Tensor) -> Tensor:
+    """Index (M,) of the row (R, e) that each embedding (M, e) is nearest to."""
+    parts = embeddings.split(2**14)
+    return torch.cat([(part @ rows.T).argmax(dim=1) for part in parts])
