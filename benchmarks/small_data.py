@@ -6,8 +6,9 @@
     python benchmarks/small_data.py drawings --styles FOLDER --output-dir small-data
 
 `emoji` is the embedded demo; `digits` are the handwritten digits of scikit-learn, with a long tail; `drawings` are
-those of Emoji-LT's test concepts by makers that no training image is of, which `examples/emoji_lt/build_dataset.py
---styles` renders, predicted by the models of `emoji`. LIFT's recipe (AdaptFormer, logit adjustment) gets the learning
+those of Emoji-LT's test concepts by makers that no training image is of, rendered by
+`examples/emoji_lt/build/build_dataset.py --styles`, predicted by the models of `emoji`.
+LIFT's recipe (AdaptFormer, logit adjustment) gets the learning
 rate and the tau that are best on the validation split with seed 0: of three learning rates at tau 1, then of three
 taus. Sage has nothing to choose. Finished runs are kept, so the command can be stopped and given again.
 """

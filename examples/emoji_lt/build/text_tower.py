@@ -11,21 +11,12 @@ from transformers import CLIPTokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
-# What CLIP's tokenizer splits text by, before byte-pair encoding.
+# CLIP's tokenizer splits text by this before byte-pair encoding.
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def build_tokenizer(texts: list[str], size: int, context: int) -> CLIPTokenizer:
-    """Trains byte-level byte-pair encoding on `texts` and returns it as a CLIP tokenizer.
-
-    Args:
-        texts: Texts to learn merges from.
-        size: Number of tokens, the two special ones included.
-        context: Longest sequence, in tokens.
-
-    Returns:
-        The tokenizer; the end token also pads.
-    """
+    """Train byte-level BPE of `size` tokens; the tokenizer truncates to `context` and pads with the end token."""
     bpe = Tokenizer(models.BPE(unk_token=END, end_of_word_suffix=END_OF_WORD))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -44,7 +35,7 @@ def build_tokenizer(texts: list[str], size: int, context: int) -> CLIPTokenizer:
     )
     bpe.train_from_iterator(texts, trainer)
     learnt = json.loads(bpe.to_str())["model"]
-    # A letter that never ended a word has no such token yet; CLIP's format needs one for every byte.
+    # CLIP's format needs both tokens of every byte, also of those that never ended a word.
     vocabulary = dict(learnt["vocab"])
     for letter in alphabet:
         for token in (letter, letter + END_OF_WORD):
@@ -59,6 +50,6 @@ def build_tokenizer(texts: list[str], size: int, context: int) -> CLIPTokenizer:
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str], context: int) -> Tensor:
-    """Returns token ids (n, context), padded with the end token."""
+    """Return token ids (n, context), padded with the end token."""
     batch = tokenizer(texts, padding="max_length", truncation=True, max_length=context)
     return torch.tensor(batch["input_ids"])

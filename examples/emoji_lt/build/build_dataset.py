@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds Emoji-LT: fetches the drawings, renders them, splits them by concept, thins them to a long tail.
+
+    pip install datasets pillow resvg-py
+    python build_dataset.py --cache ~/.cache/emoji-lt
+
+`--styles DIR` also renders the drawing styles that are not shipped (share-alike licence) as
+`DIR/unseen_styles.parquet`; `--archive DIR` packs what pretraining may see, with captions.
+"""
+
+import argparse
+import json
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as PILImage
+from sources import (
+    DISTRACTOR_SUBGROUPS,
+    DROPPED_SUBGROUPS,
+    PRETRAINING_VENDORS,
+    UNSEEN_STYLES,
+    VENDORS,
+    Concept,
+    IconPack,
+    fetch,
+    load_concepts,
+    match_icons,
+    mentions,
+    render,
+)
+
+
+HERE = Path(__file__).parent
+ARCHIVE_SIZE = 64
+DESCRIPTIONS_PER_CLASS = 4
+EXAMPLES_PER_DESCRIPTION = 3
+DRAWINGS_PER_DISTRACTOR = 2
+
+
+@dataclass
+class Drawing:
+    """A rendered drawing; `pixels` as `sources.render` returns them."""
+
+    pixels: np.ndarray
+    concept: Concept
+    vendor: str
+
+
+def group(items: Iterable, key: Callable) -> dict[str, list]:
+    """Collect items by key."""
+    groups = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    return groups
+
+
+def split_concepts(concepts: list[Concept], seed: int) -> dict[str, list[Concept]]:
+    """Split by concept: per class 1 to 3 concepts for test, 0 to 2 for validation, at least 1 for training.
+
+    A concept that a class is named after ("bird") is in training, since texts about the class mention it.
+    """
+    rng = random.Random(seed)
+    by_class = group(concepts, lambda concept: concept.label)
+    owner = {}
+    for label in sorted(by_class):
+        members = by_class[label]
+        movable = [
+            concept.name
+            for concept in members
+            if not any(mentions(other, concept.name) for other in by_class)
+        ]
+        rng.shuffle(movable)
+        total = len(members)
+        test = 1 + (total >= 6) + (total >= 10)
+        validation = (total >= 4) + (total >= 12)
+        for name in movable[:test]:
+            owner[name] = "test"
+        for name in movable[test : test + validation]:
+            owner.setdefault(name, "validation")
+    return {
+        split: [c for c in concepts if owner.get(c.name, "train") == split]
+        for split in ("train", "validation", "test")
+    }
+
+
+def draw(
+    node_modules: Path, packs: tuple[str, ...], concepts: list[Concept], size: int
+) -> list[Drawing]:
+    """Render every drawing of `concepts`, `size` x `size` pixels."""
+    icons = match_icons(node_modules, packs, concepts)
+    drawings = []
+    for vendor in packs:
+        pack = IconPack(node_modules, vendor)
+        for concept in concepts:
+            for icon in icons[vendor].get(concept.name, []):
+                pixels = render(pack.svg(icon), size)
+                drawings.append(Drawing(pixels, concept, vendor))
+    return drawings
+
+
+def drop_copies(drawings: list[Drawing], seen: list[Drawing]) -> list[Drawing]:
+    """Drop drawings whose pixels are identical to one of `seen`."""
+    known = {drawing.pixels[..., :3].tobytes() for drawing in seen}
+    return [d for d in drawings if d.pixels[..., :3].tobytes() not in known]
+
+
+def thin(drawings: list[Drawing], imbalance_ratio: float, seed: int) -> list[Drawing]:
+    """Thin classes to at most n_max * ratio ** (-rank / (K - 1)) drawings, ranked by natural size."""
+    rng = random.Random(seed)
+    by_class = group(drawings, lambda drawing: drawing.concept.label)
+    ranked = sorted(by_class, key=lambda label: (-len(by_class[label]), label))
+    largest = len(by_class[ranked[0]])
+    kept = []
+    for rank, label in enumerate(ranked):
+        limit = max(1, round(largest * imbalance_ratio ** (-rank / (len(ranked) - 1))))
+        members = by_class[label]
+        kept += rng.sample(members, min(limit, len(members)))
+    return kept
+
+
+def describe(
+    train: list[Drawing], held_out: list[Concept], seed: int
+) -> dict[str, list[str]]:
+    """Write texts such as "fruit, such as grapes, melon or peach" that name training concepts only."""
+    rng = random.Random(seed)
+    by_class = group(train, lambda drawing: drawing.concept.label)
+    texts = {}
+    for label in sorted(by_class):
+        names = dict.fromkeys(drawing.concept.name for drawing in by_class[label])
+        usable = [
+            name
+            for name in names
+            if not any(mentions(name, concept.name) for concept in held_out)
+        ]
+        rng.shuffle(usable)
+        size = EXAMPLES_PER_DESCRIPTION
+        examples = [usable[i : i + size] for i in range(0, len(usable), size)]
+        if len(examples) > 1 and len(examples[-1]) < size:
+            examples.pop()
+        texts[label] = [
+            f"{label}, such as {enumerate_words(words)}"
+            for words in examples[:DESCRIPTIONS_PER_CLASS]
+        ] or [label]
+    return texts
+
+
+def enumerate_words(words: list[str]) -> str:
+    """Join words as in "a, b or c"."""
+    if len(words) == 1:
+        return words[0]
+    return f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def encode(pixels: np.ndarray) -> dict[str, bytes | None]:
+    """Encode as lossless WebP that keeps the colours of transparent pixels."""
+    buffer = BytesIO()
+    options = {"lossless": True, "quality": 100, "method": 6, "exact": True}
+    PILImage.fromarray(pixels).save(buffer, format="WEBP", **options)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def write_parquet(path: Path, drawings: list[Drawing], **extra: tuple) -> None:
+    """Write the columns image, concept, vendor and those of `extra`, each given as (feature, values)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = Value("string")
+    columns = {
+        "image": (Image(), [encode(drawing.pixels) for drawing in drawings]),
+        "concept": (text, [drawing.concept.name for drawing in drawings]),
+        "vendor": (text, [drawing.vendor for drawing in drawings]),
+        **extra,
+    }
+    features = Features({name: feature for name, (feature, _) in columns.items()})
+    values = {name: values for name, (_, values) in columns.items()}
+    Dataset.from_dict(values, features=features).to_parquet(path)
+
+
+def write_labelled(path: Path, drawings: list[Drawing], class_names: list[str]) -> None:
+    """Write drawings with their class."""
+    labels = [class_names.index(drawing.concept.label) for drawing in drawings]
+    write_parquet(path, drawings, label=(ClassLabel(names=class_names), labels))
+
+
+def write_distractors(
+    path: Path, drawings: list[Drawing], splits: dict[str, str], seed: int
+) -> None:
+    """Write some drawings of each distractor, with the split whose scenes may show it."""
+    rng = random.Random(seed)
+    kept = []
+    for members in group(drawings, lambda drawing: drawing.concept.name).values():
+        kept += rng.sample(members, min(DRAWINGS_PER_DISTRACTOR, len(members)))
+    owners = [splits[drawing.concept.name] for drawing in kept]
+    write_parquet(path, kept, split=(Value("string"), owners))
+
+
+def write_archive(
+    folder: Path,
+    node_modules: Path,
+    concepts: list[Concept],
+    distractors: list[Concept],
+    held_out: list[Concept],
+) -> None:
+    """Pack what pretraining may see: other makers' drawings of concepts that are not held out, with captions."""
+    everything = concepts + distractors
+    drawings = draw(node_modules, PRETRAINING_VENDORS, everything, ARCHIVE_SIZE)
+    index = {id(concept): i for i, concept in enumerate(everything)}
+    owners = np.array([index[id(drawing.concept)] for drawing in drawings])
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(
+        folder / "emoji.npz",
+        pixels=np.stack([drawing.pixels for drawing in drawings]),
+        concept=owners,
+        clutter=owners >= len(concepts),
+    )
+    captions = {
+        key: [{"name": c.name, "keywords": c.keywords} for c in members]
+        for key, members in {"concepts": everything, "held_out": held_out}.items()
+    }
+    text = json.dumps(captions, ensure_ascii=False)
+    (folder / "captions.json").write_text(text, encoding="utf-8")
+
+
+def size_table(splits: dict[str, list[Drawing]]) -> str:
+    """Return the data card's table: images, concepts and classes of each split, and class sizes."""
+    lines = ["| split | images | concepts | classes | images per class |"]
+    lines.append("|---|---|---|---|---|")
+    for split, drawings in splits.items():
+        counts = Counter(drawing.concept.label for drawing in drawings)
+        concepts = {
+            (drawing.concept.label, drawing.concept.name) for drawing in drawings
+        }
+        sizes = f"{max(counts.values())} to {min(counts.values())}"
+        numbers = [split, len(drawings), len(concepts), len(counts), sizes]
+        lines.append(f"| {' | '.join(map(str, numbers))} |")
+    return "\n".join(lines)
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--cache", type=Path, required=True, help="folder for the npm packages")
+    add("--output", type=Path, default=HERE.parent, help="folder for the data set")
+    add("--size", type=int, default=48, help="side of the images in pixels")
+    add("--imbalance-ratio", type=float, default=90, help="largest class over smallest")
+    add("--seed", type=int, default=0, help="seed of splits and long tail")
+    add("--styles", type=Path, help="also render the unseen styles, into this folder")
+    add("--archive", type=Path, help="also pack pretraining images, into this folder")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Build the data set."""
+    args = parse_args()
+    node_modules = fetch(args.cache)
+    everything = load_concepts(node_modules)
+    distractors = [c for c in everything if c.subgroup in DISTRACTOR_SUBGROUPS]
+    concepts = [c for c in everything if c.subgroup not in DROPPED_SUBGROUPS]
+    sizes = Counter(concept.label for concept in concepts)
+    concepts = [concept for concept in concepts if sizes[concept.label] > 1]
+    class_names = sorted({concept.label for concept in concepts})
+    by_split = split_concepts(concepts, args.seed)
+    held_out = by_split["validation"] + by_split["test"]
+
+    natural, validation, test = (
+        draw(node_modules, VENDORS, by_split[split], args.size)
+        for split in ("train", "validation", "test")
+    )
+    test = drop_copies(test, natural)
+    splits = {
+        "train": thin(natural, args.imbalance_ratio, args.seed),
+        "validation": drop_copies(validation, natural + test),
+        "test": test,
+    }
+    for name, drawings in splits.items():
+        write_labelled(args.output / f"{name}.parquet", drawings, class_names)
+    descriptions = describe(splits["train"], held_out, args.seed)
+    text = json.dumps(descriptions, indent=1, ensure_ascii=False)
+    (args.output / "descriptions.json").write_text(text + "\n", encoding="utf-8")
+
+    rng = random.Random(args.seed)
+    shares = {"train": 0.6, "validation": 0.15, "test": 0.25}
+    drawn = rng.choices(list(shares), list(shares.values()), k=len(distractors))
+    clutter = {c.name: split for c, split in zip(distractors, drawn, strict=True)}
+    drawings = draw(node_modules, VENDORS, distractors, args.size)
+    path = args.output / "distractors.parquet"
+    write_distractors(path, drawings, clutter, args.seed)
+
+    if args.styles:
+        unseen = draw(node_modules, UNSEEN_STYLES, by_split["test"], args.size)
+        write_labelled(args.styles / "unseen_styles.parquet", unseen, class_names)
+    if args.archive:
+        in_training = [c for c in distractors if clutter[c.name] == "train"]
+        hidden = {id(c) for c in [*held_out, *distractors]}
+        others = [c for c in everything if id(c) not in hidden]
+        write_archive(args.archive, node_modules, others, in_training, held_out)
+    print(size_table(splits))
+
+
+if __name__ == "__main__":
+    main()
