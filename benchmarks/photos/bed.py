@@ -1,4 +1,5 @@
-"""What a run of the photograph test bed reads: its tasks and the upper half of its towers."""
+# SPDX-License-Identifier: Apache-2.0
+"""What a run of the photograph test bed reads: its tasks and its towers."""
 
 import ctypes
 import json
@@ -12,19 +13,20 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
 
-TASKS = {"A": "A", "B": "B", "tiny": "A"}  # The tower of each task.
-FROZEN = 2  # Blocks of a tower that no adapter is in: what they give is computed once.
+TASKS = {"A": "A", "B": "B", "tiny": "A"}  # The regime of each task's tower.
+
+
+# In bfloat16 on a CPU the gradient of torch's fused attention takes ten times as long as that of plain products.
+ATTENTION = "eager"
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images of a task, as what its tower's lower half makes of them."""
+    """Images of a task, as the input of its tower's first block: the plain view first, then random crops."""
 
-    tokens: (
-        np.ndarray
-    )  # (n, views, 10, 192) float16, on disk: the plain view first, then random crops.
+    tokens: np.ndarray  # (n, views, 10, width) float16, on disk
     labels: Tensor  # (n,) int64
-    embeds: Tensor  # (n, 192) float32: the frozen tower's embeddings of the plain view, not normalised.
+    embeds: Tensor  # (n, views, 192) float32, by the frozen tower, not normalised
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,9 @@ def load_split(folder: Path, split: str) -> Split:
     return Split(tokens, labels, embeds)
 
 
-def load_task(work: Path, name: str) -> Task:
-    """A task of the bed: "A", "B" or "tiny"."""
-    folder = Path(work) / "tasks" / name
+def load_task(work: Path, name: str, shape: str) -> Task:
+    """A task of the bed, "A", "B" or "tiny", for a tower of a shape such as "12x192"."""
+    folder = Path(work) / "tasks" / f"{name}-{shape}"
     splits = {
         split: load_split(folder, split) for split in ("train", "validation", "test")
     }
@@ -80,7 +82,7 @@ def load_task(work: Path, name: str) -> Task:
 def load_tower(
     work: Path, name: str
 ) -> tuple[CLIPVisionModelWithProjection, dict[str, Tensor]]:
-    """A pretrained tower, "A" or "B", and what stands beside it.
+    """A pretrained tower, such as "A-12x192", and its text map.
 
     The tower's pixels are the stem's maps (B, 320, 3, 3), less `mean`, over `std`. `weight` and `bias` map MiniLM's
     embeddings to the tower's, `log_scale` is the temperature.
@@ -88,7 +90,10 @@ def load_tower(
     folder = Path(work) / "towers" / name
     with np.load(folder / "beside.npz") as beside:
         numbers = {key: torch.from_numpy(beside[key]) for key in beside.files}
-    return CLIPVisionModelWithProjection.from_pretrained(folder).eval(), numbers
+    tower = CLIPVisionModelWithProjection.from_pretrained(
+        folder, attn_implementation=ATTENTION
+    )
+    return tower.eval(), numbers
 
 
 class Tokens(nn.Module):
@@ -99,12 +104,14 @@ class Tokens(nn.Module):
         return tokens
 
 
-def load_upper_tower(work: Path, name: str) -> CLIPVisionModelWithProjection:
-    """The blocks of a task's tower that come after the frozen ones: its pixels are a split's tokens (B, 10, 192)."""
-    tower, _ = load_tower(work, TASKS[name])
+def load_upper_tower(
+    work: Path, task: str, shape: str, blocks: int | None = None
+) -> CLIPVisionModelWithProjection:
+    """The last blocks of a task's tower, all by default: its pixels are tokens (B, 10, width)."""
+    tower, _ = load_tower(work, f"{TASKS[task]}-{shape}")
     vision = tower.vision_model
     vision.embeddings, vision.pre_layrnorm = Tokens(), nn.Identity()
-    vision.encoder.layers = vision.encoder.layers[FROZEN:]
+    vision.encoder.layers = vision.encoder.layers[-(blocks or 0) :]
     tower.config.num_hidden_layers = len(vision.encoder.layers)
     return tower
 

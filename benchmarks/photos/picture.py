@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bed import keep_memory
 from matplotlib.figure import Figure
-from methods import LARGEST, Settings, load_data, train_tower
-from rivals import zero_shot
-from tables import best_arm, read_results
+
+from .bed import keep_memory
+from .methods import LARGEST, Settings, load_data, train_tower
+from .rivals import zero_shot
+from .tables import best_arm, read_results
 
 
 TITLES = {

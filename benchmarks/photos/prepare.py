@@ -23,10 +23,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from bed import keep_memory
 from PIL import Image
-from stem import IMAGE_SIDE, Stem, load_stem
 from torch import Tensor
+
+from .bed import keep_memory
+from .stem import IMAGE_SIDE, Stem, load_stem
 
 
 SEED = 0

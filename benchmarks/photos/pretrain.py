@@ -1,11 +1,11 @@
 """Second step of the photograph test bed: its CLIP-like models, and what the runs on them read.
 
-OMP_WAIT_POLICY=PASSIVE python pretrain.py DATA WORK
+OMP_WAIT_POLICY=PASSIVE python -m benchmarks.photos.pretrain DATA WORK --depth 12 --width 192
 
-Regime A has seen the classes of Tiny ImageNet and CIFAR-10; regime B goes on from it with half of CIFAR-100's training
-images. WORK, where `prepare.py` has been, gets `towers/{A,B}` and `tasks/{A,B,tiny}`. A run that was stopped goes on
-from its last checkpoint. Two cores with fast bfloat16 take 10 to 20 minutes, three times as long without the variable
-if others use them too: it lets threads sleep while they wait.
+Regime A has seen the classes of Tiny ImageNet and CIFAR-10; regime B continues from it with half of CIFAR-100's
+training images. WORK, where `prepare` has been, gets `towers/A-12x192` and `tasks/A-12x192`, likewise B and tiny. A
+run that was stopped resumes from its last checkpoint. Two cores with fast bfloat16 take 10 to 20 minutes, three times
+as long without the variable if others use them too: it lets threads sleep while they wait.
 """
 
 import argparse
@@ -19,8 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bed import TASKS, keep_memory, load_tower
-from captions import (
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from .bed import ATTENTION, TASKS, keep_memory, load_tower
+from .captions import (
     Concepts,
     Encoder,
     add_cifar100,
@@ -30,11 +33,9 @@ from captions import (
     read_wordnet,
     spoken,
 )
-from prepare import SEED, read_names
-from stem import CHANNELS, SIDE, device, has_fast_bfloat16
-from tasks import read_guesses, read_labels, read_maps, write_task
-from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from .prepare import SEED, read_names
+from .stem import CHANNELS, SIDE, device, has_fast_bfloat16
+from .tasks import read_guesses, read_labels, read_maps, write_task
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Regime:
     """How one of the two models is trained."""
 
     seed: int
-    steps: int
+    steps: dict[int, int]  # By the depth of the tower.
     lr: float
     shares: tuple[
         float, ...
@@ -57,8 +58,10 @@ class Regime:
 
 
 REGIMES = {
-    "A": Regime(seed=SEED, steps=1600, lr=1.5e-3, shares=(2 / 3, 1 / 3)),
-    "B": Regime(seed=SEED + 1, steps=700, lr=8e-4, shares=(4 / 9, 2 / 9, 1 / 3)),
+    "A": Regime(seed=SEED, steps={4: 1600, 12: 420}, lr=1.5e-3, shares=(2 / 3, 1 / 3)),
+    "B": Regime(
+        seed=SEED + 1, steps={4: 700, 12: 220}, lr=8e-4, shares=(4 / 9, 2 / 9, 1 / 3)
+    ),
 }
 BATCH = 512
 TOKENS, KEPT, DROPPING = (
@@ -74,6 +77,7 @@ GUESSES, HYPERNYMS = 3, 4
 WRONG = 0.3  # Share of CIFAR-100's images whose caption is another class's.
 TEXT_LR = 0.1  # The text map's learning rate, as a share of the tower's.
 CHECKPOINT = 100  # Steps between checkpoints.
+EMBED_WIDTH, HEAD_WIDTH = 192, 48
 
 
 @dataclass(frozen=True)
@@ -176,17 +180,18 @@ class TextMap(nn.Linear):
         return F.normalize(super().forward(captions), dim=-1)
 
 
-def new_tower() -> CLIPVisionModelWithProjection:
+def new_tower(depth: int, width: int) -> CLIPVisionModelWithProjection:
     """A tower whose pixels are the stem's maps."""
     config = CLIPVisionConfig(
         num_channels=CHANNELS,
         image_size=SIDE,
         patch_size=1,
-        hidden_size=192,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        projection_dim=192,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=depth,
+        num_attention_heads=width // HEAD_WIDTH,
+        projection_dim=EMBED_WIDTH,
+        attn_implementation=ATTENTION,
     )
     return CLIPVisionModelWithProjection(config)
 
@@ -228,6 +233,7 @@ class Trainer:
         images: Images,
     ) -> None:
         self.regime, self.images, self.step = regime, images, 0
+        self.steps = regime.steps[tower.config.num_hidden_layers]
         self.tower, self.text_map = tower.to(device()).train(), text_map.to(device())
         matrices = [weight for weight in tower.parameters() if weight.ndim > 1]
         vectors = [weight for weight in tower.parameters() if weight.ndim < 2]
@@ -249,7 +255,7 @@ class Trainer:
 
     def train_step(self) -> float:
         """One step of the optimizer; returns the loss."""
-        progress = min(self.step / self.regime.steps, 1)
+        progress = min(self.step / self.steps, 1)
         rate = min(
             (self.step + 1) / self.regime.warmup,
             0.5 + 0.5 * math.cos(math.pi * progress),
@@ -263,7 +269,7 @@ class Trainer:
         maps, captions, true = (
             part.to(device()) for part in self.images.batch(generator)
         )
-        dropping = self.step < DROPPING * self.regime.steps
+        dropping = self.step < DROPPING * self.steps
         kept = random_tokens(len(maps), generator).to(device()) if dropping else None
         with torch.autocast(device().type, torch.bfloat16, enabled=has_fast_bfloat16()):
             images = embed(self.tower, maps, kept)
@@ -288,9 +294,9 @@ class Trainer:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
         began, losses = time.time(), []
-        while self.step < self.regime.steps:
+        while self.step < self.steps:
             losses.append(self.train_step())
-            if self.step % CHECKPOINT == 0 or self.step == self.regime.steps:
+            if self.step % CHECKPOINT == 0 or self.step == self.steps:
                 state = {
                     "step": self.step,
                     **{name: part.state_dict() for name, part in parts.items()},
@@ -298,7 +304,7 @@ class Trainer:
                 torch.save(state, checkpoint.with_suffix(".partial"))
                 os.replace(checkpoint.with_suffix(".partial"), checkpoint)
                 pace = (time.time() - began) / len(losses)
-                message = f"step {self.step} of {self.regime.steps}, {pace:.2f} s/step"
+                message = f"step {self.step} of {self.steps}, {pace:.2f} s/step"
                 print(
                     f"{message}, loss {np.mean(losses[-CHECKPOINT:]):.3f}, {report()}",
                     flush=True,
@@ -416,7 +422,9 @@ class Report:
         )
 
 
-def pretrain(data: Path, work: Path, name: str, encoder: Encoder) -> None:
+def pretrain(
+    data: Path, work: Path, name: str, depth: int, width: int, encoder: Encoder
+) -> None:
     """Train one of the two models and write it."""
     regime, concepts = REGIMES[name], pretraining_concepts(data)
     if regime.cifar100:
@@ -428,14 +436,16 @@ def pretrain(data: Path, work: Path, name: str, encoder: Encoder) -> None:
         sources, [int(share * BATCH) for share in regime.shares], concepts, encoder
     )
     torch.manual_seed(regime.seed)
-    tower, text_map = new_tower(), TextMap(images.captions, 192)
+    tower, text_map = new_tower(depth, width), TextMap(images.captions, EMBED_WIDTH)
     if regime.cifar100:
-        tower, beside = load_tower(work, "A")
-        images.mean, images.std = beside.pop("mean"), beside.pop("std")
-        text_map.load_state_dict(beside)
+        tower, texts = load_tower(work, f"A-{depth}x{width}")
+        images.mean, images.std = texts.pop("mean"), texts.pop("std")
+        text_map.load_state_dict(texts)
     trainer = Trainer(regime, tower, text_map, images)
-    trainer.run(work / "towers" / f"{name}.pt", Report(data, work, encoder, trainer))
-    save_tower(work / "towers" / name, trainer)
+    folder = work / "towers" / f"{name}-{depth}x{width}"
+    checkpoint = folder.with_suffix(".pt")
+    trainer.run(checkpoint, Report(data, work, encoder, trainer))
+    save_tower(folder, trainer)
 
 
 def main() -> None:
@@ -443,17 +453,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="folder of the photographs")
     parser.add_argument("work", type=Path, help="folder of everything that is computed")
+    parser.add_argument("--depth", type=int, choices=(4, 12), default=4)
+    parser.add_argument("--width", type=int, choices=(192, 384), default=192)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
     keep_memory()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    (arguments.work / "towers").mkdir(parents=True, exist_ok=True)
-    encoder = Encoder(arguments.work / "captions.pt")
+    torch.set_num_threads(arguments.threads)
+    data, work, sizes = (
+        arguments.data,
+        arguments.work,
+        (arguments.depth, arguments.width),
+    )
+    (work / "towers").mkdir(parents=True, exist_ok=True)
+    encoder = Encoder(work / "captions.pt")
+    shape = "x".join(map(str, sizes))
     for name in REGIMES:
-        if not (arguments.work / "towers" / name / "beside.npz").exists():
-            pretrain(arguments.data, arguments.work, name, encoder)
-        for task in (task for task, tower in TASKS.items() if tower == name):
-            if not (arguments.work / "tasks" / task / "class_names.json").exists():
-                write_task(arguments.data, arguments.work, task, encoder)
+        if not (work / "towers" / f"{name}-{shape}" / "beside.npz").exists():
+            pretrain(data, work, name, *sizes, encoder)
+        for task in (task for task, regime in TASKS.items() if regime == name):
+            if not (work / "tasks" / f"{task}-{shape}" / "class_names.json").exists():
+                write_task(data, work, task, shape, encoder)
 
 
 if __name__ == "__main__":

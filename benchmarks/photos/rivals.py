@@ -10,7 +10,11 @@ from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
-from methods import (
+from torch import Tensor
+
+from peft_sage import SageLoss
+
+from .methods import (
     HEAD_BATCH_SIZE,
     HEAD_STEPS,
     Data,
@@ -20,9 +24,6 @@ from methods import (
     each_split,
     fit,
 )
-from torch import Tensor
-
-from peft_sage import SageLoss
 
 
 CACHE_EPOCHS, SHOTS = 5, 16

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Third step of the photograph test bed: the runs of an experiment.
 
-python run.py WORK experiments/methods.yaml --jobs 2
+python -m benchmarks.photos.run WORK benchmarks/photos/experiments/methods.yaml --jobs 2
 
-WORK is where `prepare.py` and `pretrain.py` have been. Each run adds a line to `results/EXPERIMENT.jsonl`. A run whose
-line exists is not done again, so the command can be stopped and given again; a run of another experiment with the same
+WORK is where `prepare` and `pretrain` have been. Each run adds a line to `results/EXPERIMENT.jsonl`. A run whose line
+exists is not repeated, so the command can be stopped and given again; a run of another experiment with the same
 settings is copied. Arms with `vary` are a grid; `choose: GRID` takes the settings with the best macro accuracy on the
 validation split from a grid of an experiment whose name starts with "grid".
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import itertools
 import json
 import multiprocessing
@@ -23,19 +22,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import rivals
 import torch
 import yaml
-from bed import keep_memory
-from methods import (
-    Settings,
-    accuracies,
-    load_data,
-    prior_strength,
-    train_head,
-    train_tower,
-)
-from tables import best_arm, read_results
+
+from . import rivals
+from .bed import keep_memory
+from .data import load_data
+from .methods import Settings, accuracies, prior_strength, train_head, train_tower
+from .results import best_arm, read_results
 
 
 HERE = Path(__file__).parent
@@ -58,38 +52,53 @@ class Run:
     ratio: int
     seed: int
     settings: Settings
+    tower: str = "4x192"  # Its depth and width.
+
+    @classmethod
+    def from_line(cls, line: dict[str, Any]) -> Run:
+        """The run that a line of the results tells of."""
+        names = ("group", "arm", "task", "ratio", "seed")
+        settings = Settings(
+            **line["settings"] | {"rates": (*line["settings"]["rates"],)}
+        )
+        tower = line.get("tower", cls.tower)
+        return cls(*(line[name] for name in names), settings, tower)
 
     @property
-    def key(self) -> str:
+    def key(self) -> tuple[Any, ...]:
         """What tells runs apart, whatever they are called."""
-        text = json.dumps([self.task, self.ratio, self.seed, asdict(self.settings)])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return self.task, self.tower, self.ratio, self.seed, self.settings
 
     def __call__(self, work: Path) -> dict[str, Any]:
         """Do it and return its line."""
-        data = load_data(work, self.task, self.ratio, self.seed)
-        prior = (
-            prior_strength(self.settings.text_prior, data)
-            if self.settings.method in ("adapter", "head")
-            else 0
+        settings = self.settings
+        data = load_data(
+            work, self.task, self.tower, self.ratio, self.seed, settings.without_images
         )
+        learns = settings.method in ("adapter", "head")
+        prior = prior_strength(settings.text_prior, data) if learns else 0
         began = time.perf_counter()
-        if self.settings.method in FROZEN:
-            logits = FROZEN[self.settings.method](self.settings, data, self.seed)
+        if settings.method in FROZEN:
+            logits = FROZEN[settings.method](settings, data, self.seed)
         else:
-            logits = train_tower(self.settings, data, work, self.task, self.seed)
+            logits = train_tower(settings, data, self.seed)
         seconds = round(time.perf_counter() - began, 1)
-        scores = {
-            name: accuracies(rows, getattr(data.task, name), data.counts)
-            for name, rows in logits.items()
-        }
         return {
             **asdict(self),
-            "key": self.key,
             "strength": prior,
-            **scores,
+            **scores(logits, data),
             "seconds": seconds,
         }
+
+
+def scores(logits: dict[str, Any], data: Any) -> dict[str, Any]:
+    """Accuracies in per cent where logits stand; what is nested stays nested."""
+    return {
+        name: scores(rows, data)
+        if isinstance(rows, dict)
+        else accuracies(rows, getattr(data.task, name), data.counts)
+        for name, rows in logits.items()
+    }
 
 
 def variants(group: str, arm: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -105,25 +114,26 @@ def variants(group: str, arm: dict[str, Any]) -> Iterator[tuple[str, dict[str, A
 
 def plan(experiment: dict[str, Any], results: Path) -> Iterator[Run]:
     """The runs of an experiment, seed by seed, so that what has been done at any time is paired."""
-    for task, ratio, seed in itertools.product(
-        experiment["tasks"], experiment["ratios"], experiment["seeds"]
+    grids = [
+        line for file in results.glob("grid*.jsonl") for line in read_results(file)
+    ]
+    towers = experiment.get("towers", [Run.tower])
+    for seed, task, tower, ratio in itertools.product(
+        experiment["seeds"], experiment["tasks"], towers, experiment["ratios"]
     ):
         for group, arm in experiment["arms"].items():
             arm = dict(arm or {})
             if "choose" in arm:
-                lines = [
+                grid = [
                     line
-                    for file in results.glob("grid*.jsonl")
-                    for line in read_results(file)
+                    for line in grids
+                    if line["ratio"] == ratio and line.get("tower", Run.tower) == tower
                 ]
-                grid = [line for line in lines if line["ratio"] == ratio]
                 arm = best_arm(grid, task, arm.pop("choose"))["settings"] | arm
             for name, settings in variants(group, arm):
-                settings = {
-                    key: tuple(value) if key == "rates" else value
-                    for key, value in settings.items()
-                }
-                yield Run(group, name, task, ratio, seed, Settings(**settings))
+                if "rates" in settings:
+                    settings["rates"] = tuple(settings["rates"])
+                yield Run(group, name, task, ratio, seed, Settings(**settings), tower)
 
 
 def do(job: tuple[Run, Path]) -> dict[str, Any]:
@@ -157,7 +167,9 @@ def main() -> None:
     parser.add_argument(
         "--results", type=Path, default=HERE / "results", help="folder of the results"
     )
+    parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
     parser.add_argument("--tasks", nargs="+", help="only these tasks")
+    parser.add_argument("--towers", nargs="+", help="only these towers, as 12x192")
     parser.add_argument(
         "--ratios",
         nargs="+",
@@ -167,18 +179,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     arguments = parser.parse_args()
     experiment = yaml.safe_load(arguments.experiment.read_text())
-    experiment |= {
-        name: getattr(arguments, name)
-        for name in ("tasks", "ratios")
-        if getattr(arguments, name)
-    }
+    for name in ("seeds", "tasks", "towers", "ratios"):
+        experiment[name] = getattr(arguments, name) or experiment.get(name, [Run.tower])
     arguments.results.mkdir(parents=True, exist_ok=True)
     file = arguments.results / f"{arguments.experiment.stem}.jsonl"
-    runs = list(plan(experiment, arguments.results))
-    own = {(line["key"], line["arm"]) for line in read_results(file)}
-    missing = [run for run in runs if (run.key, run.arm) not in own]
+    finished = {(Run.from_line(line).key, line["arm"]) for line in read_results(file)}
+    runs = plan(experiment, arguments.results)
+    missing = [run for run in runs if (run.key, run.arm) not in finished]
     known = {
-        line["key"]: line
+        Run.from_line(line).key: line
         for path in arguments.results.glob("*.jsonl")
         for line in read_results(path)
     }
@@ -191,8 +200,9 @@ def main() -> None:
         new = [(run, arguments.work) for run in missing if run.key not in known]
         for line in itertools.chain(copied, map_runs(do, new)):
             print(json.dumps(line), file=lines, flush=True)
-            told = [line[name] for name in ("task", "ratio", "seed", "arm", "seconds")]
-            print(*told, line["validation"]["macro"], flush=True)
+            shown = ("task", "tower", "ratio", "seed", "arm", "seconds")
+            accuracy = line["validation"]["macro"]
+            print(*(line.get(name) for name in shown), accuracy, flush=True)
 
 
 if __name__ == "__main__":

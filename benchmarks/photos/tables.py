@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fourth step of the photograph test bed: tables of results, in Markdown.
 
-python tables.py results/methods.jsonl --baseline "Sage"
+python -m benchmarks.photos.tables benchmarks/photos/results/methods.jsonl --baseline "Sage"
 
 Of an arm in which something varies, the variant with the best macro accuracy on the validation split is shown, task by
 task. Differences to the baseline are paired over seeds: mean, standard error, and p of a two-sided t test.
@@ -10,66 +10,18 @@ task. Differences to the baseline are paired over seeds: mean, standard error, a
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from scipy import stats
+
+from ..markdown import markdown_table
+from .results import Line, best_arm, mean_score, of_arm, read_results
 
 
-COLUMNS = ("macro", "many", "medium", "few")
-
-Line = dict[str, Any]
-
-
-def read_results(file: Path) -> list[Line]:
-    """The lines of a file; none if it does not exist."""
-    return (
-        [json.loads(line) for line in file.read_text().splitlines()]
-        if file.exists()
-        else []
-    )
-
-
-def mean_score(
-    lines: Sequence[Line], split: str = "validation", score: str = "macro"
-) -> float:
-    """A score's mean over runs."""
-    return float(np.mean([line[split][score] for line in lines]))
-
-
-def of_arm(lines: Sequence[Line], arm: str) -> list[Line]:
-    """An arm's runs."""
-    return [line for line in lines if line["arm"] == arm]
-
-
-def best_arm(lines: Sequence[Line], task: str, group: str) -> Line:
-    """A run of the variant that is best on the validation split, on the seeds that all variants were run with."""
-    lines = [line for line in lines if line["task"] == task and line["group"] == group]
-    if not lines:
-        raise ValueError(
-            f"There are no runs of {group!r} on task {task!r} to choose from."
-        )
-    arms = dict.fromkeys(line["arm"] for line in lines)
-    shared = set.intersection(
-        *({line["seed"] for line in of_arm(lines, arm)} for arm in arms)
-    )
-    lines = [line for line in lines if line["seed"] in shared]
-    best = max(arms, key=lambda arm: mean_score(of_arm(lines, arm)))
-    return of_arm(lines, best)[0]
-
-
-def p_value(t: float, degrees: int) -> float:
-    """Two-sided p of Student's t, by integration over the angle whose tangent is t over the root of the degrees."""
-    angle = np.linspace(0, math.atan(abs(t) / math.sqrt(degrees)), 100_001)
-    factor = (
-        math.gamma((degrees + 1) / 2) / math.gamma(degrees / 2) / math.sqrt(math.pi)
-    )
-    return max(
-        0.0, 1 - 2 * factor * float(np.trapezoid(np.cos(angle) ** (degrees - 1), angle))
-    )
+COLUMNS = ("macro", "many", "medium", "few", "none")
 
 
 def difference(
@@ -80,16 +32,19 @@ def difference(
         {line["seed"]: line[split][score] for line in part}
         for part in (lines, baseline)
     )
-    gaps = np.array([ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()])
-    if len(gaps) < 2 or np.isnan(gaps).any() or not gaps.std():
+    shared = sorted(ours.keys() & theirs.keys())
+    gaps = np.array([ours[seed] - theirs[seed] for seed in shared])
+    if not len(gaps) or np.isnan(gaps).any() or not gaps.any():
         return ""
-    error = gaps.std(ddof=1) / math.sqrt(len(gaps))
-    p = p_value(gaps.mean() / error, len(gaps) - 1)
-    return f"{gaps.mean():+.2f} ± {error:.2f} (p {f'{p:.3f}' if p >= 0.001 else '< 0.001'})"
+    if len(gaps) < 2:
+        return f"{gaps[0]:+.2f}"
+    p = stats.ttest_1samp(gaps, 0).pvalue
+    shown = f"{p:.3f}" if p >= 0.001 else "< 0.001"
+    return f"{gaps.mean():+.2f} ± {stats.sem(gaps):.2f} (p {shown})"
 
 
-def table(lines: Sequence[Line], baseline: str, split: str, every: bool) -> list[str]:
-    """The Markdown lines of a task's table."""
+def table(lines: Sequence[Line], baseline: str, split: str, every: bool) -> str:
+    """The Markdown table of a task."""
     task = lines[0]["task"]
     groups = dict.fromkeys(line["group"] for line in lines)
     arms = (
@@ -102,22 +57,17 @@ def table(lines: Sequence[Line], baseline: str, split: str, every: bool) -> list
         for line in lines
         if baseline in (line["group"], line["arm"]) and line["arm"] in arms
     ]
-    heads = [
-        f"{split} accuracy, %",
-        "seeds",
-        *COLUMNS,
-        *(f"{score} against {baseline}" for score in ("macro", "few")),
-    ]
-    rows = [heads, ["---"] * len(heads)]
+    columns = [c for c in COLUMNS if not math.isnan(mean_score(lines, split, c))]
+    differences = [c for c in ("macro", "few", "none") if c in columns]
+    heads = [f"{split} accuracy, %", "seeds", *columns]
+    heads += [f"{score} against {baseline}" for score in differences]
+    rows = []
     for arm in arms:
         own = of_arm(lines, arm)
-        means = [
-            "" if math.isnan(mean) else f"{mean:.2f}"
-            for mean in (mean_score(own, split, c) for c in COLUMNS)
-        ]
-        gaps = [difference(own, against, split, score) for score in ("macro", "few")]
+        means = [f"{mean_score(own, split, column):.2f}" for column in columns]
+        gaps = [difference(own, against, split, score) for score in differences]
         rows.append([arm, str(len(own)), *means, *gaps])
-    return [f"| {' | '.join(row)} |" for row in rows]
+    return markdown_table(heads, rows)
 
 
 def main() -> None:
@@ -139,16 +89,17 @@ def main() -> None:
     arguments = parser.parse_args()
     results = [line for file in arguments.results for line in read_results(file)]
     results = [line for line in results if line["seed"] < arguments.below_seed]
-    for task, ratio in dict.fromkeys((line["task"], line["ratio"]) for line in results):
+    kinds = [
+        (line["task"], line.get("tower", "4x192"), line["ratio"]) for line in results
+    ]
+    for task, tower, ratio in dict.fromkeys(kinds):
         lines = [
-            line for line in results if (line["task"], line["ratio"]) == (task, ratio)
+            line
+            for line, kind in zip(results, kinds, strict=True)
+            if kind == (task, tower, ratio)
         ]
-        print(f"\nTask {task}, ratio {ratio:g}\n")
-        print(
-            "\n".join(
-                table(lines, arguments.baseline, arguments.split, arguments.every)
-            )
-        )
+        print(f"\nTask {task}, tower {tower}, ratio {ratio:g}\n")
+        print(table(lines, arguments.baseline, arguments.split, arguments.every))
 
 
 if __name__ == "__main__":

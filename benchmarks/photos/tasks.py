@@ -1,4 +1,5 @@
-"""The tasks of the photograph test bed: images as tokens of a tower's lower half, and texts as embeddings."""
+# SPDX-License-Identifier: Apache-2.0
+"""The tasks of the photograph test bed: images as the tokens that a tower's blocks are given, texts as embeddings."""
 
 import json
 from pathlib import Path
@@ -6,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bed import FROZEN, TASKS, load_tower
-from captions import Encoder, class_captions, other_captions
-from stem import device
 from torch import Tensor
+
+from .bed import TASKS, load_tower
+from .captions import Encoder, class_captions, other_captions
+from .stem import device, has_fast_bfloat16
 
 
 BATCH = 200
@@ -56,44 +58,42 @@ def read_labels(work: Path, split: str) -> Tensor:
 
 
 @torch.inference_mode()
-def write_images(work: Path, folder: Path, name: str, split: str) -> None:
+def write_images(work: Path, folder: Path, name: str, shape: str, split: str) -> None:
     """Write the tokens, labels and embeddings of one split of a task."""
-    tower, beside = load_tower(work, TASKS[name])
-    tower.to(device())
-    vision = tower.vision_model
-    mean, std = (beside[key].view(-1, 1, 1) for key in ("mean", "std"))
+    tower, texts = load_tower(work, f"{TASKS[name]}-{shape}")
+    vision = tower.to(device()).vision_model
+    mean, std = (texts[key].view(-1, 1, 1) for key in ("mean", "std"))
     parts = SPLITS[name][split]
     maps = torch.cat([read_maps(work, part) for part in parts])
     tokens, embeds = [], []
     for part in maps.split(BATCH):
         pixels = (part.flatten(0, 1).float() - mean) / std
         hidden = vision.pre_layrnorm(vision.embeddings(pixels.to(device())))
-        for block in vision.encoder.layers[:FROZEN]:
-            hidden = block(hidden, None)
-        hidden = hidden.unflatten(0, part.shape[:2])
-        tokens.append(hidden.half().cpu())
-        plain = hidden[:, 0]
-        for block in vision.encoder.layers[FROZEN:]:
-            plain = block(plain, None)
-        embeds.append(tower.visual_projection(vision.post_layernorm(plain[:, 0])).cpu())
-    np.save(folder / f"{split}_tokens.npy", torch.cat(tokens).numpy())
-    np.save(folder / f"{split}_embeds.npy", torch.cat(embeds).numpy())
-    np.save(
-        folder / f"{split}_labels.npy",
-        torch.cat([read_labels(work, part) for part in parts]).numpy(),
-    )
+        tokens.append(hidden.half().cpu().unflatten(0, part.shape[:2]))
+        with torch.autocast(device().type, torch.bfloat16, enabled=has_fast_bfloat16()):
+            for block in vision.encoder.layers:
+                hidden = block(hidden, None)
+        final = tower.visual_projection(vision.post_layernorm(hidden[:, 0].float()))
+        embeds.append(final.cpu().unflatten(0, part.shape[:2]))
+    labels = torch.cat([read_labels(work, part) for part in parts])
+    arrays = {
+        "tokens": torch.cat(tokens),
+        "embeds": torch.cat(embeds),
+        "labels": labels,
+    }
+    for kind, array in arrays.items():
+        np.save(folder / f"{split}_{kind}.npy", array.numpy())
 
 
 def write_texts(
-    data: Path, work: Path, folder: Path, name: str, encoder: Encoder
+    data: Path, work: Path, folder: Path, name: str, shape: str, encoder: Encoder
 ) -> None:
     """Write a task's class names and the embeddings of its texts."""
-    _, beside = load_tower(work, TASKS[name])
+    _, text_map = load_tower(work, f"{TASKS[name]}-{shape}")
+    weight, bias = text_map["weight"], text_map["bias"]
 
     def embed(captions: list[str]) -> Tensor:
-        return F.normalize(
-            F.linear(encoder(captions), beside["weight"], beside["bias"]), dim=-1
-        )
+        return F.normalize(F.linear(encoder(captions), weight, bias), dim=-1)
 
     names, captions, descriptions = class_captions(data, name)
     classes = F.normalize(
@@ -106,15 +106,15 @@ def write_texts(
             [embed(texts) for texts in descriptions]
         ).numpy(),
         other_embeds=embed(other_captions(data, name)).numpy(),
-        logit_scale=beside["log_scale"].exp().numpy(),
+        logit_scale=text_map["log_scale"].exp().numpy(),
     )
     (folder / "class_names.json").write_text(json.dumps(names))
 
 
-def write_task(data: Path, work: Path, name: str, encoder: Encoder) -> None:
+def write_task(data: Path, work: Path, name: str, shape: str, encoder: Encoder) -> None:
     """Write all that the runs of a task read."""
-    folder = work / "tasks" / name
+    folder = work / "tasks" / f"{name}-{shape}"
     folder.mkdir(parents=True, exist_ok=True)
     for split in SPLITS[name]:
-        write_images(work, folder, name, split)
-    write_texts(data, work, folder, name, encoder)
+        write_images(work, folder, name, shape, split)
+    write_texts(data, work, folder, name, shape, encoder)

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lines that the runs of the photograph test bed leave."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+Line = dict[str, Any]
+
+
+def read_results(file: Path) -> list[Line]:
+    """The lines of a file; none if it does not exist."""
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def mean_score(
+    lines: Sequence[Line], split: str = "validation", score: str = "macro"
+) -> float:
+    """A score's mean over runs; NaN where a run lacks it."""
+    return float(np.mean([line[split].get(score, np.nan) for line in lines]))
+
+
+def of_arm(lines: Sequence[Line], arm: str) -> list[Line]:
+    """An arm's runs."""
+    return [line for line in lines if line["arm"] == arm]
+
+
+def best_arm(lines: Sequence[Line], task: str, group: str) -> Line:
+    """A run of the variant that is best on the validation split, on the seeds that all variants were run with."""
+    lines = [line for line in lines if line["task"] == task and line["group"] == group]
+    if not lines:
+        raise ValueError(
+            f"There are no runs of {group!r} on task {task!r} to choose from."
+        )
+    arms = dict.fromkeys(line["arm"] for line in lines)
+    shared = set.intersection(
+        *({line["seed"] for line in of_arm(lines, arm)} for arm in arms)
+    )
+    lines = [line for line in lines if line["seed"] in shared]
+    best = max(arms, key=lambda arm: mean_score(of_arm(lines, arm)))
+    return of_arm(lines, best)[0]
