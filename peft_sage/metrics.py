@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy as long-tailed recognition reports it. Needs torchmetrics: `pip install peft_sage[examples]`."""
+"""Accuracy as long-tailed recognition reports it. Needs torchmetrics: `pip install peft_sage[all]`."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The structure of the code: nothing imports upwards or in a circle, functions and files are short."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("examples/by_feature", "examples/emoji_lt")
+
+
+def test_imports_follow_the_layers(monkeypatch):
+    cli = pytest.importorskip("importlinter.cli")
+    monkeypatch.chdir(ROOT)
+    assert cli.lint_imports(config_filename="pyproject.toml", no_cache=True) == 0
+
+
+def test_functions_and_files_are_short():
+    for path in (path for name in FOLDERS for path in (ROOT / name).rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        lines = sum(bool(line.strip()) for line in text.splitlines())
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                lines -= len((ast.get_docstring(node) or "").splitlines())
+            if isinstance(node, ast.FunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                assert length <= 60, f"{path}: {node.name} has {length} lines"
+        assert lines <= 400, f"{path} has {lines} lines of code"
