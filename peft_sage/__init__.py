@@ -11,6 +11,7 @@ from .collator import ImageCollator
 from .config import SageConfig
 from .descriptions import read_class_descriptions
 from .encoding import encode_class_descriptions
+from .fitting import fit_head
 from .guidance import pool_guidance
 from .layer import SageLayer
 from .loss import SageLoss
@@ -44,6 +45,7 @@ __all__ = [
     "choose_text_prior",
     "encode_class_descriptions",
     "find_images",
+    "fit_head",
     "parameter_groups",
     "plot_attention",
     "pool_guidance",

@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss of Sage (arXiv 2507.12807): logit adjustment, compensation of the mismatch, and a pull to the texts."""
+"""The loss of Sage (arXiv 2507.12807): logit adjustment, compensation, and terms that keep close to the texts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .validation import as_numbers, check_class_counts, check_labels, check_number
+from .covariance import WithinClassCovariance, compensate, within_class_residuals
+from .validation import (
+    as_numbers,
+    check_class_counts,
+    check_integer,
+    check_labels,
+    check_number,
+)
 
-
-#: How much of what was seen of the covariance before stays after a batch.
-MEMORY = 0.95
 
 EMBEDS = ("image_embeds", "base_image_embeds", "class_embeds", "text_embeds")
 NEEDS = {
@@ -36,30 +39,33 @@ class SageLoss(nn.Module):
     arXiv 2103.12579), where `V_yk` is the variance of `z_k - z_y` within the classes. `w` are the rows of the head,
     `t` and `T` the frozen text embeddings, `f` and `f0` the image embeddings of the adapted and of the frozen tower.
 
-    Of a mapping with `logits`, `image_embeds` (B, e), `class_embeds` (K, e) and `logit_scale`, where `logits` are
-    `logit_scale image_embeds class_embeds'`, Sigma is a moving average over batches and processes. Of logits alone, V
-    is measured in the batch of the process, from classes with two images in it; without any it is zero. In evaluation
-    (`eval()` or without gradients), and for soft labels, only the adjustment is applied. The arithmetic is float32, or
-    float64 for float64 logits.
+    Given a mapping with `logits`, `image_embeds` (B, e), `class_embeds` (K, e) and `logit_scale`, where `logits` are
+    `logit_scale image_embeds class_embeds'`, Sigma is a moving average over batches and processes; every process must
+    then call the loss at every step, even with an empty batch. Given logits alone, V is measured in the batch of the
+    process, from classes with two images in it; without any it is zero. In evaluation (`eval()` or without
+    gradients), and for soft labels, only the adjustment is applied. The arithmetic is float32, or float64 for float64
+    logits.
 
     Args:
-        class_counts: (K,) numbers of training images; none counts as one.
+        class_counts: (K,) numbers of training images; a pandas Series or dict is read by its index.
         tau: strength of the adjustment. With `tau` and `compensation` 0 the loss is cross-entropy.
         compensation: factor of gamma.
-        text_prior: strength of the pull on the head, as [`choose_text_prior`] finds it. Needs `class_embeds` and
-            `text_embeds` (K, e).
-        text_guidance: strength of the pull on the tower. Needs `image_embeds`, `text_embeds`, `logit_scale` and
-            `base_image_embeds` (B, e).
+        text_prior: strength of the term that keeps the head close to the texts, as [`choose_text_prior`] finds it.
+            Needs `class_embeds` and `text_embeds` (K, e).
+        text_guidance: strength of the term that keeps the adapted tower's view of the texts close to the frozen
+            tower's. Needs `image_embeds`, `text_embeds`, `logit_scale` and `base_image_embeds` (B, e).
         target_prior: (K,) class probabilities of the target data; uniform when None.
         label_smoothing: share of the target that is spread evenly over the classes, in [0, 1].
-        ignore_index: label of the images that do not count.
+        ignore_index: label of ignored images. Trainer, which counts the images, knows only -100.
         reduction: `"mean"`, `"sum"` or `"none"`.
+        absent: the count that a class without training images is given in the adjustment; with None such classes are
+            left out of the softmax while training.
     """
 
     adjustment: Tensor
     gamma: Tensor
-    scatter: Tensor
-    degrees: Tensor
+    trained_classes: Tensor | None
+    position: Tensor
 
     def __init__(
         self,
@@ -72,41 +78,41 @@ class SageLoss(nn.Module):
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
         reduction: Literal["mean", "sum", "none"] = "mean",
+        absent: float | None = 1.0,
     ) -> None:
         super().__init__()
-        check_number("tau", tau)
-        check_number("label_smoothing", label_smoothing, 0, 1)
+        self.tau = check_number("tau", tau)
+        self.compensation = check_number("compensation", compensation, 0)
+        self.text_prior = check_number("text_prior", text_prior, 0)
+        self.text_guidance = check_number("text_guidance", text_guidance, 0)
+        self.label_smoothing = check_number("label_smoothing", label_smoothing, 0, 1)
+        self.absent = None if absent is None else check_number("absent", absent, 1e-30)
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(
                 f'`reduction` must be "mean", "sum" or "none", got {reduction!r}.'
             )
-        self.tau, self.compensation, self.text_prior, self.text_guidance = (
-            tau,
-            compensation,
-            text_prior,
-            text_guidance,
-        )
-        self.label_smoothing, self.ignore_index, self.reduction = (
-            label_smoothing,
-            ignore_index,
-            reduction,
-        )
-        for name in ("compensation", "text_prior", "text_guidance"):
-            check_number(name, getattr(self, name), 0)
-        counts = check_class_counts(class_counts).double().clamp(min=1)
-        target = (
-            torch.ones_like(counts)
-            if target_prior is None
-            else _check_target_prior(target_prior, len(counts))
-        )
-        adjustment = tau * (counts / counts.sum() / target * target.sum()).log()
-        self.register_buffer("adjustment", adjustment.float(), persistent=False)
-        self.register_buffer(
-            "gamma", (compensation * (0.4 + 8 / counts)).float(), persistent=False
-        )
-        # The sum of squares within classes, and its degrees of freedom: batches count by how many pairs they hold.
-        self.register_buffer("scatter", torch.zeros(0, 0))
-        self.register_buffer("degrees", torch.zeros(()))
+        self.ignore_index = check_integer("ignore_index", ignore_index, -(2**31))
+        self.reduction = reduction
+        counts = check_class_counts(class_counts)
+        target = torch.ones(len(counts), dtype=torch.float64)
+        if target_prior is not None:
+            target = _check_target_prior(target_prior, len(counts))
+        present, gamma = counts > 0, 0.4 + 8 / counts.double().clamp(min=1)
+        # Left out while training, such a class still has a place in the loss of evaluation.
+        prior = counts.double().where(present, self.absent or 1.0)
+        adjustment = self.tau * (prior / prior.sum() / target * target.sum()).log()
+        trained, position = None, torch.full_like(counts, len(counts))
+        if self.absent is None and not present.all():
+            trained = present.nonzero()[:, 0]
+            position[trained] = torch.arange(len(trained))
+        for name, buffer in (
+            ("adjustment", adjustment.float()),
+            ("gamma", (self.compensation * gamma).float()),
+            ("trained_classes", trained),
+            ("position", position),
+        ):
+            self.register_buffer(name, buffer, persistent=False)
+        self.covariance = WithinClassCovariance()
 
     @classmethod
     def from_labels(
@@ -116,6 +122,16 @@ class SageLoss(nn.Module):
         labels = as_numbers(labels, "labels")
         check_labels(labels, labels.numel(), num_classes)
         return cls(torch.bincount(labels, minlength=num_classes), **kwargs)
+
+    def extra_repr(self) -> str:
+        settings = ("tau", "compensation", "text_prior", "text_guidance")
+        settings += ("label_smoothing", "ignore_index", "reduction", "absent")
+        shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in settings)
+        return f"num_classes={len(self.adjustment)}, {shown}"
+
+    def reset(self) -> None:
+        """Forget the covariance that was measured, before another run."""
+        self.covariance.reset()
 
     def forward(
         self,
@@ -132,183 +148,167 @@ class SageLoss(nn.Module):
                 losses is divided by the images it stands for, whatever the `reduction`.
 
         Raises:
-            TypeError, ValueError: a wrong type, shape or value (looked at on the CPU only), or a missing entry.
+            TypeError, ValueError: a wrong type, shape or value (class indices are looked at on the CPU only), or a
+                missing entry.
         """
-        logits, entries = _logits(outputs)
-        shape, num_classes = tuple(logits.shape), len(self.adjustment)
-        if shape[1:] != (num_classes,):
-            raise ValueError(
-                f"`logits` must have shape (B, {num_classes}), got {shape}."
-            )
+        logits, entries = _read_outputs(outputs)
         soft = isinstance(labels, Tensor) and labels.ndim == 2
-        if soft and (labels.shape != shape or not labels.is_floating_point()):
+        self._check_targets(logits, labels, soft)
+        if num_items_in_batch is not None and self.ignore_index != -100:
             raise ValueError(
-                f"`labels` must be indices (B,) or probabilities {shape}, got {tuple(labels.shape)}."
+                "`ignore_index` must be -100 in Trainer, which counts the images by it (`num_items_in_batch`), got"
+                f" {self.ignore_index}."
             )
-        if not soft:
-            check_labels(labels, len(logits), num_classes, self.ignore_index)
-        if (
-            self.adjustment.device != logits.device
-            and not torch.compiler.is_compiling()
-        ):
+        moved = self.adjustment.device != logits.device
+        if moved and not torch.compiler.is_compiling():
             self.to(logits.device)  # Trainer moves the model, but not its loss
         labels = labels.to(logits.device)
-        counted = (
-            torch.ones_like(labels[:, 0], dtype=torch.bool)
-            if soft
-            else labels != self.ignore_index
-        )
-        labels = labels.to(logits) if soft else labels.long().where(counted, -1)
+        if soft:
+            counted = torch.ones_like(labels[:, 0], dtype=torch.bool)
+            labels = labels.to(logits)
+        else:
+            counted = labels != self.ignore_index
+            labels = labels.long().where(counted, -1)
         with torch.autocast(logits.device.type, enabled=False):
             losses = self._losses(logits, entries, labels, soft).where(counted, 0)
         if num_items_in_batch is not None:
-            return (
-                losses.sum()
-                * (num_classes if soft else 1)
-                / torch.as_tensor(num_items_in_batch).to(losses)
-            )
+            elements = losses.sum() * (logits.shape[1] if soft else 1)
+            return elements / torch.as_tensor(num_items_in_batch).to(losses)
         if self.reduction == "none":
             return losses
-        return losses.sum() / (counted.sum() if self.reduction == "mean" else 1)
+        if self.reduction == "sum":
+            return losses.sum()
+        return losses.sum() / counted.sum().clamp(min=1)
 
     def _losses(
         self, logits: Tensor, entries: dict[str, Any], labels: Tensor, soft: bool
     ) -> Tensor:
-        """The loss (B,) of each image, where the label -1 does not count."""
-        logits, smoothing = (
-            logits.to(torch.promote_types(logits.dtype, torch.float32)),
-            self.label_smoothing,
-        )
-        adjusted = compensated = logits + self.adjustment.to(logits)
-        extra: Tensor | int = 0
-        if self.training and torch.is_grad_enabled():
-            self._check_entries(entries, logits)
-            extra = self._text_terms(entries)
-            if self.compensation and not soft:
-                own = labels.clamp(min=0)
-                compensated = self._compensate(adjusted, entries, labels, own)
-                if smoothing:  # The noise belongs to the denominator, not to the classes that smoothing aims at.
-                    noise = compensated - adjusted
-                    extra = extra + smoothing * (
-                        noise.mean(dim=1) - noise.gather(1, own[:, None])[:, 0]
-                    )
-        losses = F.cross_entropy(
-            compensated,
+        """The loss (B,) of each image, where the label -1 is ignored."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        adjustment, gamma = self.adjustment.to(logits), self.gamma.to(logits)
+        if not (self.training and torch.is_grad_enabled()):
+            return self._cross_entropy(logits + adjustment, labels)
+        self._check_entries(entries, logits)
+        extra = self._text_terms(entries)
+        if self.compensation and _has_features(entries):
+            # Whatever the batch holds: the processes wait for each other here.
+            seen = torch.full_like(labels[:, 0], -1) if soft else labels
+            self.covariance.update(entries["image_embeds"].detach(), seen)
+        if self.trained_classes is not None:
+            kept = self.trained_classes
+            logits, adjustment, gamma = logits[:, kept], adjustment[kept], gamma[kept]
+            if "class_embeds" in entries:
+                entries["class_embeds"] = entries["class_embeds"][kept]
+            hard = None if soft else self.position[labels.clamp(min=0)]
+            labels = labels[:, kept] if hard is None else hard.where(labels >= 0, -1)
+        adjusted = logits + adjustment
+        if soft or not self.compensation:
+            return self._cross_entropy(adjusted, labels) + extra
+        compensated = self._compensate(adjusted, gamma, entries, labels)
+        if self.label_smoothing:
+            # The noise belongs to the denominator, not to the classes that smoothing aims at.
+            noise, targets = compensated - adjusted, labels.clamp(min=0)[:, None]
+            of_targets = noise.gather(1, targets)[:, 0]
+            extra = extra + self.label_smoothing * (noise.mean(dim=1) - of_targets)
+        return self._cross_entropy(compensated, labels) + extra
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(
+            logits,
             labels,
             ignore_index=-1,
             reduction="none",
-            label_smoothing=smoothing,
+            label_smoothing=self.label_smoothing,
         )
-        return losses + extra
 
     def _compensate(
-        self, logits: Tensor, entries: dict[str, Any], labels: Tensor, own: Tensor
+        self, logits: Tensor, gamma: Tensor, entries: dict[str, Any], labels: Tensor
     ) -> Tensor:
-        """Logits (B, K) and `gamma_y V_yk / 2`, but for the variance of `z_y` in it, which all classes share.
-
-        The gradient reaches the head or the logits through it: detached it hurts.
-        """
-        if {"image_embeds", "class_embeds", "logit_scale"} <= entries.keys():
-            self._update(entries["image_embeds"].detach(), labels)
+        """Logits and compensation. Its gradient must reach the head, or the logits: detached it hurts."""
+        targets = labels.clamp(min=0)
+        if _has_features(entries):
             rows = entries["logit_scale"] * entries["class_embeds"]
-            covariance = (self.scatter / self.degrees.clamp(min=1e-6)).to(logits)
+            covariance = self.covariance.matrix.to(logits)
             # Twice the gradient of one factor is that of the square, without a second product of the head's size.
-            once = (rows * (rows.detach() @ covariance)).sum(dim=1)
-            variance, factor = 2 * once - once.detach(), rows[own] @ covariance
+            half_gradient = (rows * (rows.detach() @ covariance)).sum(dim=1)
+            variance = 2 * half_gradient - half_gradient.detach()
+            factor = rows[targets] @ covariance
         else:
-            residuals, degrees = _residuals(logits, labels)
+            residuals, degrees = within_class_residuals(logits, labels)
             rows = (residuals / degrees.clamp(min=1).sqrt()).T
-            variance, factor = rows.square().sum(dim=1), rows[own]
-        gamma = self.gamma.to(logits)[own]
-        return torch.addr(logits, gamma / 2, variance).addmm_(
-            gamma[:, None] * factor, rows.T, alpha=-1
-        )
-
-    @torch.no_grad()
-    def _update(self, features: Tensor, labels: Tensor) -> None:
-        residuals, degrees = _residuals(*_from_all_processes(features, labels))
-        scatter = residuals.T @ residuals
-        if self.scatter.shape != scatter.shape:
-            self.scatter = torch.zeros_like(scatter)
-        # A batch that overflowed in half precision, of which the gradient scaler skips the step, leaves no trace.
-        finite = scatter.isfinite().all()
-        self.scatter = torch.where(
-            finite, MEMORY * self.scatter + scatter, self.scatter
-        )
-        self.degrees = torch.where(
-            finite, MEMORY * self.degrees + degrees.float(), self.degrees
-        )
+            variance, factor = rows.square().sum(dim=1), rows[targets]
+        return compensate(logits, gamma[targets], variance, factor, rows)
 
     def _text_terms(self, entries: dict[str, Any]) -> Tensor | int:
         """The prior, which is one number, and the guidance (B,)."""
         total: Tensor | int = 0
         if self.text_prior:
             rows, texts = entries["class_embeds"], entries["text_embeds"].detach()
-            cosine = (rows * texts).sum(dim=1) / (
-                rows.norm(dim=1) * texts.norm(dim=1)
-            ).clamp(min=1e-8)
-            total = self.text_prior * (1 - cosine).mean()
+            total = self.text_prior * (1 - F.cosine_similarity(rows, texts)).mean()
         if self.text_guidance:
             # Detached, as a learned scale would shrink to please the term.
-            texts = (
-                entries["logit_scale"] * F.normalize(entries["text_embeds"], dim=-1)
-            ).detach()
-            seen, frozen = (F.normalize(entries[name], dim=-1) for name in EMBEDS[:2])
-            # The divergence of two softmaxes, as the Bregman divergence of their log-normaliser.
-            view = (frozen @ texts.T).detach()
-            slope = view.softmax(dim=-1) @ texts
-            divergence = (seen @ texts.T).logsumexp(dim=-1) - view.logsumexp(dim=-1)
-            total = total + self.text_guidance * (
-                divergence - ((seen - frozen.detach()) * slope).sum(dim=-1)
+            texts = F.normalize(entries["text_embeds"], dim=-1)
+            texts = (entries["logit_scale"] * texts).detach()
+            adapted, frozen = (
+                F.normalize(entries[name], dim=-1) for name in EMBEDS[:2]
             )
+            divergence = F.kl_div(
+                (adapted @ texts.T).log_softmax(dim=-1),
+                (frozen @ texts.T).detach().log_softmax(dim=-1),
+                reduction="none",
+                log_target=True,
+            )
+            total = total + self.text_guidance * divergence.sum(dim=-1)
         return total
 
+    def _check_targets(self, logits: Tensor, labels: Tensor, soft: bool) -> None:
+        shape, num_classes = tuple(logits.shape), len(self.adjustment)
+        if shape[1:] != (num_classes,):
+            raise ValueError(
+                f"`logits` must have shape (B, {num_classes}), got {shape}."
+            )
+        if not soft:
+            check_labels(labels, len(logits), num_classes, self.ignore_index)
+        elif labels.shape != shape or not labels.is_floating_point():
+            raise ValueError(
+                f"`labels` must be indices (B,) or probabilities {shape}, got {tuple(labels.shape)}."
+            )
+        else:
+            _check_probabilities(labels)
+        if self.trained_classes is None or not self.training or soft:
+            return
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            counted = labels[labels != self.ignore_index].long()
+            absent = self.position.cpu()[counted] == num_classes
+            if torch.is_grad_enabled() and absent.any():
+                raise ValueError(
+                    f"`labels` must be of classes with training images when `absent` is None, got"
+                    f" {counted[absent][0].item()}, which has none by `class_counts`."
+                )
+
     def _check_entries(self, entries: dict[str, Any], logits: Tensor) -> None:
-        """Check what a mapping holds beside the logits, and bring it to their type and device."""
+        """Check what a mapping holds in addition to the logits, and bring it to their type and device."""
         for term, names in NEEDS.items():
             missing = ", ".join(f"`{name}`" for name in names if name not in entries)
             if getattr(self, term) and missing:
                 raise ValueError(
                     f"`{term}` needs {missing} in `outputs`, as a training `SageClassifier` gives."
                 )
-        widths = {}
-        rows = dict(
-            zip(
-                EMBEDS,
-                [len(logits), len(logits), logits.shape[1], logits.shape[1]],
-                strict=True,
-            )
-        )
+        widths, on_cpu = {}, not torch.compiler.is_compiling()
         for name in [name for name in EMBEDS if name in entries]:
-            embeds = entries[name]
-            if (
-                not isinstance(embeds, Tensor)
-                or embeds.ndim != 2
-                or len(embeds) != rows[name]
-            ):
-                raise ValueError(
-                    f"`{name}` must be ({rows[name]}, e), got {getattr(embeds, 'shape', type(embeds))}."
-                )
-            if (
-                embeds.device.type == "cpu"
-                and not torch.compiler.is_compiling()
-                and not embeds.isfinite().all()
-            ):
+            embeds, rows = entries[name], logits.shape["image" not in name]
+            is_tensor = isinstance(embeds, Tensor)
+            if not is_tensor or embeds.ndim != 2 or len(embeds) != rows:
+                found = getattr(embeds, "shape", type(embeds))
+                raise ValueError(f"`{name}` must be ({rows}, e), got {found}.")
+            on_cpu = on_cpu and embeds.device.type == "cpu"
+            if on_cpu and not embeds.isfinite().all():
                 raise ValueError(f"`{name}` must be finite, got NaN or infinity.")
             entries[name], widths[name] = embeds.to(logits), embeds.shape[1]
         if len(set(widths.values())) > 1:
             raise ValueError(
                 f"`outputs` must hold embeddings of one width, got {widths}."
             )
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any
-    ) -> None:
-        if f"{prefix}scatter" in state_dict:
-            self.scatter = torch.zeros_like(
-                state_dict[f"{prefix}scatter"], device=self.scatter.device
-            )
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(
         self, fn: Callable[[Tensor], Tensor], recurse: bool = True
@@ -317,35 +317,20 @@ class SageLoss(nn.Module):
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
 
-def _residuals(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Values (B, d) less the mean of their class in the batch, and their degrees of freedom: images less classes."""
-    # (B, B) and not (K, d): the classes of a batch are few, and their number must not be looked at.
-    same = ((labels[:, None] == labels) & (labels >= 0)).to(values.dtype)
-    images = same.sum(dim=1, keepdim=True)
-    residuals = torch.where(images > 0, values - same @ values / images.clamp(min=1), 0)
-    return residuals, torch.where(images > 0, 1 - 1 / images.clamp(min=1), 0).sum()
+def _has_features(entries: dict[str, Any]) -> bool:
+    return {"image_embeds", "class_embeds", "logit_scale"} <= entries.keys()
 
 
-def _from_all_processes(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The batches of all processes as one, so that several train as one; a shorter batch is filled with label -1."""
-    if not (
-        dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    ):
-        return features, labels
-    size = torch.tensor(len(features), device=features.device)
-    dist.all_reduce(size, dist.ReduceOp.MAX)
-    batch = torch.cat([features, labels[:, None]], dim=1)
-    batch = F.pad(batch, (0, 0, 0, int(size) - len(features)), value=-1)
-    parts = [torch.empty_like(batch) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, batch)
-    return torch.cat(parts)[:, :-1], torch.cat(parts)[:, -1]
-
-
-def _logits(outputs: Any) -> tuple[Tensor, dict[str, Any]]:
+def _read_outputs(outputs: Any) -> tuple[Tensor, dict[str, Any]]:
     """The logits of what a model returned, and what else it holds."""
     entries: dict[str, Any] = {}
     if isinstance(outputs, Mapping):
         entries = {name: value for name, value in outputs.items() if value is not None}
+        if "logits_per_image" in outputs and "logits" not in outputs:
+            raise ValueError(
+                "`outputs` must have `logits` (B, K) of the classes, got those of a CLIP model: give its"
+                " `logits_per_image` if the texts are the K classes, or use a `SageClassifier`."
+            )
         if "logits" not in outputs:
             raise ValueError(
                 f"`outputs` must have `logits`, got only {sorted(outputs)}."
@@ -354,21 +339,31 @@ def _logits(outputs: Any) -> tuple[Tensor, dict[str, Any]]:
     elif isinstance(outputs, (tuple, list)) and outputs:
         outputs = outputs[0]
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
-        raise TypeError(
-            f"`logits` must be a floating-point tensor, got {getattr(outputs, 'dtype', type(outputs))}."
-        )
+        found = getattr(outputs, "dtype", type(outputs))
+        raise TypeError(f"`logits` must be a floating-point tensor, got {found}.")
     return outputs, entries
+
+
+def _check_probabilities(labels: Tensor) -> None:
+    if torch.compiler.is_compiling() or not len(labels):
+        return
+    rows = labels.float()
+    # Half precision rounds each of the K probabilities: their sum is right within a per cent.
+    right = ((rows.sum(dim=1) - 1).abs() <= 0.01) & (rows >= 0).all(dim=1)
+    if not right.all():
+        where = int((~right).nonzero()[0])
+        raise ValueError(
+            "`labels` (B, K) must be probabilities, at least 0 with the sum 1 in each row, got the sum"
+            f" {rows[where].sum().item():g} and the least {rows[where].min().item():g} in row {where}."
+        )
 
 
 def _check_target_prior(
     target_prior: Sequence[float] | Tensor, num_classes: int
 ) -> Tensor:
     prior = as_numbers(target_prior, "target_prior").double()
-    if (
-        prior.shape != (num_classes,)
-        or not (prior > 0).all()
-        or abs(prior.sum() - 1) > 1e-4
-    ):
+    right_shape = prior.shape == (num_classes,)
+    if not right_shape or not (prior > 0).all() or abs(prior.sum() - 1) > 1e-4:
         raise ValueError(
             f"`target_prior` must be {num_classes} positive numbers with the sum 1, got {prior}."
         )

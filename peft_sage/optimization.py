@@ -23,28 +23,19 @@ def parameter_groups(
     Raises:
         ValueError: A learning rate is not a number, at least 0, or nothing is trainable.
     """
-    check_number("lr", lr, 0)
-    head_lr = 2.5 * lr if head_lr is None else head_lr
-    check_number("head_lr", head_lr, 0)
-    trained = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-    if not trained:
+    lr = check_number("lr", lr, 0)
+    head_lr = 2.5 * lr if head_lr is None else check_number("head_lr", head_lr, 0)
+    groups: dict[str, list[nn.Parameter]] = {"rest": [], "head": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups["head" if "class_head" in name.split(".") else "rest"].append(
+                parameter
+            )
+    if not any(groups.values()):
         raise ValueError("`model` must have trainable parameters, got none.")
-    head = [
-        parameter
-        for name, parameter in trained.items()
-        if "class_head" in name.split(".")
-    ]
-    rest = [
-        parameter
-        for name, parameter in trained.items()
-        if "class_head" not in name.split(".")
-    ]
+    rates = {"rest": lr, "head": head_lr}
     return [
-        {"params": params, "lr": rate}
-        for params, rate in ((rest, lr), (head, head_lr))
-        if params
+        {"params": parameters, "lr": rates[name]}
+        for name, parameters in groups.items()
+        if parameters
     ]

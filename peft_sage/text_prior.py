@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from .fitting import SCALE, train_heads
 from .loss import SageLoss
 from .validation import (
     as_numbers,
@@ -19,8 +20,6 @@ from .validation import (
 )
 
 
-#: The heads that are tried: optimizer steps, images per step, learning rate, and the scale of their cosines.
-STEPS, BATCH_SIZE, LEARNING_RATE, SCALE = 200, 256, 0.01, 25.0
 #: With more classes, or more images of a class, a random part of them decides, so that the choice takes seconds.
 MAX_CLASSES, MAX_IMAGES = 500, 500
 
@@ -31,14 +30,19 @@ class TextPrior:
 
     Attributes:
         strength: The chosen strength, for `SageLoss(text_prior=...)`.
+        absent: The count to give to classes without training images, for `SageLoss(absent=...)`; None leaves them out
+            of the softmax.
         scores: Held-out balanced accuracy of each strength, in [0, 1].
         label_probability: (n,) held-out probability of each image's own label at the chosen strength; NaN for images
             that were not held out. Low ones are likely label errors.
+        predicted_label: (n,) the likeliest class of each held-out image; -1 for images that were not held out.
     """
 
     strength: float
+    absent: float | None
     scores: dict[float, float]
     label_probability: Tensor = field(repr=False)
+    predicted_label: Tensor = field(repr=False)
 
     def __str__(self) -> str:
         tried = ", ".join(
@@ -83,12 +87,12 @@ def choose_text_prior(
         _check(features, labels, text_embeds, strengths, folds, groups),
         Generator().manual_seed(seed),
     )
-    given = (
+    counted = (
         torch.bincount(labels, minlength=len(text_embeds))
         if class_counts is None
         else class_counts
     )
-    counts = check_class_counts(given, len(text_embeds))
+    counts = check_class_counts(counted, len(text_embeds))
     present = labels.unique()
     present = present[torch.randperm(len(present), generator=rng)[:MAX_CLASSES]]
     images = (
@@ -104,21 +108,25 @@ def choose_text_prior(
     features, texts = (
         F.normalize(x.float(), dim=-1) for x in (features[images], text_embeds[classes])
     )
-    texts, pulls = texts.to(features), torch.tensor(strengths).to(features)
-    probability, correct = _cross_validate(
-        features, own, texts, counts[classes], fold, pulls, rng
+    texts, tried = texts.to(features), torch.tensor(strengths).to(features)
+    probability, predicted = _cross_validate(
+        features, own, texts, counts[classes], fold, tried, rng
     )
+    correct = (predicted == own).float()
     scores = torch.stack(
         [correct[:, (fold >= 0) & (own == k)].mean(dim=1) for k in held_out]
     ).mean(dim=0)
     chosen = int(scores.argmax())
-    label_probability = torch.full(labels.shape, torch.nan).index_copy(
-        0, images, probability[chosen]
-    )
+    label_probability = torch.full(labels.shape, torch.nan)
+    label_probability[images] = probability[chosen]
+    predicted_label = torch.full_like(labels, -1, dtype=torch.int64)
+    predicted_label[images] = torch.where(fold < 0, -1, classes[predicted[chosen]])
     return TextPrior(
         strengths[chosen],
+        1.0,
         dict(zip(strengths, scores.tolist(), strict=True)),
         label_probability,
+        predicted_label,
     )
 
 
@@ -128,22 +136,32 @@ def _cross_validate(
     texts: Tensor,
     counts: Tensor,
     fold: Tensor,
-    pulls: Tensor,
+    tried: Tensor,
     rng: Generator,
-) -> Tensor:
-    """Probability of its own label and whether that is the likeliest, of each held-out image: (2, strengths, n)."""
-    results = torch.full((2, len(pulls), len(labels)), torch.nan)
+) -> tuple[Tensor, Tensor]:
+    """Probability of its label, and the likeliest class, of each held-out image: (strengths, n) each."""
+    probability = torch.full((len(tried), len(labels)), torch.nan)
+    predicted = torch.zeros(len(tried), len(labels), dtype=torch.int64)
     for k in fold[fold >= 0].unique():
-        kept, out = (fold != k).nonzero()[:, 0], (fold == k).nonzero()[:, 0]
-        share = torch.bincount(labels[kept], minlength=len(texts)) / torch.bincount(
+        train, held_out = (fold != k).nonzero()[:, 0], (fold == k).nonzero()[:, 0]
+        share = torch.bincount(labels[train], minlength=len(texts)) / torch.bincount(
             labels
         )
         loss = SageLoss((counts * share).round()).to(features.device)
-        heads = _train_heads(features[kept], labels[kept], texts, loss, pulls, rng)
-        logits = (SCALE * features[out] @ heads.mT).cpu()
-        results[0][:, out] = logits.softmax(dim=2)[:, range(len(out)), labels[out]]
-        results[1][:, out] = (logits.argmax(dim=2) == labels[out]).float()
-    return results
+        heads = train_heads(
+            features[train],
+            labels[train],
+            texts,
+            loss.adjustment.expand(len(tried), -1),
+            loss.gamma,
+            tried,
+            rng,
+        )
+        logits = (SCALE * features[held_out] @ heads.mT).cpu()
+        of_label = logits.softmax(dim=2)[:, range(len(held_out)), labels[held_out]]
+        probability[:, held_out] = of_label
+        predicted[:, held_out] = logits.argmax(dim=2)
+    return probability, predicted
 
 
 def _check(
@@ -187,59 +205,3 @@ def _folds(labels: Tensor, groups: Tensor | None, folds: int, rng: Generator) ->
     fold = ((_rank(labels[first], rng) + labels[first]) % folds)[unit]
     pairs = torch.stack([labels, unit]).unique(dim=1)
     return torch.where(torch.bincount(pairs[0])[labels] < 2, -1, fold)
-
-
-def _train_heads(
-    features: Tensor,
-    labels: Tensor,
-    texts: Tensor,
-    loss: SageLoss,
-    pulls: Tensor,
-    rng: Generator,
-) -> Tensor:
-    """Train a head from the texts for each strength, all at once, and return their rows (strengths, K, e)."""
-    size = min(BATCH_SIZE, len(labels))
-    epochs = range(-(-STEPS * size // len(labels)))
-    order = torch.cat([torch.randperm(len(labels), generator=rng) for _ in epochs])[
-        : STEPS * size
-    ]
-    labels = labels.to(texts.device)
-    # The features are frozen, and so is their covariance within the classes.
-    images = torch.bincount(labels, minlength=len(texts))
-    means = (
-        torch.zeros_like(texts).index_add_(0, labels, features)
-        / images.clamp(min=1)[:, None]
-    )
-    residuals = SCALE * (features - means[labels])
-    covariance = (
-        residuals.T @ residuals / (len(labels) - (images > 0).sum()).clamp(min=1)
-    )
-    weight = texts.expand(len(pulls), -1, -1).clone().requires_grad_()
-    optimizer = torch.optim.AdamW([weight], lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    with torch.enable_grad():
-        for batch in order.split(size):
-            label, rows = labels[batch], F.normalize(weight, dim=-1)
-            projected = rows @ covariance
-            variance = (projected * rows).sum(dim=-1)
-            spread = (
-                variance[:, None]
-                + variance[:, label, None]
-                - 2 * projected[:, label] @ rows.mT
-            )
-            adjusted = (
-                SCALE * features[batch] @ rows.mT
-                + loss.adjustment
-                + loss.gamma[label, None] / 2 * spread
-            )
-            pull = pulls @ (1 - (rows * texts).sum(dim=-1)).mean(dim=1)
-            optimizer.zero_grad()
-            # Each strength is a run of its own: their losses add up.
-            (
-                len(pulls)
-                * F.cross_entropy(adjusted.flatten(0, 1), label.repeat(len(pulls)))
-                + pull
-            ).backward()
-            optimizer.step()
-            schedule.step()
-    return F.normalize(weight.detach(), dim=-1)

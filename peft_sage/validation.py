@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of what a user gave: an error names the argument, what came, and what would be right."""
+"""Checks of user input: an error names the argument, the value, and what would be right."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import inf
 from typing import Any, TypeGuard
 
@@ -13,43 +13,50 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def is_int(value: Any) -> TypeGuard[int]:
-    """Whether a value is an integer and not a bool."""
+    """Whether a value is a Python integer and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def check_number(name: str, value: Any, low: float = -inf, high: float = inf) -> None:
-    """Raise ValueError unless `value` is a finite number in [low, high]."""
-    if (
-        not (is_int(value) or isinstance(value, float))
-        or not abs(value) < inf
-        or not low <= value <= high
-    ):
-        bounds = f", at least {low:g}" * (low > -inf) + f", at most {high:g}" * (
-            high < inf
-        )
-        raise ValueError(f"`{name}` must be a finite number{bounds}, got {value!r}.")
+def check_number(name: str, value: Any, low: float = -inf, high: float = inf) -> float:
+    """Return a finite number in [low, high] as a Python number; ValueError for anything else.
+
+    NumPy scalars and tensors without dimensions are numbers too.
+    """
+    number = _as_scalar(value)
+    is_number = is_int(number) or isinstance(number, float)
+    if not is_number or abs(number) == inf or not low <= number <= high:
+        raise ValueError(_message(name, "a finite number", value, low, high))
+    return number
 
 
-def check_integer(name: str, value: Any, low: int, high: float = inf) -> None:
-    """Raise ValueError unless `value` is an integer in [low, high]."""
-    if not is_int(value) or not low <= value <= high:
-        bounds = f", at least {low}" + f", at most {high:g}" * (high < inf)
-        raise ValueError(f"`{name}` must be an integer{bounds}, got {value!r}.")
+def check_integer(name: str, value: Any, low: int, high: float = inf) -> int:
+    """Return an integer in [low, high] as a Python integer; ValueError for anything else."""
+    number = _as_scalar(value)
+    if not is_int(number) or not low <= number <= high:
+        raise ValueError(_message(name, "an integer", value, low, high))
+    return number
+
+
+def _as_scalar(value: Any) -> Any:
+    """The Python number of a NumPy scalar, or of an array or tensor without dimensions."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def _message(name: str, kind: str, value: Any, low: float, high: float) -> str:
+    bounds = [f"at least {low:g}"] if low > -inf else []
+    bounds += [f"at most {high:g}"] if high < inf else []
+    return f"`{name}` must be {', '.join([kind, *bounds])}, got {value!r}."
 
 
 def check_embeddings(embeddings: Tensor, name: str, width: int | None = None) -> None:
     """Raise unless they are rows (M, e): TypeError for their type, ValueError for shape, NaN, infinity or zeros."""
     if not isinstance(embeddings, Tensor) or not embeddings.is_floating_point():
-        raise TypeError(
-            f"`{name}` must be floats (M, e), got {getattr(embeddings, 'dtype', type(embeddings))}."
-        )
-    if (
-        embeddings.ndim != 2
-        or embeddings.shape[1] == 0
-        or width not in (None, embeddings.shape[1])
-    ):
+        found = getattr(embeddings, "dtype", type(embeddings))
+        raise TypeError(f"`{name}` must be floats (M, e), got {found}.")
+    shape = tuple(embeddings.shape)
+    if len(shape) != 2 or shape[1] == 0 or width not in (None, shape[1]):
         raise ValueError(
-            f"`{name}` must have the shape (M, {width or 'e'}), got {tuple(embeddings.shape)}."
+            f"`{name}` must have the shape (M, {width or 'e'}), got {shape}."
         )
     wrong = {"be finite, got NaN or infinity": ~embeddings.isfinite().all(dim=1)}
     wrong["have no rows of zeros, got them"] = (embeddings == 0).all(dim=1)
@@ -61,10 +68,19 @@ def check_embeddings(embeddings: Tensor, name: str, width: int | None = None) ->
 
 
 def as_numbers(values: Sequence[float] | Tensor, name: str) -> Tensor:
-    """Read real numbers as a tensor on the CPU without gradient; TypeError if they are something else."""
+    """Read real numbers as a tensor on the CPU without gradient; TypeError if they are something else.
+
+    A pandas Series is read by position, whatever its index.
+    """
     try:
+        if isinstance(values, (str, Mapping)):
+            raise TypeError
+        if hasattr(values, "tolist") and not isinstance(values, Tensor):
+            values = values.tolist()
+        elif isinstance(values, Iterable) and not isinstance(values, (Tensor, list)):
+            values = list(values)
         numbers = torch.as_tensor(values).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(
             f"`{name}` must be a (K,) tensor or list of numbers, got {values!r}."
         ) from error
@@ -74,9 +90,19 @@ def as_numbers(values: Sequence[float] | Tensor, name: str) -> Tensor:
 
 
 def check_class_counts(
-    class_counts: Sequence[int] | Tensor, num_classes: int | None = None
+    class_counts: Any,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> Tensor:
-    """Read numbers of training images as (K,) int64 on the CPU; TypeError or ValueError says what is wrong."""
+    """Read numbers of training images as (K,) int64 on the CPU; TypeError or ValueError says what is wrong.
+
+    A pandas Series or a dict is read by its index: class indices, or the names if `class_names` are known. Classes
+    that it lacks have no images, if the number of classes is known.
+    """
+    if class_names is not None:
+        num_classes = len(class_names)
+    if hasattr(class_counts, "keys") and hasattr(class_counts, "items"):
+        class_counts = _counts_by_index(class_counts, num_classes, class_names)
     counts = as_numbers(class_counts, "class_counts").double()
     if counts.ndim != 1 or len(counts) == 0 or num_classes not in (None, len(counts)):
         raise ValueError(
@@ -94,6 +120,23 @@ def check_class_counts(
     return counts.long()
 
 
+def _counts_by_index(
+    class_counts: Any, num_classes: int | None, class_names: Sequence[str] | None
+) -> list[Any]:
+    counts = dict(class_counts.items())
+    keys: Sequence[Any] = range(len(counts) if num_classes is None else num_classes)
+    if class_names is not None and not counts.keys() <= set(keys):
+        keys = class_names
+    unknown = list(counts.keys() - set(keys))
+    if unknown or len(counts) != len(class_counts):
+        wanted = f"the class indices 0 to {len(keys) - 1}, each once"
+        if class_names is not None:
+            wanted += ", or the class names"
+        found = f"{unknown[:5]}" if unknown else "an index more than once"
+        raise ValueError(f"`class_counts` must be indexed by {wanted}; got {found}.")
+    return [counts.get(key, 0) for key in keys]
+
+
 def check_labels(
     labels: Tensor,
     num_images: int,
@@ -107,18 +150,14 @@ def check_labels(
     that use the labels there assert it themselves. Without `num_classes` it is not checked.
     """
     if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
-        raise TypeError(
-            f"`{name}` must be a tensor of integers, got {getattr(labels, 'dtype', type(labels))}."
-        )
+        found = getattr(labels, "dtype", type(labels))
+        raise TypeError(f"`{name}` must be a tensor of integers, got {found}.")
     if labels.shape != (num_images,):
         raise ValueError(
             f"`{name}` must have the shape ({num_images},), got {tuple(labels.shape)}."
         )
-    if (
-        num_classes is None
-        or labels.device.type != "cpu"
-        or torch.compiler.is_compiling()
-    ):
+    on_cpu = labels.device.type == "cpu" and not torch.compiler.is_compiling()
+    if num_classes is None or not on_cpu:
         return
     # The default of `ignore_index` lies in the range anyway.
     wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)

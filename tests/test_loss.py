@@ -203,20 +203,20 @@ def test_the_covariance_is_a_moving_average_in_which_batches_count_by_their_pair
     want = (0.95 * sizes[0] * parts[0] + sizes[1] * parts[1]) / (
         0.95 * sizes[0] + sizes[1]
     )
-    torch.testing.assert_close(loss.scatter / loss.degrees, want)
+    torch.testing.assert_close(loss.covariance.matrix, want)
     # A batch without pairs says nothing, and takes nothing away.
     loss(features_of_batch(torch.arange(K)), torch.arange(K))
-    torch.testing.assert_close(loss.scatter / loss.degrees, want)
+    torch.testing.assert_close(loss.covariance.matrix, want)
 
 
 def test_an_overflown_batch_leaves_no_trace(batch):
     loss = SageLoss(COUNTS)
     loss(features_of_batch(batch[1]), batch[1])
-    before = loss.scatter.clone()
-    loss._update(
+    before = loss.covariance.scatter.clone()
+    loss.covariance.update(
         torch.full((4, 4), torch.inf, dtype=torch.float64), torch.tensor([0, 0, 1, 1])
     )
-    assert torch.equal(loss.scatter, before)
+    assert torch.equal(loss.covariance.scatter, before)
 
 
 def test_where_there_is_nothing_to_compensate_it_is_logit_adjustment(batch):
@@ -333,7 +333,7 @@ def test_embeddings_are_checked(batch, name):
         loss = SageLoss(COUNTS)
         with pytest.raises(ValueError, match=f"`{name}` must be"):
             loss(outputs | {name: wrong}, batch[1])
-        assert loss.scatter.numel() == 0
+        assert loss.covariance.scatter.numel() == 0
     with pytest.raises(ValueError, match="one width"):
         SageLoss(COUNTS)(outputs | {name: outputs[name][:, 1:]}, batch[1])
 
@@ -443,7 +443,7 @@ def test_follows_the_logits_to_their_device(batch):
         for name, value in outputs.items()
     }
     torch.testing.assert_close(loss(moved, labels).cpu(), want)
-    assert loss.adjustment.is_cuda and loss.scatter.is_cuda
+    assert loss.adjustment.is_cuda and loss.covariance.scatter.is_cuda
 
 
 def test_the_moving_average_is_saved_copied_and_resumed(batch):
@@ -452,9 +452,10 @@ def test_the_moving_average_is_saved_copied_and_resumed(batch):
     trained(outputs, labels)
     resumed = SageLoss(COUNTS)
     resumed.load_state_dict(trained.state_dict())
-    assert set(resumed.state_dict()) == {"scatter", "degrees"} and not list(
-        resumed.parameters()
-    )
+    assert set(resumed.state_dict()) == {
+        "covariance.scatter",
+        "covariance.degrees_of_freedom",
+    } and not list(resumed.parameters())
     want = copy.deepcopy(trained)(outputs, labels)
     for loss in (trained, resumed):
         assert torch.equal(loss(outputs, labels), want)
@@ -559,7 +560,6 @@ def test_wrong_settings(arguments, match):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"class_counts": {"cat": 3, "dog": 1}},
         {"class_counts": None},
         {"class_counts": [True, False]},
         {"target_prior": "uniform"},

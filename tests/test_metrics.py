@@ -13,9 +13,9 @@ pytest.importorskip("torchmetrics")
 from peft_sage.metrics import LongTailAccuracy  # noqa: E402
 
 
-COUNTS = [500, 101, 100, 20, 19, 0]  # many, many, medium, medium, few, few
-LABELS = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3, 3, 4])  # class 5 does not occur
-PREDS = torch.tensor([0, 0, 0, 1, 1, 0, 2, 3, 5, 0])  # right: 3/4, 1/2, 1, 1/2, 0
+COUNTS = [500, 101, 100, 20, 19, 1, 0]  # two with many, medium and few, one with none
+LABELS = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3, 3, 4, 6, 6])  # class 5 does not occur
+PREDS = torch.tensor([0, 0, 0, 1, 1, 0, 2, 3, 5, 0, 0, 6])
 
 
 def result(
@@ -28,20 +28,22 @@ def result(
 
 def check(got: dict[str, torch.Tensor]) -> None:
     want = {
-        "overall": 6 / 10,
-        "macro": (0.75 + 0.5 + 1 + 0.5 + 0) / 5,
+        "overall": 7 / 12,
+        "macro": (0.75 + 0.5 + 1 + 0.5 + 0 + 0.5) / 6,
         "many": (0.75 + 0.5) / 2,
         "medium": (1 + 0.5) / 2,
         "few": 0.0,
+        "none": 0.5,
         "worst": 0.0,
         "num_many": 2,
         "num_medium": 2,
         "num_few": 1,
+        "num_none": 1,
     }
     assert {
         name: value.item() for name, value in got.items() if name != "per_class"
     } == pytest.approx(want)
-    expected = torch.tensor([0.75, 0.5, 1, 0.5, 0, math.nan])
+    expected = torch.tensor([0.75, 0.5, 1, 0.5, 0, math.nan, 0.5])
     torch.testing.assert_close(got["per_class"], expected, equal_nan=True)
 
 
@@ -50,9 +52,9 @@ def test_every_number_by_hand():
 
 
 def test_logits_and_several_batches():
-    logits = torch.nn.functional.one_hot(PREDS, 6).half() - 0.5
+    logits = torch.nn.functional.one_hot(PREDS, 7).half() - 0.5
     accuracy = LongTailAccuracy(COUNTS)
-    for part in torch.arange(10).split(3):
+    for part in torch.arange(12).split(3):
         accuracy.update(logits[part], LABELS[part])
     check(accuracy.compute())
     accuracy.reset()
@@ -83,7 +85,7 @@ def _evaluate_half(rank: int, store: str, results) -> None:
     )
     accuracy = LongTailAccuracy(COUNTS)
     part = (
-        slice(0, 7) if rank == 0 else slice(7, 10)
+        slice(0, 7) if rank == 0 else slice(7, 12)
     )  # parts of unequal size and of other classes
     accuracy.update(PREDS[part], LABELS[part])
     results[rank] = {name: value.tolist() for name, value in accuracy.compute().items()}
@@ -108,7 +110,7 @@ def test_two_processes_see_all_images(tmp_path):
             torch.zeros(2, 5),
             torch.tensor([0, 1]),
             ValueError,
-            r"6 classes, got shape \(2, 5\)",
+            r"7 classes, got shape \(2, 5\)",
         ),
         (
             torch.zeros(3, dtype=torch.long),
@@ -117,12 +119,12 @@ def test_two_processes_see_all_images(tmp_path):
             r"`preds` .* \(2,\), got \(3,\)",
         ),
         (
-            torch.zeros(2, 6),
-            torch.zeros(2, 6).long(),
+            torch.zeros(2, 7),
+            torch.zeros(2, 7).long(),
             ValueError,
-            r"`labels` .* \(2,\), got \(2, 6\)",
+            r"`labels` .* \(2,\), got \(2, 7\)",
         ),
-        (torch.zeros(2, 6), torch.tensor([0, 6]), ValueError, "`labels` .* got 6 at 1"),
+        (torch.zeros(2, 7), torch.tensor([0, 7]), ValueError, "`labels` .* got 7 at 1"),
         (
             torch.tensor([0, -1]),
             torch.tensor([0, 1]),
@@ -130,7 +132,7 @@ def test_two_processes_see_all_images(tmp_path):
             "`preds` .* got -1 at 1",
         ),
         (torch.zeros(2), torch.tensor([0, 1]), TypeError, "`preds` .* torch.float32"),
-        (torch.zeros(2, 6), torch.zeros(2), TypeError, "`labels` .* torch.float32"),
+        (torch.zeros(2, 7), torch.zeros(2), TypeError, "`labels` .* torch.float32"),
     ],
 )
 def test_wrong_input_changes_nothing(preds, labels, error, match):

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from peft_sage import choose_text_prior, text_prior
+from peft_sage import choose_text_prior, fitting
 from peft_sage.text_prior import _folds
 
 
@@ -14,7 +14,7 @@ WIDTH = 16
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
-    monkeypatch.setattr(text_prior, "STEPS", 60)
+    monkeypatch.setattr(fitting, "STEPS", 60)
 
 
 def make_bed(counts: list[int], texts: str, noise: float = 0.5):

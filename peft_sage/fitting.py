@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cosine heads trained on cached image embeddings, in seconds."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from .covariance import compensate
+from .loss import SageLoss
+from .validation import as_numbers, check_embeddings, check_labels
+
+
+#: Optimizer steps, images per step, learning rate, and the scale of the cosines.
+STEPS, BATCH_SIZE, LEARNING_RATE, SCALE = 200, 256, 0.01, 25.0
+
+
+def fit_head(
+    features: Tensor,
+    labels: Sequence[int] | Tensor,
+    text_embeds: Tensor,
+    loss: SageLoss,
+    *,
+    seed: int = 0,
+) -> Tensor:
+    """Train a head on cached image embeddings, starting from the texts.
+
+    Args:
+        features: (n, e) image embeddings of the frozen tower, on any device.
+        labels: (n,) class indices.
+        text_embeds: (K, e) text embeddings of the classes.
+        loss: Its adjustment, compensation and text prior are applied. It is not changed.
+        seed: Seed of the order of the images. The global random state is left alone.
+
+    Returns:
+        (K, e) rows of unit length, on the device of `features`.
+
+    Raises:
+        TypeError, ValueError: An argument does not fit.
+    """
+    labels = as_numbers(labels, "labels")
+    check_embeddings(features, "features")
+    check_embeddings(text_embeds, "text_embeds", features.shape[1])
+    check_labels(labels, len(features), len(text_embeds))
+    if len(loss.adjustment) != len(text_embeds):
+        raise ValueError(
+            f"`loss` must be of the {len(text_embeds)} classes of `text_embeds`, got {len(loss.adjustment)}."
+        )
+    features, texts = (F.normalize(x.float(), dim=-1) for x in (features, text_embeds))
+    adjustment = loss.adjustment
+    if loss.trained_classes is not None:
+        kept = loss.trained_classes
+        adjustment = torch.full_like(adjustment, -torch.inf)
+        adjustment[kept] = loss.adjustment[kept]
+    return train_heads(
+        features,
+        labels,
+        texts.to(features),
+        adjustment[None].to(features),
+        loss.gamma.to(features),
+        torch.tensor([loss.text_prior]).to(features),
+        Generator().manual_seed(seed),
+    )[0]
+
+
+def train_heads(
+    features: Tensor,
+    labels: Tensor,
+    texts: Tensor,
+    adjustment: Tensor,
+    gamma: Tensor,
+    strengths: Tensor,
+    rng: Generator,
+) -> Tensor:
+    """Train H heads from the texts at once, and return their rows (H, K, e), of unit length.
+
+    Args:
+        features: (n, e), of unit length.
+        labels: (n,) class indices.
+        texts: (K, e), of unit length.
+        adjustment: (H, K), added to the logits; -inf leaves a class out of the softmax.
+        gamma: (K,) of the compensation.
+        strengths: (H,) of the text prior.
+        rng: For the order of the images.
+    """
+    size = min(BATCH_SIZE, len(labels))
+    epochs = range(-(-STEPS * size // len(labels)))
+    order = torch.cat([torch.randperm(len(labels), generator=rng) for _ in epochs])
+    labels, heads = labels.to(texts.device), len(strengths)
+    # The features are frozen, and so is their covariance within the classes.
+    images = torch.bincount(labels, minlength=len(texts))
+    sums = torch.zeros_like(texts).index_add_(0, labels, features)
+    residuals = SCALE * (features - (sums / images.clamp(min=1)[:, None])[labels])
+    degrees_of_freedom = (len(labels) - (images > 0).sum()).clamp(min=1)
+    covariance = residuals.T @ residuals / degrees_of_freedom
+    weight = texts.expand(heads, -1, -1).clone().requires_grad_()
+    optimizer = torch.optim.AdamW([weight], lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    for batch in order[: STEPS * size].split(size):
+        label = labels[batch]
+        with torch.enable_grad():
+            rows = F.normalize(weight, dim=-1)
+            projected = rows @ covariance
+            variance = (projected * rows).sum(dim=-1)
+            logits = SCALE * features[batch] @ rows.mT + adjustment[:, None]
+            logits = compensate(
+                logits, gamma[label], variance, projected[:, label], rows
+            )
+            prior = strengths @ (1 - (rows * texts).sum(dim=-1)).mean(dim=1)
+            # Each head is a run of its own: their losses add up.
+            loss = F.cross_entropy(logits.flatten(0, 1), label.repeat(heads))
+            (heads * loss + prior).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return F.normalize(weight.detach(), dim=-1)
