@@ -11,7 +11,32 @@ except ModuleNotFoundError as error:
         f'`peft_sage.report` needs {error.name}: pip install "peft_sage[report]"'
     ) from error
 
+from pathlib import Path
+from typing import Any
+
+from .card import make_model_card
+from .figures import plot_long_tail
+from .page import make_page
 from .results import Evaluation, RunResults
 
 
-__all__ = ["Evaluation", "RunResults"]
+__all__ = ["Evaluation", "RunResults", "make_model_card", "write_report"]
+
+
+def write_report(
+    folder: str | Path, results: RunResults, data: Any, repo_id: str | None = None
+) -> None:
+    """Write `results.json`, `report.html`, `README.md` (the model card) and `long_tail.png` into a folder.
+
+    Args:
+        folder: Where the model was saved. It must exist.
+        results: The results of the run.
+        data: The [`ImageData`] of the run.
+        repo_id: What the card loads the model from. Default: the folder.
+    """
+    folder = Path(folder)
+    results.save(folder)
+    plot_long_tail(results).savefig(folder / "long_tail.png")
+    make_model_card(results, repo_id or str(folder)).save(folder / "README.md")
+    page = make_page(results, data)
+    (folder / "report.html").write_text(page, encoding="utf-8")

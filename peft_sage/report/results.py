@@ -240,12 +240,45 @@ class RunResults:
         return [s for s in SCORES if s != "none" or self.trained.num_classes["none"]]
 
     @property
+    def shown_settings(self) -> dict[str, Any]:
+        """The settings, without where folders and files lie on this machine."""
+        return {
+            name: Path(value).name
+            if isinstance(value, str) and value and Path(value).exists()
+            else value
+            for name, value in self.settings.items()
+        }
+
+    @property
+    def num_tested(self) -> int:
+        """The number of classes that have test images."""
+        return sum(score is not None for score in self.trained.per_class)
+
+    @property
     def worse_classes(self) -> list[int]:
         """The classes that are less accurate than before training."""
         pairs = zip(self.zero_shot.per_class, self.trained.per_class, strict=True)
         return [
             k for k, (before, after) in enumerate(pairs) if (after or 0) < (before or 0)
         ]
+
+    @property
+    def worst_classes(self) -> list[int]:
+        """At most ten and half of the classes, all below the mean, the least accurate first."""
+        per_class, counts = self.trained.per_class, self.class_counts
+        tested = [k for k, score in enumerate(per_class) if score is not None]
+        below = [k for k in tested if per_class[k] < self.trained.macro]
+        below.sort(key=lambda k: (per_class[k], -counts[k]))
+        return below[: min(10, len(tested) // 2)]
+
+    @property
+    def at_threshold(self) -> tuple[float, float] | None:
+        """The share of test images with a confidence of at least `threshold`, and the accuracy on these."""
+        confidences, right = self.trained.answers(self.labels)
+        if self.threshold is None or self.threshold > confidences.max():
+            return None
+        answered = confidences >= self.threshold
+        return float(answered.mean()), float(right[answered].mean())
 
     def __str__(self) -> str:
         names = self.shown_scores
@@ -256,11 +289,9 @@ class RunResults:
         sizes = self.trained.num_classes
         rows.append(["classes", *(str(sizes.get(name, "")) for name in names)])
         lines = [f"{row[0]:<18}" + "".join(f"{x:>9}" for x in row[1:]) for row in rows]
-        tested = sum(score is not None for score in self.trained.per_class)
-        worse = len(self.worse_classes)
         lines.append(
-            f"{worse} of {tested} classes are worse than before training; "
-            f"calibration error {self.calibration_error:.3f}."
+            f"{len(self.worse_classes)} of {self.num_tested} classes are worse than "
+            f"before training; calibration error {self.calibration_error:.3f}."
         )
         return "\n".join(lines)
 

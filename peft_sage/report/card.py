@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model card: how to load a trained model, what it reaches, where it fails, how it was made."""
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from .results import RunResults
+
+
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
+
+
+def make_model_card(
+    results: RunResults, repo_id: str, picture: str = "long_tail.png"
+) -> ModelCard:
+    """Describe a trained model.
+
+    Args:
+        results: The results of the run.
+        repo_id: Repository or folder to load the model from.
+        picture: File name of the figure of [`write_report`].
+    """
+    base = results.settings.get("model") or ""
+    tags = ["peft_sage", "long-tailed-recognition"]
+    # The Hub refuses a card whose base model is the path of a folder.
+    known = base if base.count("/") < 2 and not Path(base).exists() else None
+    if known:
+        tags.append(f"base_model:adapter:{known}")
+    data = ModelCardData(
+        base_model=known,
+        library_name="peft",
+        pipeline_tag="image-classification",
+        tags=tags,
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        run=results,
+        base_model_name=Path(base).name or "A classifier",
+        worst=results.worst_classes,
+        repo_id=repo_id,
+        picture=picture,
+    )

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures of the page and of the model card. Each function draws on one pair of axes."""
+
+import base64
+import io
+from collections.abc import Callable
+
+import numpy as np
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from .results import GROUPS, RunResults
+from .statistics import reliability_curve
+
+
+#: Zero-shot and trained: colours that stand out on white and on black.
+COLORS = ("#8b929c", "#3b82f6")
+#: Up to this number of classes their names are written below the axis.
+MAX_NAMES = 30
+
+
+def draw_classes(axis: Axes, results: RunResults) -> None:
+    """Draw the accuracies of the classes, most frequent first, over their numbers of training images."""
+    counts = np.array(results.class_counts)
+    order = np.argsort(-counts, kind="stable")
+    axis.fill_between(
+        range(len(counts)),
+        np.maximum(counts[order], 0.5),
+        0.5,
+        step="mid",
+        color="0.5",
+        alpha=0.2,
+    )
+    axis.set(yscale="log", ylabel="training images")
+    axis.set_ylim(bottom=0.5)
+    accuracies = axis.twinx()
+    for color, (run, evaluation) in zip(COLORS, results.runs.items(), strict=True):
+        values = np.array(evaluation.per_class, dtype=float)[order]
+        accuracies.plot(values, ".", alpha=0.4, color=color)
+        accuracies.plot(_running_mean(values), color=color, label=run)
+    accuracies.set_ylim(0, 103)
+    accuracies.set_ylabel("test accuracy, %")
+    accuracies.legend(loc="upper right", fontsize=8)
+    if len(counts) > MAX_NAMES:
+        axis.set_xlabel("classes, most frequent first")
+        return
+    names = [_shorten(results.class_names[k]) for k in order]
+    axis.set_xticks(range(len(names)), names, parse_math=False, rotation=90)
+    axis.tick_params(axis="x", labelsize=7)
+
+
+def draw_groups(axis: Axes, results: RunResults) -> None:
+    """Draw the accuracies of the groups of classes, one bar per run."""
+    groups = [group for group in GROUPS if results.trained.num_classes[group]]
+    places = np.arange(len(groups))
+    for side, (run, evaluation) in zip((-1, 1), results.runs.items(), strict=True):
+        bars = axis.bar(
+            places + 0.2 * side,
+            [getattr(evaluation, group) for group in groups],
+            0.4,
+            color=COLORS[side > 0],
+            label=run,
+        )
+        axis.bar_label(bars, fmt="%.1f", fontsize=8)
+    axis.set_xticks(places, groups)
+    axis.set(xlabel="classes by number of training images", ylabel="test accuracy, %")
+    axis.margins(y=0.25)
+    axis.legend(loc="upper right", fontsize=8)
+
+
+def draw_reliability(axis: Axes, results: RunResults) -> None:
+    """Draw the accuracy of the test images in each bin of confidence, its area their number."""
+    answers = results.trained.answers(results.labels)
+    confidence, accuracy, sizes = reliability_curve(*answers)
+    axis.plot([0, 100], [0, 100], ":", color="0.5", label="perfectly calibrated")
+    axis.plot(100 * confidence, 100 * accuracy, color=COLORS[1], label=results.method)
+    axis.scatter(
+        100 * confidence,
+        100 * accuracy,
+        200 * sizes / sizes.max(),
+        COLORS[1],
+        alpha=0.5,
+    )
+    axis.set(xlabel="confidence, %", ylabel="test accuracy, %")
+    axis.legend(loc="upper left", fontsize=8)
+
+
+def draw_coverage(axis: Axes, results: RunResults) -> None:
+    """Draw the accuracy over the share of test images that are answered, the most confident first."""
+    share, accuracy = (
+        100 * np.array(results.coverage[name]) for name in ("share", "accuracy")
+    )
+    axis.plot(share, accuracy, color=COLORS[1], label=results.method)
+    axis.axhline(95, color="0.5", linestyle=":", label="95%")
+    if at_threshold := results.at_threshold:
+        axis.plot(
+            *(100 * x for x in at_threshold),
+            "o",
+            color=COLORS[1],
+            label=f"confidence of at least {results.threshold:.2f}",
+        )
+    axis.set(xlabel="images answered, %", ylabel="accuracy of the answers, %")
+    axis.set_ylim(top=103)
+    axis.legend(loc="lower left", fontsize=8)
+
+
+def draw_validation(axis: Axes, results: RunResults) -> None:
+    """Draw the validation accuracies over the epochs."""
+    epochs = [scores["epoch"] for scores in results.validation]
+    for color, name in zip(COLORS, ("overall", "macro"), strict=True):
+        values = [scores[name] for scores in results.validation]
+        axis.plot(epochs, values, ".-", color=color, label=name)
+    if results.kept_epoch is not None:
+        axis.axvline(results.kept_epoch, color="0.5", linestyle=":", label="kept")
+    axis.set(xlabel="epoch", ylabel="validation accuracy, %")
+    axis.legend(loc="lower right", fontsize=8)
+
+
+def plot_long_tail(results: RunResults) -> Figure:
+    """Draw classes and groups side by side, for the model card."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    classes, groups = figure.subplots(1, 2, width_ratios=[2, 1])
+    draw_classes(classes, results)
+    draw_groups(groups, results)
+    return figure
+
+
+def embed_figure(
+    draw: Callable[[Axes, RunResults], None], results: RunResults
+) -> dict[str, str]:
+    """Return a figure as data URIs, for `light` and for `dark` pages."""
+    sources = {}
+    for name, look in (("light", "default"), ("dark", "dark_background")):
+        with style.context(look):
+            figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+            draw(figure.subplots(), results)
+            file = io.BytesIO()
+            figure.savefig(file, format="png", dpi=150, transparent=True)
+        sources[name] = _data_uri(file, "png")
+    return sources
+
+
+def embed_picture(image: Image.Image, side: int = 512) -> str:
+    """Return a picture as the data URI of a JPEG with at most `side` pixels on its longer side."""
+    image = image.copy()
+    image.thumbnail((side, side))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=80)
+    return _data_uri(file, "jpeg")
+
+
+def _data_uri(file: io.BytesIO, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _shorten(name: str, most: int = 24) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """Return the mean over a tenth of the values around each, without the missing ones."""
+    half = max(1, len(values) // 10) // 2
+    padded = np.pad(values, half, constant_values=np.nan)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
+    known = ~np.isnan(windows)
+    with np.errstate(invalid="ignore"):
+        return np.where(known, windows, 0).sum(axis=1) / known.sum(axis=1)
