@@ -1,23 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run leaves for people: its results, a page and a model card."""
 
+from pathlib import Path
+from typing import Any
+
+
 try:
-    import jinja2  # noqa: F401
-    import matplotlib  # noqa: F401
-    import sklearn  # noqa: F401
-    import torchmetrics  # noqa: F401
+    from .card import make_model_card
+    from .figures import plot_long_tail
+    from .page import Page
+    from .results import Evaluation, RunResults
+    from .templates import render
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f'`peft_sage.report` needs {error.name}: pip install "peft_sage[report]"'
     ) from error
-
-from pathlib import Path
-from typing import Any
-
-from .card import make_model_card
-from .figures import plot_long_tail
-from .page import make_page
-from .results import Evaluation, RunResults
 
 
 __all__ = ["Evaluation", "RunResults", "make_model_card", "write_report"]
@@ -38,5 +35,5 @@ def write_report(
     results.save(folder)
     plot_long_tail(results).savefig(folder / "long_tail.png")
     make_model_card(results, repo_id or str(folder)).save(folder / "README.md")
-    page = make_page(results, data)
+    page = render("page.html.jinja", page=Page(results, data), run=results)
     (folder / "report.html").write_text(page, encoding="utf-8")

@@ -6,9 +6,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from .results import RunResults
-
-
-TEMPLATE = Path(__file__).with_name("card.md.jinja")
+from .templates import render
 
 
 def make_model_card(
@@ -27,18 +25,18 @@ def make_model_card(
     known = base if base.count("/") < 2 and not Path(base).exists() else None
     if known:
         tags.append(f"base_model:adapter:{known}")
-    data = ModelCardData(
+    metadata = ModelCardData(
         base_model=known,
         library_name="peft",
         pipeline_tag="image-classification",
         tags=tags,
     )
-    return ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATE),
+    text = render(
+        "card.md.jinja",
+        metadata=metadata.to_yaml(),
+        base_model=Path(base).name or "A classifier",
         run=results,
-        base_model_name=Path(base).name or "A classifier",
-        worst=results.worst_classes,
         repo_id=repo_id,
         picture=picture,
     )
+    return ModelCard(text)

@@ -10,9 +10,11 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy.ndimage import uniform_filter1d
+from sklearn.calibration import calibration_curve
 
 from .results import GROUPS, RunResults
-from .statistics import reliability_curve
+from .statistics import accuracy_by_coverage
 
 
 #: Zero-shot and trained: colours that stand out on white and on black.
@@ -39,14 +41,16 @@ def draw_classes(axis: Axes, results: RunResults) -> None:
     for color, (run, evaluation) in zip(COLORS, results.runs.items(), strict=True):
         values = np.array(evaluation.per_class, dtype=float)[order]
         accuracies.plot(values, ".", alpha=0.4, color=color)
-        accuracies.plot(_running_mean(values), color=color, label=run)
+        known = np.flatnonzero(~np.isnan(values))
+        mean = uniform_filter1d(values[known], max(1, len(known) // 10))
+        accuracies.plot(known, mean, color=color, label=run)
     accuracies.set_ylim(0, 103)
     accuracies.set_ylabel("test accuracy, %")
-    accuracies.legend(loc="upper right", fontsize=8)
+    accuracies.legend()
     if len(counts) > MAX_NAMES:
         axis.set_xlabel("classes, most frequent first")
         return
-    names = [_shorten(results.class_names[k]) for k in order]
+    names = [results.class_names[k][:24] for k in order]
     axis.set_xticks(range(len(names)), names, parse_math=False, rotation=90)
     axis.tick_params(axis="x", labelsize=7)
 
@@ -67,32 +71,27 @@ def draw_groups(axis: Axes, results: RunResults) -> None:
     axis.set_xticks(places, groups)
     axis.set(xlabel="classes by number of training images", ylabel="test accuracy, %")
     axis.margins(y=0.25)
-    axis.legend(loc="upper right", fontsize=8)
+    axis.legend()
 
 
 def draw_reliability(axis: Axes, results: RunResults) -> None:
-    """Draw the accuracy of the test images in each bin of confidence, its area their number."""
-    answers = results.trained.answers(results.labels)
-    confidence, accuracy, sizes = reliability_curve(*answers)
-    axis.plot([0, 100], [0, 100], ":", color="0.5", label="perfectly calibrated")
-    axis.plot(100 * confidence, 100 * accuracy, color=COLORS[1], label=results.method)
-    axis.scatter(
-        100 * confidence,
-        100 * accuracy,
-        200 * sizes / sizes.max(),
-        COLORS[1],
-        alpha=0.5,
-    )
-    axis.set(xlabel="confidence, %", ylabel="test accuracy, %")
-    axis.legend(loc="upper left", fontsize=8)
+    """Draw the accuracy of the test images by confidence, over the share of images in each bin."""
+    confidences, right = results.trained.answers(results.labels)
+    bins = np.linspace(0, 1, 16)
+    images = np.full(len(right), 1 / len(right))
+    axis.hist(confidences, bins, weights=images, color="0.5", alpha=0.3, label="images")
+    axis.plot([0, 1], [0, 1], ":", color="0.5")
+    accuracy, confidence = calibration_curve(right, confidences, n_bins=15)
+    axis.plot(confidence, accuracy, ".-", color=COLORS[1], label=results.method)
+    axis.set(xlabel="confidence", ylabel="test accuracy; share of images")
+    axis.legend()
 
 
 def draw_coverage(axis: Axes, results: RunResults) -> None:
     """Draw the accuracy over the share of test images that are answered, the most confident first."""
-    share, accuracy = (
-        100 * np.array(results.coverage[name]) for name in ("share", "accuracy")
-    )
-    axis.plot(share, accuracy, color=COLORS[1], label=results.method)
+    answers = results.trained.answers(results.labels)
+    _, share, accuracy = accuracy_by_coverage(*answers)
+    axis.plot(100 * share, 100 * accuracy, color=COLORS[1], label=results.method)
     axis.axhline(95, color="0.5", linestyle=":", label="95%")
     if at_threshold := results.at_threshold:
         axis.plot(
@@ -103,7 +102,7 @@ def draw_coverage(axis: Axes, results: RunResults) -> None:
         )
     axis.set(xlabel="images answered, %", ylabel="accuracy of the answers, %")
     axis.set_ylim(top=103)
-    axis.legend(loc="lower left", fontsize=8)
+    axis.legend()
 
 
 def draw_validation(axis: Axes, results: RunResults) -> None:
@@ -115,7 +114,7 @@ def draw_validation(axis: Axes, results: RunResults) -> None:
     if results.kept_epoch is not None:
         axis.axvline(results.kept_epoch, color="0.5", linestyle=":", label="kept")
     axis.set(xlabel="epoch", ylabel="validation accuracy, %")
-    axis.legend(loc="lower right", fontsize=8)
+    axis.legend()
 
 
 def plot_long_tail(results: RunResults) -> Figure:
@@ -133,7 +132,7 @@ def embed_figure(
     """Return a figure as data URIs, for `light` and for `dark` pages."""
     sources = {}
     for name, look in (("light", "default"), ("dark", "dark_background")):
-        with style.context(look):
+        with style.context([look, {"legend.fontsize": 8}]):
             figure = Figure(figsize=(5.2, 3.6), layout="constrained")
             draw(figure.subplots(), results)
             file = io.BytesIO()
@@ -153,17 +152,3 @@ def embed_picture(image: Image.Image, side: int = 512) -> str:
 
 def _data_uri(file: io.BytesIO, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def _shorten(name: str, most: int = 24) -> str:
-    return name if len(name) <= most else name[: most - 1] + "…"
-
-
-def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Return the mean over a tenth of the values around each, without the missing ones."""
-    half = max(1, len(values) // 10) // 2
-    padded = np.pad(values, half, constant_values=np.nan)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
-    known = ~np.isnan(windows)
-    with np.errstate(invalid="ignore"):
-        return np.where(known, windows, 0).sum(axis=1) / known.sum(axis=1)

@@ -10,16 +10,17 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from transformers import TrainingArguments
 
 from ..metrics import LongTailAccuracy
 from .statistics import (
-    accuracy_by_coverage,
     calibration_error,
     confidence_threshold,
     fit_temperature,
@@ -30,8 +31,6 @@ GROUPS = ("many", "medium", "few", "none")
 SCORES = ("overall", "macro", *GROUPS, "worst")
 #: Above this calibration error on the validation images a temperature is fitted.
 MAX_CALIBRATION_ERROR = 0.03
-#: Points of the coverage curve that are kept.
-CURVE_POINTS = 100
 
 
 @dataclass
@@ -105,8 +104,6 @@ class RunResults:
             `index`, `label`, `predicted` class and the `probability` of their label.
         calibration_error: Expected calibration error on the test images, in [0, 1].
         temperature: What the logits were divided by after training; 1.0 if nothing was to be corrected.
-        coverage: Falling `threshold`s of the confidence, the `share` of test images at or above each, and the
-            `accuracy` on these, in [0, 1].
         threshold: The confidence at and above which 95% of the answers on validation images are right; None if there
             is none.
         command: The command line.
@@ -132,7 +129,6 @@ class RunResults:
     suspects: list[dict[str, Any]] | None = None
     calibration_error: float = 0.0
     temperature: float = 1.0
-    coverage: dict[str, list[float]] = field(default_factory=dict)
     threshold: float | None = None
     command: str = ""
     date: str = ""
@@ -205,7 +201,6 @@ class RunResults:
             suspects=prior and _suspects(prior, list(data.train["label"])),
             calibration_error=calibration_error(*right),
             temperature=temperature,
-            coverage=_coverage(*right),
             threshold=threshold,
             command=_command(sys.argv),
             date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -318,13 +313,6 @@ def _logits(trainer: Any, dataset: Any) -> torch.Tensor:
     return torch.as_tensor(predictions).float()
 
 
-def _coverage(confidences: np.ndarray, right: np.ndarray) -> dict[str, list[float]]:
-    curve = accuracy_by_coverage(confidences, right)
-    kept = np.unique(np.linspace(0, len(curve[0]) - 1, CURVE_POINTS, dtype=int))
-    names = ("threshold", "share", "accuracy")
-    return {name: x[kept].tolist() for name, x in zip(names, curve, strict=True)}
-
-
 def _history(trainer: Any) -> dict[str, Any]:
     """Return the validation curve and the epoch that was kept."""
     state, curve, kept = trainer.state, [], None
@@ -339,35 +327,28 @@ def _history(trainer: Any) -> dict[str, Any]:
     return {"validation": curve, "kept_epoch": kept if best else None}
 
 
-def _suspects(chosen: Any, labels: list[int], most: int = 12) -> list[dict[str, Any]]:
-    probability = chosen.label_probability.nan_to_num(2).tolist()
-    predicted = chosen.predicted_label.tolist()
-    wrong = [i for i, label in enumerate(labels) if predicted[i] not in (-1, label)]
-    return [
-        {
-            "index": i,
-            "label": labels[i],
-            "predicted": predicted[i],
-            "probability": probability[i],
-        }
-        for i in sorted(wrong, key=probability.__getitem__)[:most]
-    ]
+def _suspects(prior: Any, labels: list[int], most: int = 12) -> list[dict[str, Any]]:
+    """Return the images that are not held to be what their labels say."""
+    columns = (
+        range(len(labels)),
+        labels,
+        prior.predicted_label.tolist(),
+        prior.label_probability.tolist(),
+    )
+    names = ("index", "label", "predicted", "probability")
+    images = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    wrong = [x for x in images if x["predicted"] not in (-1, x["label"])]
+    return sorted(wrong, key=itemgetter("probability"))[:most]
 
 
 def _settings(args: Any) -> dict[str, Any]:
-    """Return the training arguments that are not at their defaults, secrets masked."""
-    values = args.to_dict()
+    """Return the arguments that differ from Trainer's defaults, secrets masked."""
+    defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
     return {
-        f.name: values[f.name]
-        for f in dataclasses.fields(args)
-        if f.name in values and getattr(args, f.name) != _default(f)
+        name: value
+        for name, value in args.to_dict().items()
+        if isinstance(value, str | int | float) and value != defaults.get(name)
     }
-
-
-def _default(f: Any) -> Any:
-    return (
-        f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-    )
 
 
 def _command(argv: list[str]) -> str:
@@ -377,15 +358,6 @@ def _command(argv: list[str]) -> str:
 
 
 def _versions() -> dict[str, str]:
-    import peft
-    import transformers
-
-    from .. import __version__
-
-    return {
-        "peft_sage": __version__,
-        "peft": peft.__version__,
-        "transformers": transformers.__version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-    }
+    names = ("peft_sage", "peft", "transformers", "torch")
+    versions = {name: str(sys.modules[name].__version__) for name in names}
+    return versions | {"python": platform.python_version()}
