@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from . import templates
 from .attention import attention_maps, plot_attention
-from .classifier import SageClassifier, SageClassifierOutput
+from .classifier import CosineHead, SageClassifier, SageClassifierOutput
 from .collator import ImageCollator
 from .config import SageConfig
 from .descriptions import read_class_descriptions
 from .encoding import encode_class_descriptions
 from .fitting import fit_head
 from .guidance import pool_guidance
-from .head import CosineHead
 from .layer import SageLayer
 from .loss import SageLoss
 from .model import SageModel
@@ -24,8 +23,10 @@ from .text_prior import TextPrior, choose_text_prior
 
 
 if TYPE_CHECKING:
+    from .arguments import SageTrainingArguments
     from .callbacks import LongTailCallback
     from .metrics import LongTailAccuracy
+    from .trainer import SageTrainer
 
 __version__ = "0.1.0.dev0"
 
@@ -40,6 +41,8 @@ __all__ = [
     "SageLayer",
     "SageLoss",
     "SageModel",
+    "SageTrainer",
+    "SageTrainingArguments",
     "TextPrior",
     "__version__",
     "attention_maps",
@@ -60,7 +63,12 @@ register(SageConfig, SageModel)
 
 def __getattr__(name: str) -> Any:
     # torchmetrics is an extra, and it and Trainer cost time to import.
-    room = {"LongTailAccuracy": ".metrics", "LongTailCallback": ".callbacks"}.get(name)
-    if room:
-        return getattr(import_module(room, __name__), name)
+    module = {
+        "LongTailAccuracy": ".metrics",
+        "LongTailCallback": ".callbacks",
+        "SageTrainer": ".trainer",
+        "SageTrainingArguments": ".arguments",
+    }.get(name)
+    if module:
+        return getattr(import_module(module, __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

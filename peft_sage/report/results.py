@@ -162,7 +162,7 @@ class RunResults:
                 "`trainer` must train a SageClassifier for a report, got a "
                 f"{type(trainer.model).__name__}."
             )
-        head = classifier.head
+        head = classifier._head
         counts = list(data.class_counts)
         labels = list(data.test["label"])
         similarity = _embed(trainer, data.test) @ classifier.text_embeds.float().cpu().T

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of a data set by position, with its images decoded once where they fit into memory."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm.auto import tqdm
+
+from .classifier import SageClassifier
+from .collator import ImageCollator
+
+
+#: Images that are decoded between two steps of the progress bar.
+CHUNK = 256
+
+
+class ImageBatches(Dataset[Any]):
+    """Batches of a data set: `batches.__getitems__([3, 1])` is a dictionary of tensors, as a `DataLoader` asks for it.
+
+    With an [`ImageCollator`] a batch has `pixels` (B, 3, H, W) uint8, which can be kept in memory and become the
+    model's input on its device, by [`ImageCollator.finish`]. Where that is not possible, since the items have
+    `pixel_values` already or augmentation starts from the pictures, and for any other collator, it is collated here.
+
+    Args:
+        source: Items by position, each a dictionary.
+        collator: What makes batches of them.
+        crops: 5 for `pixels` (B, 5, 3, H, W) of centre and corners.
+
+    Attributes:
+        pixels: (n, ...) all pixels, once they were cached.
+        embeds: (n, e) embeddings by the frozen tower, which go with the images as `base_image_embeds`.
+    """
+
+    def __init__(
+        self, source: Any, collator: Callable[[list[Any]], Any], crops: int = 1
+    ) -> None:
+        self.source, self.collator, self.crops = source, collator, crops
+        self.pixels: Tensor | None = None
+        self.labels: Tensor | None = None
+        self.embeds: Tensor | None = None
+        self.makes_pixels = False
+        if isinstance(collator, ImageCollator) and "pixel_values" not in source[0]:
+            self.source = undecoded(source, collator.image_column)
+            needs_pictures = collator.training and collator.needs_pictures
+            self.makes_pixels = not needs_pictures and _has_geometry(collator)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
+        if self.pixels is not None:
+            batch: dict[str, Any] = {"pixels": self.pixels[indices]}
+            if self.labels is not None:
+                batch["labels"] = self.labels[indices]
+        else:
+            batch = self._collated(indices)
+        if self.embeds is not None:
+            batch["base_image_embeds"] = self.embeds[indices]
+        return batch
+
+    def _collated(self, indices: list[int]) -> dict[str, Any]:
+        collator: Any = self.collator
+        items = [self.source[index] for index in indices]
+        if not isinstance(collator, ImageCollator):
+            return dict(collator(items))
+        if not self.makes_pixels:
+            numbered = zip(items, indices, strict=True)
+            batch = collator([{**item, "index": index} for item, index in numbered])
+            del batch["index"]
+            return batch
+        pictures = [item[collator.image_column] for item in items]
+        batch = {"pixels": collator.prepare(pictures, crops=self.crops)}
+        label = collator.label_column if collator.label_column in items[0] else "labels"
+        if items[0].get(label) is not None:
+            batch["labels"] = torch.tensor([int(item[label]) for item in items])
+        return batch
+
+    def cache(self, max_bytes: float, progress: bool = False) -> None:
+        """Decode all images now if they take no more than `max_bytes`."""
+        if not self.makes_pixels or self.pixels is not None:
+            return
+        first = self._collated([0])["pixels"]
+        if first.numel() * len(self) > max_bytes:
+            return
+        pixels, labels = first.new_empty(len(self), *first.shape[1:]), []
+        bar = tqdm(
+            total=len(self),
+            desc="decoding images",
+            unit="image",
+            disable=not progress,
+            leave=False,
+        )
+        with bar:
+            for start in range(0, len(self), CHUNK):
+                stop = min(start + CHUNK, len(self))
+                batch = self._collated([*range(start, stop)])
+                pixels[start:stop] = batch["pixels"]
+                labels.append(batch.get("labels"))
+                bar.update(stop - start)
+        self.labels = None if labels[0] is None else torch.cat(labels)
+        self.pixels = pixels
+
+    def loader(self, num_workers: int, **arguments: Any) -> DataLoader[Any]:
+        """A loader of these batches; workers decode what is not in memory."""
+        in_memory = self.pixels is not None or isinstance(self.source, list)
+        workers = 0 if in_memory else num_workers
+        return DataLoader(self, num_workers=workers, collate_fn=_unchanged, **arguments)
+
+
+class EpochSampler(Sampler[int]):
+    """A random order that depends on the seed and the epoch alone, so that a resumed run sees what it would have.
+
+    Attributes:
+        epoch: The epoch of the next order.
+    """
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length, self.seed, self.epoch = length, seed, 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
+        yield from torch.randperm(self.length, generator=generator).tolist()
+
+
+def embed_images(
+    accelerator: Accelerator,
+    classifier: SageClassifier,
+    batches: ImageBatches,
+    finish: Callable[[Tensor], Tensor],
+    batch_size: int,
+    num_workers: int,
+) -> Tensor:
+    """Embeddings (n, e) of all images by the frozen tower, of which each process computes its share.
+
+    `finish` makes the model's input of `pixels`, without augmentation.
+    """
+    world, rank = accelerator.num_processes, accelerator.process_index
+    size = -(-len(batches) // world)
+    share = range(len(batches))[rank * size : (rank + 1) * size]
+    loader = batches.loader(num_workers, batch_size=batch_size, sampler=share)
+
+    def inputs() -> Iterator[dict[str, Tensor]]:
+        for batch in loader:
+            if "pixels" in batch:
+                pixels = batch["pixels"].to(accelerator.device, non_blocking=True)
+                yield {"pixel_values": finish(pixels)}
+            else:
+                yield {"pixel_values": batch["pixel_values"].to(accelerator.device)}
+
+    embeds = classifier.text_embeds[:0].float().cpu()
+    if share:
+        with accelerator.autocast():
+            embeds = classifier.embed(inputs())
+    if world == 1:
+        return embeds
+    padded = embeds.new_zeros(size, classifier.text_embeds.shape[1])
+    padded[: len(embeds)] = embeds
+    return accelerator.gather(padded.to(accelerator.device)).cpu()[: len(batches)]
+
+
+def undecoded(source: Any, image_column: str) -> Any:
+    """A data set whose images come as bytes and paths, which `read_image` takes, if it is one of `datasets`."""
+    if not hasattr(source, "features") or not hasattr(source, "cast_column"):
+        return source
+    from datasets import Image
+
+    if not isinstance(source.features.get(image_column), Image):
+        return source
+    return source.cast_column(image_column, Image(decode=False))
+
+
+def derived_seed(*parts: int) -> int:
+    """A seed that differs wherever one of its parts does."""
+    return int(np.random.SeedSequence(list(parts)).generate_state(1)[0])
+
+
+def _has_geometry(collator: ImageCollator) -> bool:
+    """Whether the processor returns images, and not patches of them."""
+    try:
+        return bool(collator.size)
+    except ValueError:
+        return False
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,484 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole recipe over transformers' Trainer."""
+
+import copy
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from peft import PeftConfig, get_peft_model
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, SequentialSampler
+from transformers import EvalPrediction, Trainer, TrainerCallback, set_seed
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import IntervalStrategy
+from transformers.utils import logging
+
+from .arguments import SageTrainingArguments
+from .cached_images import EpochSampler, ImageBatches, derived_seed, embed_images
+from .callbacks import LongTailCallback
+from .classifier import SageClassifier
+from .collator import ImageCollator
+from .config import SageConfig
+from .loss import SageLoss
+from .optimization import parameter_groups
+from .run_files import (
+    SETTINGS_FILE,
+    check_checkpoint,
+    fingerprint,
+    latest_checkpoint,
+    load_text_prior,
+    run_settings,
+    save_text_prior,
+)
+from .text_prior import TextPrior, choose_text_prior
+from .training_callbacks import ScheduleCallback, TrainingBar
+from .training_checks import (
+    check_arguments,
+    check_collator,
+    is_map_style,
+    read_groups,
+    read_training_labels,
+)
+
+
+#: The text guidance's share of the text prior, chosen on validation images (RESULTS.md).
+GUIDANCE_SHARE = 0.4
+
+logger = logging.get_logger(__name__)
+
+
+class SageTrainer(Trainer):
+    """Train a [`SageClassifier`] on long-tailed images: transformers' Trainer with a recipe where nothing is given.
+
+        trainer = SageTrainer(model, train_dataset=photos.train, eval_dataset=photos.validation)
+        trainer.train()
+        print(trainer.evaluate(photos.test))
+        trainer.save_model("birds")
+
+    What is given wins. Without `compute_loss_func` the loss is a [`SageLoss`] for the labels of `train_dataset`, whose
+    text prior and guidance are chosen from frozen embeddings of the training images when training starts; without
+    `data_collator` pictures go through an [`ImageCollator`]; without `compute_metrics` there are the accuracies of
+    [`LongTailAccuracy`]. With an `eval_dataset` training ends with the epoch of the best macro accuracy there.
+
+    Args:
+        model: A classifier, wrapped by PEFT or not (then the head alone is trained); or any module that returns logits
+            for `pixel_values`, which gets the loss and the metrics only.
+        args: Default: the recipe.
+        train_dataset: Items with `image`, or `pixel_values`, and `label`: one of `datasets`, or dictionaries by
+            position. A column `group` keeps images together where the text prior is chosen.
+        eval_dataset: Validation images.
+        peft_config: Wraps the model; `modules_to_save` becomes the head if it is not set.
+        data_collator: Also an [`ImageCollator`] with settings of one's own.
+        **kwargs: Further arguments of Trainer.
+
+    Attributes:
+        classifier: The [`SageClassifier`] in the model, or None.
+        class_counts: Numbers of training images (K); None if they are not known.
+        loss: The [`SageLoss`] of the run, or None.
+        text_prior: The [`TextPrior`] that was chosen, or None.
+        base_image_embeds: (n, e) embeddings of the training images by the frozen tower, or None.
+
+    Raises:
+        TypeError, ValueError: An argument, or the data set, does not fit; before anything is computed or changed.
+    """
+
+    args: SageTrainingArguments
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: SageTrainingArguments | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *,
+        peft_config: PeftConfig | None = None,
+        data_collator: Callable[[list[Any]], Any] | None = None,
+        compute_loss_func: Callable[..., Tensor] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        **kwargs: Any,
+    ) -> None:
+        args = SageTrainingArguments() if args is None else args
+        modules = [m for m in model.modules() if isinstance(m, SageClassifier)]
+        self.classifier: SageClassifier | None = modules[0] if modules else None
+        check_arguments(model, args, peft_config, compute_loss_func)
+        processor = kwargs.pop("processing_class", None)
+        processor = processor or getattr(self.classifier, "image_processor", None)
+        named = {"train_dataset": train_dataset, **_named(eval_dataset)}
+        data = {name: given for name, given in named.items() if is_map_style(given)}
+        collator = data_collator or _default_collator(args, processor, data)
+        # The plain view of images: for evaluation, and for the frozen tower.
+        self._plain: Any = collator
+        if isinstance(collator, ImageCollator):
+            self._plain = copy.copy(collator).eval()
+        self.class_counts, labels = read_training_labels(
+            model, data, collator, compute_loss_func
+        )
+        if not args.remove_unused_columns:
+            check_collator(self._plain, data)
+        self._labels = labels
+        self.text_prior: TextPrior | None = None
+        self.base_image_embeds: Tensor | None = None
+        self.loss: SageLoss | None = None
+        self._makes_loss = compute_loss_func is None and self.class_counts is not None
+        if isinstance(compute_loss_func, SageLoss):
+            self.loss = compute_loss_func
+        elif self._makes_loss:
+            self.loss = SageLoss(self.class_counts, args.tau, args.compensation)
+        args = _fitted(args, len(labels), eval_dataset)
+        model = _wrapped(model, peft_config, self.classifier)
+        self._settings = run_settings(args, model, fingerprint(labels.tolist()))
+        self._sampler = EpochSampler(len(labels), args.data_seed)
+        self._prepared: dict[str, tuple[Any, ImageBatches]] = {}
+        self._micro_batch = 0
+        self._long_tail = self._metrics()
+        callbacks = [*(callbacks or []), ScheduleCallback(self._sampler, collator)]
+        if self.loss is not None:
+            callbacks.append(self._long_tail)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processor
+            if hasattr(processor, "save_pretrained")
+            else None,
+            compute_loss_func=compute_loss_func or self.loss,
+            compute_metrics=compute_metrics
+            or getattr(self._long_tail, "compute_metrics", None),
+            callbacks=callbacks,
+            optimizers=optimizers,
+            **kwargs,
+        )
+        # The loss divides by the images, also where a model's forward takes any keyword.
+        self.model_accepts_loss_kwargs &= self.compute_loss_func is None
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(TrainingBar(self._describe))
+
+    def _metrics(self) -> LongTailCallback | None:
+        if self.class_counts is None:
+            return None
+        return LongTailCallback(
+            self.loss or SageLoss(self.class_counts), self.class_counts
+        )
+
+    def _describe(self) -> str:
+        """What is about to be trained."""
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.model.parameters())
+        text = f"Training {trained:,} of {total:,} parameters on {len(self._labels):,} images"
+        return text if self.text_prior is None else f"Chosen: {self.text_prior}\n{text}"
+
+    # Data
+
+    def _batches(
+        self, role: str, dataset: Any, collator: Any, crops: int = 1
+    ) -> ImageBatches:
+        """The batches of a data set, decoded once for all evaluations; each role keeps those of its last data set."""
+        known, batches = self._prepared.get(role, (None, None))
+        if batches is None or known is not dataset:
+            if not isinstance(collator, ImageCollator):
+                collator = self._get_collator_with_removed_columns(collator)
+            batches = ImageBatches(dataset, collator, crops)
+            shown = self.is_local_process_zero() and not self.args.disable_tqdm
+            batches.cache(self.args.cache_gib * 2**30, progress=shown)
+            self._prepared[role] = (dataset, batches)
+        return batches
+
+    def _loader(self, batches: ImageBatches, **kwargs: Any) -> DataLoader[Any]:
+        pin = self.args.dataloader_pin_memory and self.args.device.type == "cuda"
+        loader = batches.loader(
+            self.args.dataloader_num_workers, pin_memory=pin, **kwargs
+        )
+        return self.accelerator.prepare(loader)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The training batches, in an order that depends on the seed and the epoch alone."""
+        if not is_map_style(self.train_dataset):
+            return super().get_train_dataloader()
+        batches = self._batches("train", self.train_dataset, self.data_collator)
+        sampler: Any = self._sampler
+        if self.args.train_sampling_strategy == "sequential":
+            sampler = SequentialSampler(batches)
+        size = self._train_batch_size
+        full = len(batches) >= size * self.args.world_size
+        return self._loader(batches, batch_size=size, sampler=sampler, drop_last=full)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """The batches of the validation images, or of the given ones, which are seen in `test_crops`."""
+        role, crops, dataset = "test", self.args.test_crops, eval_dataset
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            role, crops = f"validation {eval_dataset or ''}", 1
+            dataset = self.eval_dataset
+        if isinstance(eval_dataset, str):
+            dataset = self.eval_dataset[eval_dataset]
+        if not is_map_style(dataset) or isinstance(dataset, dict):
+            return super().get_eval_dataloader(eval_dataset)
+        batches = self._batches(role, dataset, self._plain, crops)
+        return self._loader(batches, batch_size=self.args.eval_batch_size)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """The batches of test images."""
+        return self.get_eval_dataloader(test_dataset)
+
+    # Training
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Train, after the strengths of the text terms were chosen.
+
+        Args:
+            resume_from_checkpoint: A checkpoint; True for the complete one of the highest step in `output_dir`;
+                "latest" for the same, or a start from scratch if there is none.
+            *args: As in Trainer.
+            **kwargs: As in Trainer.
+
+        Raises:
+            ValueError: The checkpoint is not complete, or of a run with other settings or data, which are named.
+        """
+        checkpoint = self._find_checkpoint(resume_from_checkpoint)
+        if self._makes_loss:
+            self._choose_text_terms(checkpoint)
+        return super().train(checkpoint, *args, **kwargs)
+
+    def _find_checkpoint(self, wanted: Any) -> str | None:
+        found = wanted or None
+        if wanted is True or wanted == "latest":
+            found = latest_checkpoint(self.args.output_dir)
+            if found is None and wanted is True:
+                raise ValueError(
+                    f"`resume_from_checkpoint` is True, but {self.args.output_dir!r} has no complete checkpoint."
+                )
+        # Processes may look at different moments.
+        found = broadcast_object_list([found and str(found)])[0]
+        if found is not None:
+            check_checkpoint(found, self._settings)
+        return found
+
+    def _choose_text_terms(self, checkpoint: str | None) -> None:
+        """Make the loss with the text prior, the guidance and what stands for absent classes."""
+        args, classifier = self.args, self.classifier
+        prior, guidance, absent = args.text_prior, args.text_guidance, args.absent
+        if classifier is None:
+            return
+        trained = [n for n, p in self.model.named_parameters() if p.requires_grad]
+        if guidance == "auto" and all("class_head" in name for name in trained):
+            guidance = 0.0  # the tower stays frozen
+        lacks_images = 0 in self.class_counts
+        chooses = prior == "auto" or (absent == "auto" and lacks_images)
+        if (chooses or guidance) and self.base_image_embeds is None:
+            self.base_image_embeds = self._embed_training_images()
+        if chooses:
+            self.text_prior = load_text_prior(checkpoint) or self._choose_text_prior()
+        if prior == "auto":
+            prior = self.text_prior.strength
+        guidance = GUIDANCE_SHARE * prior if guidance == "auto" else guidance
+        terms: dict[str, Any] = {"text_prior": prior, "text_guidance": guidance}
+        if lacks_images:
+            absent = self.text_prior.absent if absent == "auto" else absent
+            terms["absent"] = None if absent == "none" else absent
+        self.loss = self.compute_loss_func = SageLoss(
+            self.class_counts, args.tau, args.compensation, **terms
+        )
+        self._long_tail.loss = self.loss
+        batches = self._batches("train", self.train_dataset, self.data_collator)
+        batches.embeds = self.base_image_embeds if guidance else None
+
+    def _embed_training_images(self) -> Tensor:
+        batches = self._batches("train", self.train_dataset, self.data_collator)
+        if isinstance(self._plain, ImageCollator) and not batches.makes_pixels:
+            batches = ImageBatches(self.train_dataset, self._plain)
+        return embed_images(
+            self.accelerator,
+            self.classifier,
+            batches,
+            getattr(self._plain, "finish", None),
+            self.args.per_device_eval_batch_size,
+            self.args.dataloader_num_workers,
+        )
+
+    def _choose_text_prior(self) -> TextPrior:
+        """The choice of one process, as on a GPU two might not come to the same."""
+        chosen = None
+        if self.is_world_process_zero():
+            chosen = choose_text_prior(
+                self.base_image_embeds.to(self.args.device),
+                self._labels,
+                self.classifier.text_embeds,
+                seed=self.args.seed,
+                groups=read_groups(self.train_dataset),
+            )
+        return broadcast_object_list([chosen])[0]
+
+    def set_initial_training_values(
+        self, args: Any, dataloader: DataLoader[Any]
+    ) -> Any:
+        """As in Trainer, with as many epochs as `min_steps` need."""
+        if args.max_steps <= 0 and args.min_steps:
+            steps = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
+            args = copy.copy(args)
+            args.num_train_epochs = max(
+                args.num_train_epochs, math.ceil(args.min_steps / max(1, steps))
+            )
+        return super().set_initial_training_values(args, dataloader)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer of `optim`, with a learning rate of its own for the head."""
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            args, trained = self.args, self.model if model is None else model
+            kind, settings = self.get_optimizer_cls_and_kwargs(args, trained)
+            # Others choose the parameters themselves.
+            if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
+                groups = parameter_groups(
+                    trained, args.learning_rate, args.head_learning_rate
+                )
+                decay = {"weight_decay": args.weight_decay}
+                self.optimizer = kind([{**g, **decay} for g in groups], **settings)
+        return super().create_optimizer(model)
+
+    def training_step(
+        self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """A step whose augmentation and dropout depend on the seed, its number and the process alone."""
+        step, part = self.state.global_step, self._micro_batch
+        process = self.args.process_index
+        set_seed(derived_seed(self.args.seed, step, part, process))
+        self._micro_batch = 0 if self.accelerator.sync_gradients else part + 1
+        inputs = self._model_inputs(inputs, self.data_collator)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def _model_inputs(self, inputs: Any, collator: Any) -> dict[str, Any]:
+        inputs = dict(self._prepare_inputs(inputs))
+        if "pixels" in inputs:
+            inputs["pixel_values"] = collator.finish(inputs.pop("pixels"))
+        return inputs
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        prediction_loss_only: bool,
+        ignore_keys: Any = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Loss, logits and labels of a batch; the logits of several crops are averaged in float32."""
+        inputs = self._model_inputs(inputs, self._plain)
+        labels, pixels = inputs.pop("labels", None), inputs["pixel_values"]
+        crops = pixels.shape[1] if pixels.ndim == 5 else 1
+        if crops > 1:
+            inputs["pixel_values"] = pixels.flatten(0, 1)
+        loss = None
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs)
+            logits = _logits(outputs)
+            if crops > 1:
+                logits = logits.float().unflatten(0, (-1, crops)).mean(dim=1)
+                outputs = {"logits": logits}
+            if labels is not None and self.compute_loss_func is not None:
+                loss = self.compute_loss_func(outputs, labels, num_items_in_batch=None)
+        loss = None if loss is None else loss.detach().mean()
+        return loss, None if prediction_loss_only else logits.detach(), labels
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Of evaluations that are alike the last one is the best: it was trained for longest."""
+        name = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
+        if name in metrics and metrics[name] == self.state.best_metric:
+            self.state.best_metric = None
+        return super()._determine_best_metric(metrics, trial)
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint that is complete only at its end: Trainer writes its own state last."""
+        folder = Path(
+            self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"
+        )
+        try:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+                settings = json.dumps(self._settings, indent=2)
+                (folder / SETTINGS_FILE).write_text(settings, encoding="utf-8")
+                save_text_prior(folder, self.text_prior)
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(
+                f"The checkpoint {str(folder)!r} could not be written: {error}. Earlier ones are whole; resume from "
+                "them with `resume_from_checkpoint`."
+            ) from error
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # Every step seeds itself. But all processes have to have written before the checkpoint is complete.
+        self.accelerator.wait_for_everyone()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        pass
+
+
+def _named(eval_dataset: Any) -> dict[str, Any]:
+    if isinstance(eval_dataset, dict):
+        return {f"eval_dataset[{name!r}]": x for name, x in eval_dataset.items()}
+    return {} if eval_dataset is None else {"eval_dataset": eval_dataset}
+
+
+def _default_collator(
+    args: SageTrainingArguments, processor: Any, data: dict[str, Any]
+) -> ImageCollator:
+    items = [dataset[0] for dataset in data.values() if len(dataset)]
+    has_pixels = all("pixel_values" in item for item in items) and bool(items)
+    if processor is None and not has_pixels:
+        raise ValueError(
+            "`data_collator` is needed, as the model has no image processor and the data have no `pixel_values`; "
+            "`processing_class` takes an image processor too."
+        )
+    augment = None if args.augment == "none" or has_pixels else args.augment
+    return ImageCollator(processor, augment, crop_scale=args.crop_scale, seed=args.seed)
+
+
+def _fitted(
+    args: SageTrainingArguments, num_images: int, eval_dataset: Any
+) -> SageTrainingArguments:
+    """The arguments for these data: batches no larger than the data, evaluation only of validation images."""
+    args = copy.copy(args)
+    most = max(1, num_images // args.world_size)
+    if num_images and args.per_device_train_batch_size > most:
+        logger.info(f"Batches of {most} images, as there are only {num_images}")
+        args.per_device_train_batch_size = most
+    if eval_dataset is None:
+        args.eval_strategy, args.do_eval = IntervalStrategy.NO, False
+        args.load_best_model_at_end = False
+    return args
+
+
+def _wrapped(
+    model: nn.Module, peft_config: PeftConfig | None, classifier: SageClassifier | None
+) -> nn.Module:
+    if peft_config is None and model is classifier:
+        # The head alone: PEFT freezes all else, and saves and loads it as it does an adapter.
+        peft_config = SageConfig(target_modules=[], modules_to_save=["class_head"])
+    if peft_config is None:
+        return model
+    if classifier is not None and getattr(peft_config, "modules_to_save", ()) is None:
+        peft_config = copy.copy(peft_config)
+        peft_config.modules_to_save = ["class_head"]
+    return get_peft_model(model, peft_config)
+
+
+def _logits(outputs: Any) -> Tensor:
+    if isinstance(outputs, dict):
+        return outputs["logits"]
+    return outputs[0] if isinstance(outputs, (tuple, list)) else outputs
