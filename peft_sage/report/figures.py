@@ -143,7 +143,6 @@ def embed_figure(
 
 def embed_picture(image: Image.Image, side: int = 512) -> str:
     """Return a picture as the data URI of a JPEG with at most `side` pixels on its longer side."""
-    image = image.copy()
     image.thumbnail((side, side))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=80)

@@ -32,24 +32,22 @@ class Page:
         self.predictions = np.array(results.trained.predictions)
         self.confidences, self.right = results.trained.answers(results.labels)
         _, self.right_before = results.zero_shot.answers(results.labels)
-        self.tested = np.bincount(self.labels, minlength=len(self.names))
+        self.tested = np.bincount(self.labels, minlength=len(self.names)).tolist()
         wrong = np.flatnonzero(~self.right)
         #: Wrong answers, most confident first.
         self.wrong = wrong[np.argsort(-self.confidences[wrong], kind="stable")]
 
     def describe(self, k: int) -> dict[str, Any]:
         """Return the figures of a class."""
-        own = self.labels == k
-        right = int(self.right[own].sum())
+        right = int(self.right[self.labels == k].sum())
         return {
             "name": self.names[k],
             "count": self.results.class_counts[k],
-            "tested": int(self.tested[k]),
-            "right_before": int(self.right_before[own].sum()),
+            "tested": self.tested[k],
             "right": right,
             "before": self.results.zero_shot.per_class[k],
             "accuracy": self.results.trained.per_class[k],
-            "interval": wilson_interval(right, max(1, int(self.tested[k]))),
+            "interval": wilson_interval(right, max(1, self.tested[k])),
         }
 
     def classes(self) -> list[dict[str, Any]]:
@@ -68,8 +66,8 @@ class Page:
         for k in self.results.worse_classes:
             bounds = paired_difference_interval(gained[k], lost[k], self.tested[k])
             difference = (gained[k] - lost[k]) / self.tested[k]
-            row = self.describe(k)
-            rows.append(row | {"bounds": bounds, "difference": difference})
+            change = {"bounds": bounds, "difference": difference}
+            rows.append(self.describe(k) | change)
         return sorted(rows, key=lambda row: row["bounds"][1])
 
     def newly_wrong(self) -> list[int]:
@@ -94,7 +92,7 @@ class Page:
     def gains(self) -> tuple[int, list[dict[str, Any]]]:
         """Return a number of further training images, and the classes that would gain most from them."""
         right = np.bincount(self.labels, self.right, len(self.names))
-        extra, gains = expected_gains(self.counts, right, self.tested)
+        extra, gains = expected_gains(self.counts, right, np.array(self.tested))
         best = [k for k in np.argsort(-gains, kind="stable")[:15] if gains[k] > 0]
         return extra, [self.describe(k) | {"gain": gains[k]} for k in best]
 

@@ -10,7 +10,6 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,8 @@ GROUPS = ("many", "medium", "few", "none")
 SCORES = ("overall", "macro", *GROUPS, "worst")
 #: Above this calibration error on the validation images a temperature is fitted.
 MAX_CALIBRATION_ERROR = 0.03
+#: How many likely label errors are kept.
+MAX_SUSPECTS = 12
 
 
 @dataclass
@@ -98,12 +99,12 @@ class RunResults:
         kept_epoch: The epoch whose weights were kept, if the best one was.
         text_prior: Strength of the text prior.
         text_guidance: Strength of the text guidance.
-        text_prior_scores: From each strength that was tried to its held-out balanced accuracy in percent.
+        text_prior_scores: From each strength that was tried to its held-out balanced accuracy, in [0, 1].
         absent: The number of images that a class without any is given in the loss; None: it is left out.
         suspects: Training images that held-out models take for another class, least likely label first: their
-            `index`, `label`, `predicted` class and the `probability` of their label.
+            `index`, `predicted` class and the `probability` of their label. None if there was no cross-validation.
         calibration_error: Expected calibration error on the test images, in [0, 1].
-        temperature: What the logits were divided by after training; 1.0 if nothing was to be corrected.
+        temperature: What the logits are divided by; 1.0 if nothing was to be corrected.
         threshold: The confidence at and above which 95% of the answers on validation images are right; None if there
             is none.
         command: The command line.
@@ -143,9 +144,10 @@ class RunResults:
         method: str = "trained",
         settings: dict[str, Any] | None = None,
     ) -> "RunResults":
-        """Evaluate a trained model and its zero-shot beginning. All processes must call this.
+        """Evaluate a trained model and what it was before training. All processes must call this.
 
-        Where the calibration error on the validation images is above 0.03, a temperature is fitted there.
+        Call it before the model is saved: where the calibration error on the validation images is above 0.03, the
+        head gets a temperature that is fitted there.
 
         Args:
             trainer: A [`SageTrainer`] that has trained a [`SageClassifier`].
@@ -156,33 +158,17 @@ class RunResults:
         Raises:
             ValueError: The trainer's model is not a `SageClassifier`.
         """
-        classifier = trainer.classifier
-        if classifier is None:
+        if trainer.classifier is None:
             raise ValueError(
                 "`trainer` must train a SageClassifier for a report, got a "
                 f"{type(trainer.model).__name__}."
             )
-        head = classifier._head
-        counts = list(data.class_counts)
-        labels = list(data.test["label"])
-        similarity = _embed(trainer, data.test) @ classifier.text_embeds.float().cpu().T
-        zero_shot = Evaluation.from_logits(head.scale * similarity, labels, counts)
-        temperature, threshold = 1.0, None
-        if data.validation is not None:
-            logits = _logits(trainer, data.validation)
-            answers = list(data.validation["label"])
-            evaluation = Evaluation.from_logits(logits, answers, counts)
-            error = calibration_error(*evaluation.answers(answers))
-            if error > MAX_CALIBRATION_ERROR:
-                temperature = fit_temperature(logits, torch.as_tensor(answers))
-                head.scale /= temperature
-                logits = logits / temperature
-                evaluation = Evaluation.from_logits(logits, answers, counts)
-            threshold = confidence_threshold(*evaluation.answers(answers))
-        trained = Evaluation.from_logits(_logits(trainer, data.test), labels, counts)
-        right = trained.answers(labels)
-        prior = trainer.text_prior
-        tried = {f"{k:g}": 100 * x for k, x in prior.scores.items()} if prior else None
+        counts, head = list(data.class_counts), trainer.classifier.head
+        threshold = _calibrate(trainer, data, counts)
+        logits, labels = _predict(trainer, data.test)
+        trained = Evaluation.from_logits(logits / head.temperature, labels, counts)
+        similarity = _embed(trainer, data.test) @ head.text_embeds.float().cpu().T
+        loss, prior = trainer.loss, trainer.text_prior
         return cls(
             class_names=list(data.class_names),
             class_counts=counts,
@@ -191,16 +177,16 @@ class RunResults:
             settings=_settings(trainer.args) | (settings or {}),
             data=data.to_dict(),
             labels=labels,
-            zero_shot=zero_shot,
+            zero_shot=Evaluation.from_logits(head.scale * similarity, labels, counts),
             trained=trained,
             **_history(trainer),
-            text_prior=getattr(trainer.loss, "text_prior", 0.0),
-            text_guidance=getattr(trainer.loss, "text_guidance", 0.0),
-            text_prior_scores=tried,
-            absent=prior and prior.absent,
-            suspects=prior and _suspects(prior, list(data.train["label"])),
-            calibration_error=calibration_error(*right),
-            temperature=temperature,
+            text_prior=getattr(loss, "text_prior", 0.0),
+            text_guidance=getattr(loss, "text_guidance", 0.0),
+            absent=getattr(loss, "absent", None),
+            text_prior_scores=prior and {str(k): v for k, v in prior.scores.items()},
+            suspects=prior and _suspects(prior, data.train["label"]),
+            calibration_error=calibration_error(*trained.answers(labels)),
+            temperature=head.temperature,
             threshold=threshold,
             command=_command(sys.argv),
             date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -295,6 +281,21 @@ def _percent(fraction: float) -> float | None:
     return None if math.isnan(fraction) else 100 * fraction
 
 
+def _calibrate(trainer: Any, data: Any, counts: list[int]) -> float | None:
+    """Fit the temperature of the head, and return the threshold for 95% right answers, on validation images."""
+    if data.validation is None:
+        return None
+    head = trainer.classifier.head
+    head.temperature = 1.0
+    logits, labels = _predict(trainer, data.validation)
+    evaluation = Evaluation.from_logits(logits, labels, counts)
+    if calibration_error(*evaluation.answers(labels)) > MAX_CALIBRATION_ERROR:
+        head.temperature = fit_temperature(logits, torch.tensor(labels))
+        logits = logits / head.temperature
+        evaluation = Evaluation.from_logits(logits, labels, counts)
+    return confidence_threshold(*evaluation.answers(labels))
+
+
 def _embed(trainer: Any, dataset: Any) -> torch.Tensor:
     """Embed images (n, e) with the frozen tower, each process its share."""
     classifier = trainer.classifier
@@ -306,39 +307,41 @@ def _embed(trainer: Any, dataset: Any) -> torch.Tensor:
     return torch.cat(gather_object([embeds]))
 
 
-def _logits(trainer: Any, dataset: Any) -> torch.Tensor:
+def _predict(trainer: Any, dataset: Any) -> tuple[torch.Tensor, list[int]]:
+    """Return the logits (n, K) and the labels."""
     predictions = trainer.predict(dataset).predictions
     if isinstance(predictions, tuple):
         predictions = predictions[0]
-    return torch.as_tensor(predictions).float()
+    return torch.as_tensor(predictions).float(), list(dataset["label"])
 
 
 def _history(trainer: Any) -> dict[str, Any]:
     """Return the validation curve and the epoch that was kept."""
-    state, curve, kept = trainer.state, [], None
-    for entry in state.log_history:
+    curve, kept = [], None
+    for entry in trainer.state.log_history:
         if "eval_macro" not in entry:
             continue
-        scores = {s: 100 * entry[f"eval_{s}"] for s in SCORES if f"eval_{s}" in entry}
+        scores = {name: 100 * entry[f"eval_{name}"] for name in ("overall", "macro")}
         curve.append({"epoch": entry["epoch"], **scores})
-        if entry["step"] == state.best_global_step:
+        if entry["step"] == trainer.state.best_global_step:
             kept = entry["epoch"]
     best = trainer.args.load_best_model_at_end
     return {"validation": curve, "kept_epoch": kept if best else None}
 
 
-def _suspects(prior: Any, labels: list[int], most: int = 12) -> list[dict[str, Any]]:
-    """Return the images that are not held to be what their labels say."""
-    columns = (
-        range(len(labels)),
-        labels,
-        prior.predicted_label.tolist(),
-        prior.label_probability.tolist(),
-    )
-    names = ("index", "label", "predicted", "probability")
-    images = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
-    wrong = [x for x in images if x["predicted"] not in (-1, x["label"])]
-    return sorted(wrong, key=itemgetter("probability"))[:most]
+def _suspects(prior: Any, labels: list[int]) -> list[dict[str, Any]]:
+    """Return the images that are taken for another class, the least likely labels first."""
+    probability, predicted = prior.label_probability, prior.predicted_label
+    wrong = (predicted >= 0) & (predicted != torch.as_tensor(list(labels)))
+    order = torch.where(wrong, probability, torch.inf).argsort(stable=True)
+    return [
+        {
+            "index": i,
+            "predicted": predicted[i].item(),
+            "probability": probability[i].item(),
+        }
+        for i in order[: min(MAX_SUSPECTS, int(wrong.sum()))].tolist()
+    ]
 
 
 def _settings(args: Any) -> dict[str, Any]:
@@ -354,7 +357,7 @@ def _settings(args: Any) -> dict[str, Any]:
 def _command(argv: list[str]) -> str:
     """Return the command line without where the script lies and without tokens."""
     line = shlex.join(["python", Path(argv[0]).name, *argv[1:]])
-    return re.sub(r"(--\w*token[= ])\S+", r"\1***", line)
+    return re.sub(r"(--[\w-]*token[= ])\S+", r"\1***", line)
 
 
 def _versions() -> dict[str, str]:
