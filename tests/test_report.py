@@ -1,52 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `examples/finetune.py` leaves for people: a card whose snippet runs, pictures, and a page in a browser."""
+"""What a run leaves for people: its numbers, a page in a browser, and a card whose snippet runs."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html import escape, unescape
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Image
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image as PILImage
+from torchmetrics.functional.classification import multiclass_calibration_error
 
-from peft_sage import SageClassifier
-
-
-markdown_it = pytest.importorskip("markdown_it")
-EXAMPLES = Path(__file__).parents[1] / "examples"
-CLIP = EXAMPLES / "emoji_lt" / "tiny-clip"
-sys.path.insert(0, str(EXAMPLES))
-
-import finetune  # noqa: E402
-from image_data import LabelledImages  # noqa: E402
-from report import (  # noqa: E402
-    confused_pairs,
-    create_model_card,
+from peft_sage import SageClassifier, SageTrainer, SageTrainingArguments
+from peft_sage.data import ImageData, load_images
+from peft_sage.report import Evaluation, RunResults, make_model_card, write_report
+from peft_sage.report.statistics import (
+    calibration_error,
+    confidence_threshold,
     expected_gains,
-    make_page,
-    plot_long_tail,
+    fit_temperature,
+    paired_difference_interval,
+    wilson_interval,
 )
 
 
+markdown_it = pytest.importorskip("markdown_it")
+CLIP = Path(__file__).parents[1] / "examples" / "emoji_lt" / "tiny-clip"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-BROWSER = "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update "
-BROWSER += "--disable-sync --no-first-run --virtual-time-budget=5000 --dump-dom"
+BROWSER = (
+    "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-sync "
+    "--disable-component-update --no-first-run --virtual-time-budget=5000 --dump-dom"
+)
 #: Put into the page, says what a browser found as the title of the page around it: a window is never as narrow.
 CHECK = """<script>addEventListener("load", () => {
-    const images = [...document.images];
     document.querySelectorAll("details").forEach(part => part.open = true);
+    const links = [...document.querySelectorAll("a")].map(a => a.getAttribute("href"));
+    const images = [...document.querySelectorAll("body > :not(dialog) img")];
+    const button = document.querySelector("button.picture");
+    if (button) button.click();
+    const large = document.querySelector("dialog img");
     parent.document.title = JSON.stringify({
         width: innerWidth,
         too_wide: Math.max(0, document.documentElement.scrollWidth - innerWidth),
         broken: images.filter(image => !image.naturalWidth).length,
         silent: images.filter(image => !image.alt).length,
+        dead_links: links.filter(link => !document.querySelector(link)),
+        sections: document.querySelectorAll("section").length - new Set(links).size,
+        enlarged: large.clientWidth > button.clientWidth && large.src == button.firstChild.src,
         requests: performance.getEntriesByType("resource").map(entry => entry.name)
             .filter(name => !name.startsWith("data:")),
     });
@@ -54,256 +63,221 @@ CHECK = """<script>addEventListener("load", () => {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The output folder of a run on three classes of noisy colours, one of them with one image."""
+def run(tmp_path_factory):
+    """Folder, results and data of a run on four noisy colours: one has one training image, one has none."""
     root = tmp_path_factory.mktemp("report")
     rng = np.random.default_rng(0)
-    for split, counts in {"train": (21, 6, 1), "test": (4, 4, 4)}.items():
+    for split, counts in {
+        "train": (21, 6, 1, 0),
+        "validation": (4, 4, 4, 4),
+        "test": (4, 4, 4, 4),
+    }.items():
         for k, count in enumerate(counts):
-            (root / "photos" / split / f"colour_{k}").mkdir(parents=True)
+            folder = root / "photos" / split / f"colour_{k}"
+            folder.mkdir(parents=True)
             for i in range(count):
-                pixels = np.clip(
-                    rng.normal((90 * k, 120, 200 - 90 * k), 25, size=(48, 48, 3)),
-                    0,
-                    255,
-                )
-                PILImage.fromarray(pixels.astype(np.uint8)).save(
-                    root / "photos" / split / f"colour_{k}" / f"{i}.png"
-                )
-    flags = [
-        "--dataset",
-        root / "photos",
-        "--output-dir",
-        root / "out",
-        "--epochs",
-        2,
-        "--batch-size",
-        8,
-    ]
-    flags += ["--lr", 0.01, "--num-workers", 0, "--cpu-threads", 1]
-    finetune.main([str(flag) for flag in flags])
-    return root / "out"
+                mean = (60 * k, 120, 200 - 60 * k)
+                pixels = np.clip(rng.normal(mean, 25, size=(48, 48, 3)), 0, 255)
+                image = PILImage.fromarray(pixels.astype(np.uint8))
+                image.save(folder / f"{i}.png")
+    data = load_images(root / "photos")
+    classifier = SageClassifier.from_texts(CLIP, data.texts)
+    args = SageTrainingArguments(
+        output_dir=root / "out",
+        num_train_epochs=2,
+        per_device_train_batch_size=8,
+        learning_rate=0.01,
+        dataloader_num_workers=0,
+        report_to="none",
+        hub_token="hf_secret",
+    )
+    trainer = SageTrainer(classifier, args, data.train, data.validation)
+    trainer.train()
+    settings = {"model": str(CLIP), "dataset": str(root / "photos")}
+    results = RunResults.collect(trainer, data, method="sage", settings=settings)
+    trainer.save_model()
+    write_report(root / "out", results, data)
+    return root / "out", results, data
 
 
-@pytest.fixture(scope="module")
-def results(folder):
-    return json.loads((folder / "results.json").read_text())
-
-
-def many_classes(
-    count=300, name="a class with a name of many words {} " + "unbreakable" * 8
-):
-    """A page about many classes with long names; half of the images are named wrongly."""
+def many_classes(count=300):
+    """Results and data of many classes with long names; zero-shot is right, training spoils half of the images."""
     rng = np.random.default_rng(0)
     picture = PILImage.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8))
     labels = np.arange(2 * count) % count
-    data = Dataset.from_dict({"image": [picture] * len(labels)}).cast_column(
-        "image", Image()
+    columns = {
+        "image": [picture] * len(labels),
+        "label": labels,
+        "file": [f"row {i} of <test>.parquet" for i in range(len(labels))],
+    }
+    images = Dataset.from_dict(columns).cast_column("image", Image())
+    names = [f"a class of many words {k} {'unbreakable' * 8}" for k in range(count)]
+    data = ImageData(images, None, images, names, names)
+    logits = 5 * torch.eye(count)[labels]
+    spoiled = torch.cat([logits[:count], logits[:count].roll(1, dims=1)])
+    counts = [*range(count)]
+    results = RunResults(
+        class_names=names,
+        class_counts=counts,
+        texts=names,
+        method="sage",
+        settings={"model": "user/clip", "dataset": "<b>photos</b>"},
+        data={},
+        labels=labels.tolist(),
+        zero_shot=Evaluation.from_logits(logits, labels.tolist(), counts),
+        trained=Evaluation.from_logits(spoiled, labels.tolist(), counts),
+        suspects=[{"index": 0, "predicted": 7, "probability": 0.001}],
     )
-    images = LabelledImages(data, "image", labels, "test")
-    # Right for the first image of each class, and one class further on for the second.
-    predicted = torch.arange(2 * count) + torch.arange(2 * count) // count
-    predictions = [predicted % count, torch.full((2 * count,), 0.9)]
-
-    names = [name.format(k) for k in range(count)]
-    scores = {
-        "overall": 50.0,
-        "macro": 50.0,
-        "many": 50.0,
-        "medium": 50.0,
-        "few": None,
-        "worst": 0.0,
-    }
-    scores |= {
-        "per_class": [None, *[50.0] * (count - 1)],
-        "num_classes": {"many": 100, "medium": count - 100, "few": 0},
-    }
-    results = {
-        "settings": {"model": "user/clip", "dataset": "<b>photos</b>"},
-        "class_names": names,
-    }
-    results |= {
-        "class_counts": [20 + k for k in range(count)],
-        "zero_shot": scores,
-        "trained": scores,
-    }
-    probability = torch.linspace(0, 1, len(labels))
-    return make_page("sage", results, images, predictions, images, probability), results
+    return results, data
 
 
-class Sources(HTMLParser):
-    """Collects what a page would fetch, and its texts."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.sources, self.texts = [], []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        self.sources += [
-            value
-            for name, value in attributes
-            if name in ("src", "href", "srcset", "action")
-        ]
-
-    def handle_data(self, data):
-        self.texts.append(data)
+@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_the_wilson_interval_holds_what_a_test_would_not_reject(counts):
+    right, total = counts
+    for bound in wilson_interval(right, total):
+        deviation = 1.959964 * math.sqrt(bound * (1 - bound) / total)
+        assert abs(right / total - bound) == pytest.approx(deviation, abs=1e-6)
 
 
-def test_the_page_asks_for_nothing_and_says_what_the_results_say(folder, results):
-    page = Sources((folder / "report.html").read_text(encoding="utf-8"))
-    assert page.sources and all(source.startswith("data:") for source in page.sources)
-    text = " ".join(page.texts)
-    assert "@import" not in text and "url(" not in text
-    for name in ("overall", "macro", "medium", "few"):
-        assert f"{results['trained'][name]:.1f}" in text
-    assert f"Text prior: {results['text_prior']}" in text
-    # The image without another one of its class was never held out.
-    suspects = text.split("Likely label errors")[1].split("Which classes would gain")[0]
-    assert (
-        "colour_0: " in suspects
-        and "colour_1: " in suspects
-        and "colour_2: " not in suspects
+def test_the_interval_of_a_difference():
+    low, high = paired_difference_interval(30, 10, 100)
+    assert low < 0.2 < high and paired_difference_interval(0, 30, 100)[1] < 0
+    assert paired_difference_interval(10, 30, 100) == pytest.approx((-high, -low))
+    assert paired_difference_interval(0, 1, 2)[1] > 0
+
+
+def test_calibration_is_that_of_torchmetrics_and_the_temperature_mends_it():
+    logits = 2 * torch.randn(2000, 5)
+    labels = torch.multinomial(logits.softmax(dim=1), 1)[:, 0]
+    sharp = 3 * logits
+    answers = Evaluation.from_logits(sharp, labels.tolist(), [9] * 5).answers(labels)
+    expected = multiclass_calibration_error(sharp.softmax(dim=1), labels, 5, n_bins=15)
+    assert calibration_error(*answers) == pytest.approx(expected.item(), abs=1e-4)
+    assert fit_temperature(sharp, labels) == pytest.approx(3, rel=0.1)
+
+
+def test_the_threshold_is_the_lowest_that_is_right_often_enough():
+    confidences, right = np.array([0.9, 0.8, 0.8, 0.7]), np.array([1, 1, 0, 0]) > 0
+    assert confidence_threshold(confidences, right, 0.6) == 0.8
+    assert confidence_threshold(confidences, right) == 0.9
+    assert confidence_threshold(confidences, ~right, 0.95) is None
+
+
+def test_rare_classes_gain_most_from_more_images_also_those_that_are_never_right():
+    counts, tested = np.array([400, 100, 25, 6, 6, 0, 9]), np.full(7, 50)
+    tested[4] = 0
+    right = np.array([48, 40, 30, 20, 0, 0, 0])
+    extra, gains = expected_gains(counts, right, tested)
+    assert extra == 9 and gains[4] == 0
+    assert gains[3] > gains[2] > gains[1] > gains[0] > 0
+    assert gains[5] > 0 and gains[6] > 0
+    falling = expected_gains(counts, np.array([9, 20, 30, 48, 0, 50, 49]), tested)
+    assert not falling[1].any()
+    assert not expected_gains(counts, tested, tested)[1].any()
+
+
+def test_results_come_back_from_their_file_and_fit_the_console(run, tmp_path):
+    folder, results, _ = run
+    assert RunResults.load(folder) == results
+    text = (folder / "results.json").read_text()
+    assert "hf_secret" not in text and "labels" in json.loads(text)
+    assert results.class_counts == [21, 6, 1, 0]
+    assert results.trained.num_classes == {"many": 0, "medium": 1, "few": 2, "none": 1}
+    assert f"{len(results.worse_classes)} of 4 classes are worse" in str(results)
+    assert f"{results.trained.none:.1f}" in str(results)
+    assert len(results.validation) == 2 and results.kept_epoch in (1, 2)
+
+
+def test_results_are_what_the_saved_model_says(run):
+    folder, results, data = run
+    answers = SageClassifier.from_pretrained(folder).predict(data.test["image"][:])
+    names = [results.class_names[k] for k in results.trained.predictions]
+    assert [answer[0]["label"] for answer in answers] == names
+    scores = [answer[0]["score"] for answer in answers]
+    assert scores == pytest.approx(results.trained.confidences, abs=1e-4)
+
+
+def test_the_page_leads_to_files_and_says_what_changed(tmp_path):
+    results, data = many_classes()
+    write_report(tmp_path, results, data)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    text = unescape(
+        re.sub(r"<script>.*?</script>|<style>.*?</style>|<[^>]*>", "", page, flags=re.S)
     )
-    assert re.search(r"colour_0/\d+\.png", suspects)
-
-
-def test_a_page_of_many_classes_with_long_names():
-    page, results = many_classes()
-    text = " ".join(Sources(page).texts)
     assert "<b>photos" not in page and "<b>photos</b>" in text
-    assert all(name in text for name in results["class_names"])
+    assert all(name in text for name in data.class_names)
+    assert "300 of 300 classes are less accurate than zero-shot" in text
     assert (
-        "1 of 2 a class with a name of many words 5 " in text
-        and "taken for a class with a name of many words 6 " in text
+        "row 300 of <test>.parquet" in text
+        and "looks like a class of many words 7" in text
     )
+    assert "50.0" in text and "46.0 to 54.0" in text
     assert len(page) < 2_000_000
 
 
+def test_the_page_of_a_run(run):
+    folder, results, _ = run
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    for value in (results.command, results.date, results.versions["torch"]):
+        assert escape(value) in page
+    assert re.search(r"colour_\d/\d\.png", page) and "Validation accuracy" in page
+    assert 'src="http' not in page and str(folder.parent) not in page
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [400, 1280])
 @pytest.mark.parametrize("which", ["run", "many"])
-def test_a_phone_shows_all_of_it(which, folder, tmp_path):
-    page = (
-        (folder / "report.html").read_text(encoding="utf-8")
-        if which == "run"
-        else many_classes()[0]
-    )
-    file = tmp_path / "page.html"
-    frame = f'<title>-</title><iframe width=360 height=800 style="border:0" srcdoc="{escape(page + CHECK)}"></iframe>'
+def test_a_browser_shows_all_of_it(which, width, request, tmp_path):
+    folder = tmp_path
+    if which == "many":
+        write_report(tmp_path, *many_classes())
+    else:
+        folder = request.getfixturevalue("run")[0]
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    style = f'width={width} height=800 style="border:0"'
+    frame = f'<title>-</title><iframe {style} srcdoc="{escape(page + CHECK)}"></iframe>'
+    file = tmp_path / "frame.html"
     file.write_text(frame, encoding="utf-8")
-    command = [
-        CHROMIUM,
-        *BROWSER.split(),
-        f"--user-data-dir={tmp_path / 'profile'}",
-        file.as_uri(),
-    ]
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    command = [CHROMIUM, *BROWSER.split(), profile, file.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "<title>{" in done.stdout, done.stderr[-2000:]
     found = json.loads(unescape(re.search(r"<title>(\{.*?\})</title>", done.stdout)[1]))
-    assert found == {
-        "width": 360,
-        "too_wide": 0,
-        "broken": 0,
-        "silent": 0,
-        "requests": [],
-    }
+    nothing = {"too_wide": 0, "broken": 0, "silent": 0, "sections": 0}
+    nothing |= {"dead_links": [], "requests": []}
+    assert found == {"width": width, "enlarged": True, **nothing}
 
 
-@pytest.fixture(scope="module")
-def html(folder):
-    """The card, without its metadata."""
-    text = (folder / "README.md").read_text().split("---\n", 2)[2]
-    return markdown_it.MarkdownIt("commonmark").enable("table").render(text)
-
-
-def test_the_card_shows_the_results_and_its_pictures(folder, results, html):
-    pictures = re.findall(r'<img src="(.*?)" alt=".+?"', html)
-    assert sorted(pictures) == ["attention.png", "long_tail.png"]
-    for picture in pictures:
-        assert np.asarray(PILImage.open(folder / picture).convert("L")).std() > 10
-    assert f"<td>{results['trained']['macro']:.4g}</td>" in html
-    assert "lr: 0.01" in html and "dataset: photos\n" in html
-    worst = html.split("The worst classes</h2>")[1].split("</table>")[0]
-    rows = [re.findall(r"<td>(.*?)</td>", row) for row in worst.split("<tr>")[2:]]
-    assert {row[0]: row[1] for row in rows} == {
-        "colour_0": "21",
-        "colour_1": "6",
-        "colour_2": "1",
-    }
-    assert [float(row[2]) for row in rows] == sorted(float(row[2]) for row in rows)
-
-
-def test_the_snippet_of_the_card_runs(folder, monkeypatch, capsys):
-    snippet = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+def test_the_card_shows_the_results_and_its_snippet_runs(run, monkeypatch, capsys):
+    folder, results, _ = run
+    card = (folder / "README.md").read_text().split("---\n", 2)[2]
+    html = markdown_it.MarkdownIt("commonmark").enable("table").render(card)
+    assert re.findall(r'<img src="(.*?)" alt=".+?"', html) == ["long_tail.png"]
+    picture = PILImage.open(folder / "long_tail.png").convert("L")
+    assert np.asarray(picture).std() > 10
+    assert f"<td>{results.trained.macro:.1f}</td>" in html
+    assert "learning_rate: 0.01" in html and "dataset: photos\n" in html
     monkeypatch.chdir(folder.parent / "photos" / "test" / "colour_0")
-    photo = Path("0.png").rename("photo.jpg")
-    try:
-        exec(snippet, {})
-    finally:
-        photo.rename("0.png")
-    expected = SageClassifier.from_pretrained(folder).predict(["0.png"])
+    shutil.copy("0.png", folder / "photo.jpg")
+    monkeypatch.chdir(folder)
+    exec(card.split("```python\n")[1].split("```")[0], {})
+    expected = SageClassifier.from_pretrained(folder).predict("photo.jpg")
     assert capsys.readouterr().out == f"{expected}\n"
 
 
-def test_the_card_names_a_base_model_of_the_hub_only(results):
+def test_the_card_names_a_base_model_of_the_hub_only(run):
+    results = run[1]
     for model, known in [
         ("user/clip", "user/clip"),
         (str(CLIP), None),
         ("a/b/c", None),
     ]:
-        settings = results["settings"] | {"model": model}
-        card = create_model_card(results | {"settings": settings}, "sage", "me/mine")
-        assert (
-            card.data.base_model == known and 'from_pretrained("me/mine")' in card.text
-        )
+        card = make_model_card(replace(results, settings={"model": model}), "me/mine")
+        assert card.data.base_model == known
+        assert 'from_pretrained("me/mine")' in card.text
 
 
-def test_confused_pairs():
-    labels, predicted = np.array([0, 0, 0, 1, 1, 2]), np.array([1, 1, 0, 0, 1, 0])
-    rows = confused_pairs(labels, predicted, ["cow", "owl", "bat"])
-    assert rows[0] == {
-        "count": 3,
-        "text": "2 of 3 cow taken for owl; 1 of 2 owl taken for cow",
-    }
-    assert rows[1] == {"count": 1, "text": "1 of 1 bat taken for cow"}
-
-
-def test_rare_classes_gain_most_from_more_images():
-    counts = np.array([400, 100, 25, 6, 6])
-    extra, gains = expected_gains(
-        counts, [95.0, 80.0, 60.0, 40.0, None], np.full(5, 50)
-    )
-    assert (
-        extra == 25
-        and [k for k, _ in gains][0] == 3
-        and gains[0][1] > 10 > gains[-1][1] > 0
-    )
-    assert (
-        expected_gains(counts, [40.0, 60.0, 80.0, 95.0, None], np.full(5, 50))[1] == []
-    )
-    # All right: nothing to gain, and nothing breaks.
-    assert all(
-        abs(gain) < 5
-        for _, gain in expected_gains(counts, [100.0] * 5, np.full(5, 50))[1]
-    )
-
-
-def test_plot_long_tail_draws_the_results(tmp_path):
-    run = {"many": 90.0, "medium": None, "few": None, "per_class": [50.0, None, 100.0]}
-    figure = plot_long_tail(
-        {"one": run, "two": {**run, "many": 70.0}},
-        [3, 500, 50],
-        ["owl", "cow $", "bat"],
-    )
-    classes, groups, accuracies = figure.axes
-    points = accuracies.lines[0].get_ydata()
-    assert np.isnan(points[0]) and list(points[1:]) == [100.0, 50.0]
-    assert [bar.get_height() for container in groups.containers for bar in container][
-        ::3
-    ] == [90.0, 70.0]
-    assert [label.get_text() for label in classes.get_xticklabels()] == [
-        "cow $",
-        "bat",
-        "owl",
-    ]
-    figure.savefig(tmp_path / "tail.png")
+def test_a_missing_extra_is_named():
+    code = "import sys; sys.modules['jinja2'] = None; import peft_sage.report"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert 'needs jinja2: pip install "peft_sage[report]"' in done.stderr

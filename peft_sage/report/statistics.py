@@ -113,4 +113,4 @@ def expected_gains(
     fitted = regression.predict_proba(images)[:, 1]
     level = (right + 4 * fitted) / (tested + 4)
     gains = expit(logit(level) + slope * (more - images[:, 0])) - level
-    return extra, np.where(tested > 0, 100 * gains, 0)
+    return extra, np.where(tested > 0, 100 * gains, 0).round(3)
