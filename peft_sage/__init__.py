@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from . import templates
 from .attention import attention_maps, plot_attention
-from .classifier import CosineHead, SageClassifier, SageClassifierOutput
+from .classifier import SageClassifier, SageClassifierOutput
 from .collator import ImageCollator
 from .config import SageConfig
 from .descriptions import read_class_descriptions
 from .encoding import encode_class_descriptions
 from .fitting import fit_head
 from .guidance import pool_guidance
+from .head import CosineHead
 from .layer import SageLayer
 from .loss import SageLoss
 from .model import SageModel

@@ -47,6 +47,7 @@ __all__ = [
     "BaseTunerLayer",
     "BufferDict",
     "ModulesToSaveWrapper",
+    "active_module",
     "adapters_off",
     "check_target_module_exists",
     "is_excluded",
@@ -57,6 +58,17 @@ __all__ = [
 def is_excluded(config: Any, name: str) -> bool:
     """Whether the `exclude_modules` of a configuration match the name of a module."""
     return isinstance(check_target_module_exists(config, name), _ExcludedModule)
+
+
+def active_module(module: nn.Module) -> nn.Module:
+    """The module that runs where PEFT has wrapped one of `modules_to_save`; others as they are."""
+    if not isinstance(module, ModulesToSaveWrapper):
+        return module
+    names = module.active_adapters
+    trained = all(name in module.modules_to_save for name in names)
+    if module.disable_adapters or not names or not trained:
+        return module.original_module
+    return module.modules_to_save[names[0]]
 
 
 @contextmanager

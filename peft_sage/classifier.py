@@ -3,92 +3,40 @@
 
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModel
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+)
 from transformers.modeling_outputs import ImageClassifierOutput
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers.utils import PushToHubMixin
 
-from ._peft_compat import ModulesToSaveWrapper, adapters_off
+from ._peft_compat import BaseTunerLayer, active_module, adapters_off
 from .config import SageConfig
 from .descriptions import Descriptions, read_class_descriptions
 from .encoding import encode_class_descriptions, load_tokenizer
 from .guidance import set_guidance
+from .head import CosineHead, can_be_saved
 from .pictures import decoding_side, find_images, read_image
+from .saving import absolute, find_adapter, read_head, refuse_adapter, save_classifier
 from .towers.embeddings import encode_image, eval_mode
 from .validation import check_embeddings, check_integer, check_number
 
 
-class CosineHead(nn.Linear):
-    """Bias-free cosine classifier `scale * cos(x, w_k)`, the head of LIFT (arXiv 2309.10019).
-
-    An `nn.Linear`, because PEFT mixes adapters within a batch only for modules of the kinds that it knows. What it
-    saves beside its rows, the texts and the names of the classes, comes back with it whatever the PEFT method is.
-
-    It starts from `text_embeds` (K, e), kept as a buffer. With K = 0 it is blank, and takes its size from what
-    is loaded into it.
-    """
-
-    text_embeds: Tensor
-
-    def __init__(
-        self,
-        text_embeds: Tensor,
-        class_names: list[str] | None = None,
-        scale: float = 25.0,
-    ) -> None:
-        super().__init__(1, 1, bias=False, device="meta")
-        self.scale = scale
-        self.set_rows(text_embeds, class_names)
-
-    def set_rows(self, text_embeds: Tensor, class_names: list[str] | None) -> None:
-        """Replace the classes: rows and texts become `text_embeds` (K, e)."""
-        trained = self.weight.requires_grad
-        self.weight = nn.Parameter(text_embeds.detach().clone(), requires_grad=trained)
-        self.register_buffer("text_embeds", text_embeds.detach().clone())
-        self.out_features, self.in_features = text_embeds.shape
-        self.class_names = class_names
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The logits (..., K), between -scale and scale, of features (..., e) of any length."""
-        return self.scale * F.linear(
-            F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1)
-        )
-
-    def get_extra_state(self) -> Tensor:
-        # A tensor, which safetensors can hold.
-        state = json.dumps({"class_names": self.class_names, "scale": self.scale})
-        return torch.tensor(list(state.encode()), dtype=torch.uint8)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        saved = json.loads(bytes(state.tolist()))
-        self.class_names, self.scale = saved["class_names"], saved["scale"]
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any
-    ) -> None:
-        rows = state_dict.get(f"{prefix}weight")
-        if not self.out_features and rows is not None:
-            self.set_rows(
-                torch.empty_like(
-                    rows, device=self.weight.device, dtype=self.weight.dtype
-                ),
-                None,
-            )
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
 @dataclass
 class SageClassifierOutput(ImageClassifierOutput):
-    """What a [`SageClassifier`] returns; in evaluation only `logits` and, with labels, `loss`.
+    """What a [`SageClassifier`] returns; in evaluation and without gradients only `logits` and, with labels, `loss`.
 
     Of unit length are the embeddings of the images (B, e), by the tower and, if the batch brought them, by the frozen
     tower (`base_image_embeds`), the rows of the head (`class_embeds`, (K, e)) and the texts (K, e).
@@ -102,8 +50,8 @@ class SageClassifierOutput(ImageClassifierOutput):
 
 
 @dataclass
-class _ClassifierConfig:
-    """What PEFT, Trainer and pipelines read; without `model_type`, by which PEFT tells models of transformers."""
+class ClassifierConfig:
+    """What PEFT, Trainer, trackers and pipelines read. PEFT tells models of transformers by a `model_type`."""
 
     _name_or_path: str
     id2label: dict[int, str]
@@ -113,8 +61,14 @@ class _ClassifierConfig:
     task_specific_params: None = None
     custom_pipelines: dict[str, Any] = field(default_factory=dict)
 
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
-class SageClassifier(nn.Module):
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+
+class SageClassifier(nn.Module, PushToHubMixin):
     """The image tower of a CLIP-style model with a cosine head that starts from text embeddings.
 
     Untrained, it is zero-shot CLIP.
@@ -125,7 +79,7 @@ class SageClassifier(nn.Module):
             makes a blank head, for an adapter to be loaded into.
         class_names: K names, for predictions.
         image_processor: What turns pictures into `pixel_values`, one of transformers or a torchvision `Compose`;
-            `embed` and `predict` need it.
+            `embed` and `predict` need it. One of transformers is saved with the head.
         scale: Factor of the cosines. It does not change the predictions before training, but the loss.
 
     Raises:
@@ -133,6 +87,8 @@ class SageClassifier(nn.Module):
     """
 
     main_input_name = "pixel_values"
+    # Trainer hands `num_items_in_batch` to `forward`, which divides the loss by it.
+    accepts_loss_kwargs = True
 
     model: Any
     class_head: Any
@@ -148,30 +104,27 @@ class SageClassifier(nn.Module):
     ) -> None:
         super().__init__()
         check_number("scale", scale, 1e-6)
-        rows = (
-            torch.empty(0, 0)
-            if text_embeds is None
-            else _unit_rows(text_embeds, "text_embeds")
-        )
+        rows = torch.empty(0, 0)
+        if text_embeds is not None:
+            rows = _unit_rows(text_embeds, "text_embeds")
         names = None if class_names is None else list(class_names)
         if names is not None and len(names) != len(rows):
             raise ValueError(
                 f"`class_names` must have {len(rows)} names, one per row, got {len(names)}."
             )
-        self.model, self.class_head = (
-            clip,
-            CosineHead(rows.to(next(clip.parameters()).device), names, scale),
-        )
-        self.image_processor: Any = image_processor
-        self.tokenizer: Any = None
-        self.name_or_path = getattr(
-            clip, "name_or_path", ""
-        )  # where PEFT looks for the base model's name
+        rows = rows.to(next(clip.parameters()).device)
+        self.model = clip
+        self.class_head = CosineHead(rows, names, float(scale))
+        self.image_processor = image_processor
+        # PEFT looks here for the base model's name.
+        self.name_or_path = absolute(getattr(clip, "name_or_path", ""))
+        self._tokenizer: Any = None
+        self._config: tuple[list[str] | None, int, ClassifierConfig] | None = None
 
     @classmethod
     def from_texts(
         cls,
-        clip: nn.Module | str | os.PathLike[str],
+        model: nn.Module | str | os.PathLike[str],
         classes: Descriptions | str | os.PathLike[str] | Any,
         *,
         templates: Sequence[str] | None = None,
@@ -179,37 +132,51 @@ class SageClassifier(nn.Module):
         image_processor: Any = None,
         scale: float = 25.0,
         cache_dir: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
     ) -> "SageClassifier":
         """Make a classifier whose head starts from texts, which the model's own text tower encodes once, here.
 
         Args:
-            clip: A model, or the folder or Hub id of one, which is loaded in float32.
+            model: A CLIP-style model, or the folder or Hub id of one, which is loaded in float32.
             classes: Anything that [`read_class_descriptions`] takes.
             templates: For bare class names, texts with one `{}` each.
             tokenizer: Default: the one of the model's folder or repository.
             image_processor: Default: likewise, if there is one.
             scale: Factor of the cosines.
             cache_dir: Where the embeddings are kept, for a next time with this model and these texts.
+            revision: Of the model, its tokenizer and its image processor. A model given as an object does not know
+                its own. It is saved with the head.
+            **kwargs: `dtype`, `token` and further arguments of `AutoModel.from_pretrained`.
 
         Raises:
-            TypeError, ValueError: The classes cannot be read or encoded, or there is no tokenizer.
+            TypeError, ValueError: The classes cannot be read or encoded, there is no tokenizer, or `model` is the
+                folder of an adapter.
         """
         texts = read_class_descriptions(classes)
-        model: Any = (
-            clip
-            if isinstance(clip, nn.Module)
-            else AutoModel.from_pretrained(clip, dtype=torch.float32)
-        )
-        tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
+        hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        hub["revision"] = revision
+        if isinstance(model, nn.Module):
+            if kwargs:
+                raise TypeError(
+                    f"{sorted(kwargs)} are for loading a model by its name, but `model` is one."
+                )
+            clip: Any = model
+        else:
+            refuse_adapter(model, **hub)
+            clip = _load_model(os.fspath(model), revision=revision, **kwargs)
+        name = getattr(clip, "name_or_path", "") or ""
+        if tokenizer is None:
+            tokenizer = load_tokenizer(clip, **hub)
         embeds = encode_class_descriptions(
-            model, tokenizer, texts, templates, cache_dir=cache_dir
+            clip, tokenizer, texts, templates, cache_dir=cache_dir
         )
-        image_processor = image_processor or _load(
-            AutoImageProcessor, getattr(model, "name_or_path", ""), {}
-        )
+        if image_processor is None:
+            image_processor = _load(AutoImageProcessor, name, hub)
         classifier = cls(
-            model, embeds, list(texts), image_processor=image_processor, scale=scale
+            clip, embeds, list(texts), image_processor=image_processor, scale=scale
         )
+        classifier.class_head.base_revision = revision
         classifier.tokenizer = tokenizer
         return classifier
 
@@ -218,6 +185,8 @@ class SageClassifier(nn.Module):
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         clip: nn.Module | None = None,
+        *,
+        image_processor: Any = None,
         **kwargs: Any,
     ) -> "SageClassifier":
         """Load what `save_pretrained` or Trainer left, or `push_to_hub` uploaded, whatever the PEFT method.
@@ -227,55 +196,71 @@ class SageClassifier(nn.Module):
         Args:
             pretrained_model_name_or_path: Folder, or repository on the Hub.
             clip: The base model, where it has no name to be loaded from (open_clip, timm).
-            **kwargs: `device`; `dtype` and further arguments for the base model; `revision`, `token`, `cache_dir` and
-                the like for the Hub.
+            image_processor: Default: the one saved with the head, or else the folder's or the base model's.
+            **kwargs: `device`; `dtype` and further arguments for the base model; `revision`, `subfolder`, `token`,
+                `cache_dir` and the like for the Hub.
 
         Raises:
             OSError, ValueError: There is none, its adapter names no base model, or it does not fit.
         """
-        source, device = (
-            os.fspath(pretrained_model_name_or_path),
-            kwargs.pop("device", None),
-        )
-        hub: dict[str, Any] = {
-            k: kwargs.pop(k)
-            for k in ("token", "cache_dir", "local_files_only")
-            if k in kwargs
-        }
-        own = hub | {"revision": kwargs.pop("revision", None)}
-        config = (
-            PeftConfig.from_pretrained(source, **own)
-            if find_adapter_config_file(source, **own)
-            else None
-        )
-        # The configuration says which base model, and which revision of it.
-        base = source if config is None else config.base_model_name_or_path or ""
-        revision = own["revision"] if config is None else config.revision
-        if clip is None:
-            if not base:
-                raise ValueError(
-                    f"The adapter in {source!r} does not name its base model: give it as `clip`."
-                )
-            clip = AutoModel.from_pretrained(
-                base, **({"dtype": torch.float32, "revision": revision} | hub | kwargs)
-            )
-        processor = _load(AutoImageProcessor, source, hub) or _load(
-            AutoImageProcessor, base, hub
-        )
-        classifier = cls(clip, None, image_processor=processor)
+        source = os.fspath(pretrained_model_name_or_path)
+        device = kwargs.pop("device", None)
+        hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+        here = {name: kwargs.pop(name, None) for name in ("revision", "subfolder")}
+        here = hub | {name: value for name, value in here.items() if value is not None}
+        config, head = find_adapter(source, **here), {}
+        base, there = source, here
         if config is not None:
-            PeftModel.from_pretrained(classifier, source, **own)
-            if not classifier._head.out_features:
-                raise ValueError(
-                    f"The adapter in {source!r} holds no `class_head`: it is not of a SageClassifier."
-                )
+            head = read_head(source, **here)
+            # The configuration says which base model, and it or the head which revision of it.
+            base = config.base_model_name_or_path or ""
+            there = hub | {"revision": config.revision or head["base_revision"]}
+        if clip is None:
+            _check_base(base, source)
+            clip = _load_model(base, **there, **kwargs)
+        saved = head.get("image_processor")
+        given = image_processor
+        if given is None and not (saved and saved["settings"]):
+            given = _load(AutoImageProcessor, source, here)
+        if given is None and saved is None:
+            given = _load(AutoImageProcessor, base, there)
+        classifier = cls(clip, None, image_processor=given)
+        classifier.class_head.base_revision = there.get("revision")
+        if config is not None:
+            PeftModel.from_pretrained(classifier, source, **here)
+        if image_processor is not None:
+            classifier.image_processor = image_processor
         return classifier.to(device).eval()
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], max_shard_size: Any = None
+    ) -> None:
+        """Save the adapters and the head, or the head alone, as [`PeftModel`] does: `from_pretrained` reads both.
+
+        The tower is not saved: it comes from the base model.
+
+        Args:
+            folder: It is made if needed.
+            max_shard_size: Ignored; `push_to_hub` passes it.
+
+        Raises:
+            ValueError: `folder` is a file.
+        """
+        processor = self.image_processor
+        if processor is not None and not can_be_saved(processor):
+            warnings.warn(
+                f"The image processor, a {type(processor).__name__}, cannot be saved: give it to `from_pretrained` as "
+                "`image_processor`.",
+                stacklevel=2,
+            )
+        save_classifier(self, folder)
 
     def forward(
         self,
         pixel_values: Tensor,
         labels: Tensor | None = None,
         base_image_embeds: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> SageClassifierOutput:
         """Classify images.
@@ -284,31 +269,38 @@ class SageClassifier(nn.Module):
             pixel_values: Images (B, C, H, W) from the model's image processor.
             labels: Class indices (B,), or probabilities (B, K), for a cross-entropy loss.
             base_image_embeds: (B, e) embeddings of the same images by the frozen tower, which are handed through.
+            num_items_in_batch: Entries of the labels in the whole batch, over which the loss is averaged, where these
+                images are a part of it; Trainer passes it.
             **kwargs: Passed to the image tower.
         """
-        if getattr(
-            self, "_is_replica", False
-        ):  # it would concatenate what belongs to the classes
+        if getattr(self, "_is_replica", False):
+            # It would concatenate what belongs to the classes.
             raise RuntimeError(
                 "`nn.DataParallel` cannot train a SageClassifier: use `accelerate launch`."
             )
-        head = self._head
-        features = encode_image(self.model, pixel_values, **kwargs).to(
-            head.weight.dtype
+        if isinstance(self.class_head, BaseTunerLayer):
+            raise ValueError(
+                "`target_modules` matches the `class_head`, which cannot be adapted: exclude it by `exclude_modules` "
+                "and train it by `modules_to_save`."
+            )
+        features = encode_image(self.model, pixel_values, **kwargs)
+        if not (self.training and torch.is_grad_enabled()):
+            logits = self.class_head(features)
+            loss = _cross_entropy(logits, labels, num_items_in_batch)
+            return SageClassifierOutput(loss, logits)
+        logits, image_embeds, class_embeds = self.class_head(
+            features, return_embeds=True
         )
-        logits = self.class_head(features)
-        loss = None if labels is None else F.cross_entropy(logits, labels)
-        output = SageClassifierOutput(loss, logits)
-        if self.training:
-            output["image_embeds"], output["class_embeds"] = (
-                F.normalize(x, dim=-1) for x in (features, head.weight)
-            )
-            output["text_embeds"], output["base_image_embeds"] = (
-                head.text_embeds,
-                base_image_embeds,
-            )
-            output["logit_scale"] = head.scale
-        return output
+        head = self.head
+        return SageClassifierOutput(
+            _cross_entropy(logits, labels, num_items_in_batch),
+            logits,
+            image_embeds=image_embeds,
+            class_embeds=class_embeds,
+            text_embeds=head.text_embeds,
+            base_image_embeds=base_image_embeds,
+            logit_scale=head.scale,
+        )
 
     @torch.no_grad()
     def embed(self, images: Any, batch_size: int = 32) -> Tensor:
@@ -352,20 +344,16 @@ class SageClassifier(nn.Module):
         names, answers = self.config.id2label, []
         with eval_mode(self):
             for batch in self._batches(images, batch_size, "predicting"):
-                best = (
-                    self(**batch)
-                    .logits.float()
-                    .cpu()
-                    .softmax(dim=-1)
-                    .topk(min(top_k, len(names)))
-                )
-                for scores, classes in zip(
+                logits = self(**batch).logits.float().cpu()
+                scores = (logits / self.head.temperature).softmax(dim=-1)
+                best = scores.topk(min(top_k, len(names)))
+                for values, classes in zip(
                     best.values.tolist(), best.indices.tolist(), strict=True
                 ):
                     answers.append(
                         [
                             {"label": names[k], "score": s}
-                            for k, s in zip(classes, scores, strict=True)
+                            for k, s in zip(classes, values, strict=True)
                         ]
                     )
         return answers
@@ -385,12 +373,15 @@ class SageClassifier(nn.Module):
         names = None
         if not isinstance(classes, Tensor):
             texts = read_class_descriptions(classes)
-            names, tokenizer = list(texts), self.tokenizer or load_tokenizer(self.model)
+            names = list(texts)
+            tokenizer = load_tokenizer(self)
             classes = encode_class_descriptions(self.model, tokenizer, texts, templates)
-        head = self._head
+        head = self.head
         head.set_rows(
             _unit_rows(classes, "classes", head.in_features).to(head.weight), names
         )
+        if head is getattr(self.class_head, "original_module", None):
+            return
         for name, config in getattr(self, "peft_config", {}).items():
             follows = (
                 isinstance(config, SageConfig)
@@ -408,21 +399,56 @@ class SageClassifier(nn.Module):
         self.model.gradient_checkpointing_enable(*args, **kwargs)
 
     @property
+    def head(self) -> CosineHead:
+        """The head that runs: the active adapter's, or the original one where adapters are off."""
+        return active_module(self.class_head)  # type: ignore[return-value]
+
+    @property
     def text_embeds(self) -> Tensor:
         """(K, e) frozen text embeddings of the classes, of unit length."""
-        return self._head.text_embeds
+        return self.head.text_embeds
 
     @property
     def class_names(self) -> list[str] | None:
         """Names of the classes as they were spelled."""
-        return self._head.class_names
+        return self.head.class_names
 
     @property
-    def config(self) -> _ClassifierConfig:
-        names = self.class_names or [
-            f"LABEL_{k}" for k in range(self._head.out_features)
-        ]
-        return _ClassifierConfig(self.name_or_path, dict(enumerate(names)), len(names))
+    def image_processor(self) -> Any:
+        """What turns pictures into `pixel_values`; setting it sets that of every head."""
+        return self.head.image_processor
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer that was given, or that of the model's folder or repository; None if there is none."""
+        if self._tokenizer is None:
+            name, revision = self.head.tokenizer_name or (
+                self.name_or_path,
+                self.base_revision,
+            )
+            self._tokenizer = _load(AutoTokenizer, name, {"revision": revision})
+        return self._tokenizer
+
+    @property
+    def base_revision(self) -> str | None:
+        """Revision of the base model, where it is known."""
+        return self.head.base_revision
+
+    @property
+    def config(self) -> ClassifierConfig:
+        # Kept, as pipelines ask for it once per class and image.
+        names, count = self.class_names, self.head.out_features
+        if (
+            self._config is None
+            or self._config[0] is not names
+            or self._config[1] != count
+        ):
+            labels = names or [f"LABEL_{k}" for k in range(count)]
+            config = ClassifierConfig(
+                self.name_or_path, dict(enumerate(labels)), len(labels)
+            )
+            self._config = names, count, config
+        return self._config[2]
 
     @property
     def device(self) -> torch.device:
@@ -436,14 +462,22 @@ class SageClassifier(nn.Module):
             if parameter.is_floating_point()
         )
 
-    @property
-    def _head(self) -> CosineHead:
-        if (
-            isinstance(self.class_head, ModulesToSaveWrapper)
-            and self.class_head.active_adapters
-        ):
-            return self.class_head.modules_to_save[self.class_head.active_adapters[0]]  # type: ignore[return-value]
-        return getattr(self.class_head, "original_module", self.class_head)
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "image_processor":
+            # Not as a submodule, which some of torchvision's are.
+            for head in self._heads():
+                head.__dict__["image_processor"] = value
+        elif name == "tokenizer":
+            self._tokenizer = value
+            source = absolute(getattr(value, "name_or_path", None))
+            revision = self.base_revision if source == self.name_or_path else None
+            for head in self._heads():
+                head.tokenizer_name = (source, revision) if source else None
+        else:
+            super().__setattr__(name, value)
+
+    def _heads(self) -> list[CosineHead]:
+        return [m for m in self.class_head.modules() if isinstance(m, CosineHead)]
 
     def _batches(
         self, images: Any, batch_size: int, title: str
@@ -490,9 +524,8 @@ class SageClassifier(nn.Module):
             read_image(item["image"] if isinstance(item, dict) else item, min_side=side)
             for item in items
         ]
-        if hasattr(
-            self.image_processor, "transforms"
-        ):  # torchvision's Compose, as open_clip and timm have it
+        if hasattr(self.image_processor, "transforms"):
+            # torchvision's Compose, as open_clip and timm have it
             return {
                 "pixel_values": torch.stack(
                     [self.image_processor(picture) for picture in pictures]
@@ -501,13 +534,48 @@ class SageClassifier(nn.Module):
         return dict(self.image_processor(images=pictures, return_tensors="pt"))
 
 
+#: Arguments that say how to reach the Hub.
+_HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only", "force_download")
+
+
 def _unit_rows(embeds: Tensor, name: str, width: int | None = None) -> Tensor:
     check_embeddings(embeds, name, width)
     return F.normalize(embeds.detach().float(), dim=-1)
 
 
+def _cross_entropy(
+    logits: Tensor, labels: Tensor | None, num_items_in_batch: Tensor | int | None
+) -> Tensor | None:
+    if labels is None:
+        return None
+    if num_items_in_batch is None:
+        return F.cross_entropy(logits, labels)
+    # Of probabilities (B, K) Trainer counts every entry.
+    entries = labels.shape[1] if labels.ndim == 2 else 1
+    total = F.cross_entropy(logits, labels, reduction="sum")
+    return total * entries / num_items_in_batch
+
+
+def _check_base(base: str, source: str) -> None:
+    """Raise ValueError if the base model of an adapter cannot be loaded by its name."""
+    if not base:
+        raise ValueError(
+            f"The adapter in {source!r} does not name its base model: give it as `clip`."
+        )
+    if os.path.isabs(base) and not os.path.isdir(base):
+        raise ValueError(
+            f"The base model of the adapter in {source!r} is not in {base!r} any more: give it as `clip`."
+        )
+
+
+def _load_model(name: str, **kwargs: Any) -> nn.Module:
+    """A model of transformers, in float32 if not asked otherwise."""
+    dtype = kwargs.pop("torch_dtype", torch.float32)
+    return AutoModel.from_pretrained(name, **({"dtype": dtype} | kwargs))
+
+
 def _load(auto_class: Any, name: str, hub: dict[str, Any]) -> Any:
-    """What a folder or repository may hold beside the model; None where it does not."""
+    """What a folder or repository may hold for a model; None where it does not."""
     try:
         return auto_class.from_pretrained(name, **hub) if name else None
     except (OSError, ValueError):

@@ -94,11 +94,14 @@ def encode_class_descriptions(
     return rows
 
 
-def load_tokenizer(model: nn.Module, name: str | None = None) -> Any:
-    """The tokenizer `name`, or that of the folder or repository a model came from; ValueError if there is none."""
+def load_tokenizer(model: Any, name: str | None = None, **hub: Any) -> Any:
+    """The tokenizer `name`, or a classifier's, or that of the folder or repository of a model; ValueError without."""
+    own = getattr(model, "tokenizer", None)
+    if name is None and own is not None:
+        return own
     name = name or getattr(model, "name_or_path", None) or ""
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, **hub)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"Texts need a `tokenizer` or `tokenizer_name_or_path`, none in {name!r}."

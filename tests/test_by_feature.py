@@ -51,7 +51,7 @@ def saved(tmp_path):
         CLIP, {"night owl": "an owl", "cow": "a cow"}
     )
     model = get_peft_model(classifier, SageConfig())
-    torch.nn.init.normal_(classifier._head.weight)
+    torch.nn.init.normal_(classifier.head.weight)
     model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 
