@@ -4,6 +4,7 @@
 Tried on PEFT 0.21.0, 0.21.1 and 0.21.2.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -49,15 +50,22 @@ __all__ = [
     "ModulesToSaveWrapper",
     "active_module",
     "adapters_off",
-    "check_target_module_exists",
-    "is_excluded",
+    "is_target",
     "register_peft_method",
 ]
 
 
-def is_excluded(config: Any, name: str) -> bool:
-    """Whether the `exclude_modules` of a configuration match the name of a module."""
-    return isinstance(check_target_module_exists(config, name), _ExcludedModule)
+def is_target(config: Any, name: str) -> bool:
+    """Whether a configuration asks for the module of this name, as PEFT matches names.
+
+    Without `target_modules`, for any that `exclude_modules` and `modules_to_save` leave.
+    """
+    asked = copy.copy(config)
+    asked.target_modules, asked.target_parameters = config.target_modules or set(), None
+    found = check_target_module_exists(asked, name)
+    if config.target_modules is None:
+        return not isinstance(found, _ExcludedModule)
+    return bool(found)
 
 
 def active_module(module: nn.Module) -> nn.Module:

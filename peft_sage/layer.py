@@ -39,7 +39,6 @@ class SageLayer(nn.Module, BaseTunerLayer):
         "shared_guidance",
         "fixed_scaling",
         "num_heads",
-        "unloaded",
     )
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -58,8 +57,6 @@ class SageLayer(nn.Module, BaseTunerLayer):
         self.fixed_scaling: dict[str, float] = {}
         self.num_heads: dict[str, int] = {}
         self.shared_guidance: dict[str, SharedGuidance] = {}
-        # Adapters whose weights are still to be loaded.
-        self.unloaded: dict[str, bool] = {}
 
     def update_layer(
         self,
@@ -94,21 +91,34 @@ class SageLayer(nn.Module, BaseTunerLayer):
                 )
                 # A unit row of the guidance becomes a key and a value with components of unit variance.
                 nn.init.normal_(projection.weight)
-        if config.saved:
-            self.unloaded[adapter_name] = True
-            for tensor in self.adapter_tensors(adapter_name):
-                nn.init.constant_(tensor, torch.nan)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        if config.saved:
+            self._allocate(adapter_name, torch.device("meta"))
         self.set_adapter(self.active_adapters)
 
-    def adapter_tensors(self, adapter_name: str) -> list[Tensor]:
-        """Return the weights of an adapter in this block, and the guidance if it is a buffer of this block."""
-        state = self.state_dict(keep_vars=True)
-        return [
-            value
-            for key, value in state.items()
-            if is_of_adapter(f".{key}", adapter_name)
-        ]
+    def is_loaded(self, adapter_name: str) -> bool:
+        """Whether an adapter has values. Those of a saved one are on the meta device until they are loaded."""
+        return not self.peft_sage_down[adapter_name].weight.is_meta
+
+    def expect_weights(self, adapter_name: str) -> None:
+        """Make room for the weights of an adapter that are about to be loaded, where the base layer is."""
+        if not self.is_loaded(adapter_name):
+            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+            self._allocate(adapter_name, device or torch.device("cpu"))
+
+    def _allocate(self, adapter_name: str, device: torch.device) -> None:
+        for part in (*self.adapter_layer_names, "peft_sage_guidance"):
+            container = getattr(self, part)
+            if adapter_name not in container:
+                continue
+            item = container[adapter_name]
+            if isinstance(item, nn.Module):
+                item.to_empty(device=device)
+            elif isinstance(item, nn.Parameter):
+                empty = torch.empty_like(item, device=device)
+                container[adapter_name] = nn.Parameter(empty, item.requires_grad)
+            else:
+                container[adapter_name] = torch.empty_like(item, device=device)
 
     def forward(
         self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
@@ -119,7 +129,7 @@ class SageLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: `adapter_names` does not have one entry per sample.
-            RuntimeError: The weights of an adapter were to be loaded and were not.
+            RuntimeError: The weights of an adapter are still to be loaded.
         """
         result = self.base_layer(*args, **kwargs)
         if self.disable_adapters:
@@ -142,8 +152,6 @@ class SageLayer(nn.Module, BaseTunerLayer):
 
     def update(self, x: Tensor, adapter_name: str) -> Tensor:
         """Return what an adapter adds to the output of the MLP for its input (..., d), in the adapter's precision."""
-        if self.unloaded:
-            self._check_loaded(adapter_name)
         z = self.queries(x, adapter_name)
         if adapter_name in self.shared_guidance:
             z = z + self.attend(z, adapter_name)
@@ -169,12 +177,15 @@ class SageLayer(nn.Module, BaseTunerLayer):
 
     def queries(self, x: Tensor, adapter_name: str) -> Tensor:
         """Return the bottleneck (..., r) of tokens (..., d)."""
-        down = self.peft_sage_down[adapter_name]
-        return down(
-            self.peft_sage_norm[adapter_name](
-                self._cast_input_dtype(x, down.weight.dtype)
-            )
+        down, norm = (
+            self.peft_sage_down[adapter_name],
+            self.peft_sage_norm[adapter_name],
         )
+        if down.weight.is_meta and not x.is_meta:
+            raise RuntimeError(
+                f"The weights of the adapter {adapter_name!r} were not loaded."
+            )
+        return down(norm(self._cast_input_dtype(x, down.weight.dtype)))
 
     def split_heads(self, t: Tensor, adapter_name: str) -> Tensor:
         """Bring (..., r) into (1, h, n, r / h): the tokens of all images share their keys and values."""
@@ -198,16 +209,6 @@ class SageLayer(nn.Module, BaseTunerLayer):
                 result[index] += self.update(x[index], name).to(result.dtype)
         return result
 
-    def _check_loaded(self, adapter_name: str) -> None:
-        # PEFT's loaders refuse what is incomplete; transformers' own only warns.
-        if not all(
-            tensor.isfinite().all() for tensor in self.adapter_tensors(adapter_name)
-        ):
-            raise RuntimeError(
-                f"The weights of the adapter {adapter_name!r} were not loaded, or are not finite."
-            )
-        self.unloaded.pop(adapter_name, None)
-
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
     ) -> tuple[Any, Any]:
@@ -222,6 +223,8 @@ class SageLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
+        if adapter_name in self.peft_sage_down and not self.is_loaded(adapter_name):
+            return
         kept = dict(self.peft_sage_guidance.items())
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         # The guidance is data and keeps its precision: only the device follows.

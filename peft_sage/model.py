@@ -4,6 +4,7 @@
 import copy
 import math
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,13 +19,13 @@ from ._peft_compat import (
     AuxiliaryTrainingWrapper,
     BaseTuner,
     BaseTunerLayer,
-    check_target_module_exists,
-    is_excluded,
+    ModulesToSaveWrapper,
 )
 from .config import SageConfig
 from .guidance import SharedGuidance, make_guidance, own_embeddings, set_guidance
 from .layer import SageLayer, is_of_adapter
 from .registration import PREFIX
+from .targets import find_targets
 from .towers import mlps
 
 
@@ -51,66 +52,55 @@ class SageModel(BaseTuner):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        # Here and not in `inject_adapter`, as PEFT replaces the other adapter's configuration before that: two methods
-        # of one name would be saved as one of them.
-        others = (
-            m
-            for m in model.modules()
-            if isinstance(m, BaseTunerLayer) and not isinstance(m, SageLayer)
-        )
-        if any(
-            adapter_name in other._all_available_adapter_names() for other in others
-        ):
+        # Before PEFT enters the new configuration where another adapter of this name may have its own.
+        if isinstance(model, PeftModel):
             raise ValueError(
-                f"`adapter_name` must not be that of another method's adapter, got {adapter_name!r}."
+                "`model` must not be a PeftModel: add an adapter by `model.add_adapter(name, config)`, replace it on "
+                "the result of `model.unload()`, or combine it with another method's on `model.get_base_model()`."
             )
+        for module in model.modules():
+            other = isinstance(module, BaseTunerLayer) and not isinstance(
+                module, SageLayer
+            )
+            if other and adapter_name in module._all_available_adapter_names():
+                raise ValueError(
+                    f"`adapter_name` must not be that of another method's adapter, got {adapter_name!r}."
+                )
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """Inject an adapter, as PEFT's own method does. What may fail is done first, before the model is changed."""
-        # A copy, so that what is filled in does not stay on the user's object; PEFT's loading wants the object itself.
         config: Any = self.peft_config[adapter_name]
+        # What is filled in must not stay on the user's object. When it loads, PEFT wants the object itself.
         config = config if config.inference_mode else copy.copy(config)
-        own = own_embeddings(model)
-        if own is not None and config.modules_to_save is None and not config.saved:
+        head = own_embeddings(model)
+        if head is not None and config.modules_to_save is None and not config.saved:
             config.modules_to_save = ["class_head"]
-        _check_names(adapter_name, config)
+        _check_names(model, adapter_name, config)
         targets = find_targets(model, config, kwargs.get("state_dict"))
-        if not (config.num_classes or config.saved):
-            config.class_names = getattr(model, "class_names", None)
-        classes = 0 if own is None else len(own)
-        if config.class_descriptions is not None and config.num_classes < classes:
-            raise ValueError(
-                f"`class_descriptions` has {config.num_classes} classes, but the head has {classes}."
-            )
-        r = config.r or default_r(config.num_classes or classes, max(1, len(targets)))
-        config.r = -(-r // config.num_heads) * config.num_heads
-        rows: Tensor | None = None
-        if not config.saved:
-            source = (
-                config.class_descriptions
-                if config.guidance is None
-                else config.guidance
-            )
-            rows, config.row_names = make_guidance(
-                model, config, source, config.class_names
-            )
-            config.guidance_shape = [0, 0] if rows is None else list(rows.shape)
-        elif config.guidance_shape[0]:
-            rows = torch.full(config.guidance_shape, torch.nan)
+        rows = _fill_in(config, model, len(targets))
 
         # PEFT finds the same modules by exactly their names. Without any, only `modules_to_save` are trained.
         plan: Any = copy.copy(config)
         plan.target_modules = "|".join(map(re.escape, targets)) or DUMMY_TARGET_MODULES
         plan.exclude_modules = plan.layers_to_transform = plan.layers_pattern = None
-        plan.shared = None if rows is None else SharedGuidance(adapter_name, rows)
+        plan.shared_guidance = None
+        if rows is not None:
+            plan.shared_guidance = SharedGuidance(adapter_name, rows)
         self.peft_config[adapter_name] = plan
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             self.peft_config[adapter_name] = config
+
+    def unload(self) -> nn.Module:
+        """Remove all adapters and return the base model, with its own head: a trained one needs its adapter."""
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper):
+                self.model.set_submodule(name, module.original_module)
+        return super().unload()
 
     def set_guidance(
         self, guidance: Any = None, adapter_name: str | None = None
@@ -148,7 +138,7 @@ class SageModel(BaseTuner):
         )
         if config.learnable_scaling and scale is not None and not scale.is_meta:
             scaling /= scale.detach().abs().mean().item() or 1.0
-        layer.update_layer(adapter_name, config, config.shared, scaling)
+        layer.update_layer(adapter_name, config, config.shared_guidance, scaling)
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -249,7 +239,7 @@ class SageModel(BaseTuner):
         except ValueError:
             # What was injected for these weights is removed again.
             if isinstance(model, PeftModel) and any(
-                adapter_name in layer.unloaded for layer in layers.values()
+                not layer.is_loaded(adapter_name) for layer in layers.values()
             ):
                 if len(model.peft_config) > 1:
                     model.delete_adapter(adapter_name)
@@ -257,51 +247,38 @@ class SageModel(BaseTuner):
                     model.base_model.unload()  # type: ignore[operator]
             raise
         for layer in layers.values():
-            layer.unloaded.pop(adapter_name, None)
+            layer.expect_weights(adapter_name)
         return state_dict
 
 
-def find_targets(
-    model: nn.Module, config: SageConfig, state_dict: dict[str, Tensor] | None = None
-) -> list[str]:
-    """Find the modules that a configuration asks to adapt, in the order of depth.
-
-    `state_dict`, if given, tells them by its keys instead, as in PEFT's `inject_adapter_in_model`.
-
-    Raises:
-        ValueError: Nothing matches (the candidates are listed), a layer index is out of range, or a module does not
-            map (..., d) to (..., d).
-    """
-    names = [name for name, _ in model.named_modules() if name and PREFIX not in name]
-    asked: Any = copy.copy(config)
-    asked.target_modules, asked.target_parameters = config.target_modules or set(), None
-    if state_dict is not None:
-        wanted = {
-            key.partition(f".{PREFIX}")[0] for key in state_dict if f".{PREFIX}" in key
-        }
-        targets = [name for name in names if name in wanted]
-    elif config.target_modules is None:
-        found = _select_layers(mlps.find_mlps(model), config.layers_to_transform)
-        targets = [name for name in found if not is_excluded(asked, name)]
-    else:  # what is excluded counts as false
-        targets = [name for name in names if check_target_module_exists(asked, name)]
-    head_alone = (
-        config.target_modules is not None
-        and not config.target_modules
-        and config.modules_to_save
-    )
-    if not targets and not head_alone:
+def _fill_in(config: SageConfig, model: nn.Module, num_targets: int) -> Tensor | None:
+    """Fill in what depends on the model, and return the rows of the guidance: zeros if they are still to be loaded."""
+    head = own_embeddings(model)
+    classes = 0 if head is None else len(head)
+    if config.class_descriptions is not None and config.num_classes < classes:
         raise ValueError(
-            f"`target_modules`={config.target_modules!r} matches none of {mlps.candidate_modules(model)}."
+            f"`class_descriptions` has {config.num_classes} classes, but the head has {classes}."
         )
-    for name in targets:
-        try:
-            mlps.mlp_widths(model.get_submodule(name))
-        except ValueError as error:
-            raise ValueError(
-                f"`target_modules` matches {name!r}, which cannot be adapted: {error}"
-            ) from error
-    return targets
+    if not (config.num_classes or config.saved):
+        config.class_names = getattr(model, "class_names", None)
+    r = config.r or default_r(config.num_classes or classes, max(1, num_targets))
+    config.r = math.ceil(r / config.num_heads) * config.num_heads
+    if config.saved:
+        shape = config.guidance_shape
+        return torch.zeros(shape) if shape and shape[0] else None
+    source: Any = config.guidance
+    if source is None:
+        source = config.class_descriptions
+    names = config.class_names
+    rows, config.row_names = make_guidance(model, config, source, names)
+    config.guidance_shape = [0, 0] if rows is None else list(rows.shape)
+    if rows is None and config.guidance_rows and num_targets:
+        warnings.warn(
+            "The adapter has no guidance, so it is a plain AdaptFormer: give `class_descriptions` or `guidance`, or "
+            "wrap a SageClassifier. If this is meant, set `guidance_rows=0`.",
+            stacklevel=2,
+        )
+    return rows
 
 
 def default_r(num_classes: int, num_mlps: int) -> int:
@@ -313,24 +290,6 @@ def default_r(num_classes: int, num_mlps: int) -> int:
     return max(8, 2 ** math.floor(math.log2(max(1, num_classes / (2 * num_mlps)))))
 
 
-def _select_layers(blocks: list[str], layers: int | list[int] | None) -> list[str]:
-    layers = (
-        [layers]
-        if isinstance(layers, int)
-        else list(range(len(blocks)))
-        if layers is None
-        else layers
-    )
-    outside = [layer for layer in layers if not -len(blocks) <= layer < len(blocks)]
-    if outside:
-        raise ValueError(
-            f"`layers_to_transform` must be within the {len(blocks)} blocks of the tower, got {outside}."
-        )
-    return [
-        blocks[depth] for depth in sorted({layer % len(blocks) for layer in layers})
-    ]
-
-
 def _layers(model: nn.Module) -> Iterator[tuple[str, SageLayer]]:
     return (
         (name, module)
@@ -339,8 +298,8 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, SageLayer]]:
     )
 
 
-def _check_names(adapter_name: str, config: SageConfig) -> None:
-    """Check that the adapter's parts can have its name, and that `modules_to_save` does not mean them."""
+def _check_names(model: nn.Module, adapter_name: str, config: SageConfig) -> None:
+    """Check that the adapter's parts can have its name, and that `modules_to_save` means parts of the model."""
     if (
         not adapter_name
         or {".", "/", "\\"} & set(adapter_name)
@@ -349,24 +308,19 @@ def _check_names(adapter_name: str, config: SageConfig) -> None:
         raise ValueError(
             f"`adapter_name` must be able to name a module and a folder, got {adapter_name!r}."
         )
+    modules = [name for name, _ in model.named_modules()]
     # PEFT matches by ending, and the parts of the adapter are there by then.
-    parts = (
-        *SageLayer.adapter_layer_names,
-        "peft_sage_dropout",
-        "peft_sage_guidance",
-        "base_layer",
-        adapter_name,
-    )
-    clashes = [
-        (name, part)
-        for name in config.modules_to_save or ()
-        for part in parts
-        if f".{part}".endswith(name)
-    ]
-    for name, part in clashes:
-        raise ValueError(
-            f"`modules_to_save` must not match the adapter's own parts, but {name!r} matches {part!r}."
-        )
+    parts = (*SageLayer.adapter_layer_names, "peft_sage_dropout", "peft_sage_guidance")
+    for wanted in config.modules_to_save or ():
+        for part in (*parts, "base_layer", adapter_name):
+            if f".{part}".endswith(wanted):
+                raise ValueError(
+                    f"`modules_to_save` must not match the adapter's own parts, but {wanted!r} matches {part!r}."
+                )
+        if not config.saved and not any(name.endswith(wanted) for name in modules):
+            raise ValueError(
+                f"`modules_to_save` must match modules of the model, but {wanted!r} matches none."
+            )
 
 
 def _start_graph_at_checkpoint(

@@ -161,6 +161,42 @@ def test_choice_of_blocks(clip, kwargs, blocks):
     assert adapted(clip) == [f"vision_model.encoder.layers.{i}.mlp" for i in blocks]
 
 
+@pytest.mark.parametrize("targets", [["mlp"], r".*layers\.\d\.mlp"])
+def test_the_text_tower_is_left_alone(clip, targets):
+    with pytest.warns(UserWarning, match="2 modules outside .*'text_model.encoder"):
+        get_peft_model(clip, SageConfig(guidance_rows=0, target_modules=targets))
+    assert adapted(clip) == [f"vision_model.encoder.layers.{i}.mlp" for i in range(3)]
+
+
+def test_without_guidance_the_user_is_told(clip, recwarn):
+    get_peft_model(tiny_clip(), SageConfig(guidance_rows=0))
+    get_peft_model(SageClassifier(tiny_clip(), torch.eye(3, 16)), SageConfig())
+    assert not [w for w in recwarn if "AdaptFormer" in str(w.message)]
+    with pytest.warns(UserWarning, match="plain AdaptFormer: give `class_descript"):
+        get_peft_model(clip, SageConfig())
+
+
+@pytest.mark.parametrize("name", ["default", "second"])
+def test_a_peft_model_is_refused(clip, pixel_values, name):
+    model = get_peft_model(clip, SageConfig(guidance=torch.randn(5, 24)))
+    config, parts = model.peft_config["default"], list(model.modules())
+    with pytest.raises(ValueError, match="`model` must not be a PeftModel: .*add_ad"):
+        get_peft_model(model, SageConfig(), adapter_name=name)
+    assert model.peft_config == {"default": config} and list(model.modules()) == parts
+
+
+def test_unload_gives_the_base_model_back(clip, pixel_values):
+    classifier = SageClassifier(clip, torch.randn(3, 16), ["a", "b", "c"]).eval()
+    parts, expected = list(classifier.modules()), classifier(pixel_values).logits
+    model = get_peft_model(classifier, SageConfig())
+    model.add_adapter("second", SageConfig(layers_to_transform=[0]))
+    randomise(model)
+    model.set_classes(torch.randn(4, 16))
+    base = model.unload()
+    assert base is classifier and list(base.modules()) == parts
+    assert torch.equal(base.eval()(pixel_values).logits, expected)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -170,8 +206,13 @@ def test_choice_of_blocks(clip, kwargs, blocks):
         ),
         (
             {"target_modules": ["fc1"]},
-            "matches 'text_model.encoder.layers.0.mlp.fc1', which cannot be adapted",
+            "matches 'vision_model.encoder.layers.0.mlp.fc1', which cannot be adapted",
         ),
+        (
+            {"target_modules": ".*text.*mlp"},
+            r"must match modules of the vision tower \['vision_model'\]",
+        ),
+        ({"modules_to_save": ["projektion"]}, "'projektion' matches none"),
         ({"layers_to_transform": [3]}, r"within the 3 blocks of the tower, got \[3\]"),
         (
             {"guidance": None, "class_descriptions": ["cat"]},
@@ -360,12 +401,12 @@ def test_a_saved_config_alone_cannot_run(clip, pixel_values, tmp_path):
         tmp_path
     )
     model = get_peft_model(tiny_clip(), SageConfig.from_pretrained(tmp_path))
-    with pytest.raises(RuntimeError, match="weights .* were not loaded"):
-        model(pixel_values=pixel_values, input_ids=torch.tensor([[1, 5, 3]]))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="weights .* were not loaded"):
+            features(model, pixel_values)
     config = SageConfig.from_pretrained(tmp_path)
     config.guidance_shape, config.guidance = None, torch.randn(3, 24)
-    model = get_peft_model(tiny_clip(), config)
-    model(pixel_values=pixel_values, input_ids=torch.tensor([[1, 5, 3]]))
+    assert features(get_peft_model(tiny_clip(), config), pixel_values).isfinite().all()
 
 
 def test_one_config_serves_two_models(pixel_values):
