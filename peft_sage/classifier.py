@@ -4,7 +4,7 @@
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -23,12 +21,13 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import PushToHubMixin
 
 from ._peft_compat import BaseTunerLayer, active_module, adapters_off
+from .collator import ImageCollator
 from .config import SageConfig
 from .descriptions import Descriptions, read_class_descriptions
 from .encoding import encode_class_descriptions, load_tokenizer
 from .guidance import set_guidance
 from .head import CosineHead, can_be_saved
-from .pictures import decoding_side, find_images, read_image
+from .prediction import best_classes, fit_temperature, make_batches
 from .saving import absolute, find_adapter, read_head, refuse_adapter, save_classifier
 from .towers.embeddings import encode_image, eval_mode
 from .validation import check_embeddings, check_integer, check_number
@@ -313,50 +312,97 @@ class SageClassifier(nn.Module, PushToHubMixin):
 
         Returns:
             (n, e) float32 on the CPU, of unit length.
+
+        Raises:
+            TypeError, ValueError: As in `predict`; or `images` is empty.
         """
+        check_integer("batch_size", batch_size, 1)
+        collator, embeds = ImageCollator(self.image_processor), []
         with eval_mode(self), adapters_off(self.model):
-            batches = self._batches(images, batch_size, "embedding images")
-            embeds = [
-                encode_image(self.model, **batch).float().cpu() for batch in batches
-            ]
+            for batch, _ in make_batches(
+                images, collator, batch_size, "Embedding images"
+            ):
+                features = encode_image(self.model, **self._on_device(batch))
+                embeds.append(features.float().cpu())
         if not embeds:
             raise ValueError("`images` is empty; give at least one.")
         return F.normalize(torch.cat(embeds), dim=-1)
 
     @torch.no_grad()
     def predict(
-        self, images: Any, top_k: int = 1, batch_size: int = 32
-    ) -> list[list[dict[str, Any]]]:
-        """Name what is in pictures.
+        self,
+        images: Any,
+        top_k: int = 1,
+        batch_size: int = 32,
+        *,
+        min_score: float | None = None,
+        on_error: str = "raise",
+    ) -> list[list[dict[str, Any]] | None]:
+        """Name what is in pictures; with a progress bar.
 
         Args:
-            images: Paths, PIL images or arrays; or a folder, whose own images are taken in order of their names.
-            top_k: How many classes to name for each image.
+            images: One or more paths, PIL images or arrays, by position; folders stand for the images in them and in
+                their subfolders, in the order of [`find_images`], and patterns with `*` for what they match.
+            top_k: How many classes to name for each image, at most all.
             batch_size: Images per step.
+            min_score: Where the likeliest class has a lower score, in [0, 1], the answer is None.
+            on_error: "raise" ends at the first image that cannot be read; "skip" answers None for it and names all of
+                them in one warning.
 
         Returns:
-            For each image its `top_k` classes, the likeliest first, as `{"label": ..., "score": ...}`.
+            For each image its `top_k` classes, the likeliest first, as `{"label": ..., "score": ...}`, or None.
 
         Raises:
-            ValueError: A path holds no image, a file cannot be read (it is named), or there is no `image_processor`.
+            TypeError, ValueError: `images` is none of these, a path holds no image, a file cannot be read (it is
+                named), or there is no `image_processor`.
         """
         check_integer("top_k", top_k, 1)
-        names, answers = self.config.id2label, []
+        check_integer("batch_size", batch_size, 1)
+        if min_score is not None:
+            check_number("min_score", min_score, 0, 1)
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f'`on_error` must be "raise" or "skip", got {on_error!r}.')
+        head, names = self.head, self.config.id2label
+        if not names:
+            raise ValueError(
+                "The head has no classes: load an adapter, or call `set_classes`."
+            )
+        collator = ImageCollator(self.image_processor)
+        answers: list[list[dict[str, Any]] | None] = []
+        unreadable: list[str] = []
         with eval_mode(self):
-            for batch in self._batches(images, batch_size, "predicting"):
-                logits = self(**batch).logits.float().cpu()
-                scores = (logits / self.head.temperature).softmax(dim=-1)
-                best = scores.topk(min(top_k, len(names)))
-                for values, classes in zip(
-                    best.values.tolist(), best.indices.tolist(), strict=True
-                ):
-                    answers.append(
-                        [
-                            {"label": names[k], "score": s}
-                            for k, s in zip(classes, values, strict=True)
-                        ]
-                    )
+            for batch, errors in make_batches(
+                images, collator, batch_size, "Predicting", on_error
+            ):
+                found = iter(())
+                if batch is not None:
+                    logits = self(**self._on_device(batch)).logits.float().cpu()
+                    scores = (logits / head.temperature).softmax(dim=-1)
+                    found = best_classes(scores, names, top_k, min_score)
+                answers += [next(found) if error is None else None for error in errors]
+                unreadable += [error for error in errors if error is not None]
+        if unreadable:
+            warnings.warn(
+                f"{len(unreadable)} of {len(answers)} images could not be read: {'; '.join(unreadable[:20])}",
+                stacklevel=3,
+            )
         return answers
+
+    def fit_temperature(self, logits: Tensor, labels: Tensor) -> float:
+        """Set the temperature of the head that runs for calibrated scores; it is saved with the head.
+
+        Args:
+            logits: (n, K) of images that were not trained on, such as the validation images.
+            labels: (n,) their classes.
+
+        Returns:
+            The temperature with the lowest cross-entropy, between 0.05 and 20 (arXiv 1706.04599).
+
+        Raises:
+            TypeError, ValueError: They do not fit.
+        """
+        self.head.temperature = fit_temperature(logits, labels, self.head.out_features)
+        return self.head.temperature
 
     def set_classes(
         self,
@@ -479,59 +525,13 @@ class SageClassifier(nn.Module, PushToHubMixin):
     def _heads(self) -> list[CosineHead]:
         return [m for m in self.class_head.modules() if isinstance(m, CosineHead)]
 
-    def _batches(
-        self, images: Any, batch_size: int, title: str
-    ) -> Iterator[dict[str, Any]]:
-        """Inputs of the image tower, batch by batch."""
-        check_integer("batch_size", batch_size, 1)
-        images = [images] if isinstance(images, (str, os.PathLike)) else images
-        if isinstance(images, (list, tuple)):
-            images = [
-                x
-                for i in images
-                for x in (find_images(i) if isinstance(i, (str, os.PathLike)) else [i])
-            ]
-        if hasattr(images, "__getitem__"):
-            images = DataLoader(images, batch_size=batch_size, collate_fn=self._collate)
-        for batch in tqdm(images, desc=title, leave=False, delay=1):
-            inputs = {
-                name: value
-                for name, value in batch.items()
-                if name not in ("labels", "base_image_embeds")
-            }
-            yield {
-                k: v.to(self.device, self.dtype if v.is_floating_point() else None)
-                for k, v in inputs.items()
-            }
-
-    def _collate(self, items: list[Any]) -> dict[str, Any]:
-        if isinstance(items[0], dict) and "pixel_values" in items[0]:
-            names = [
-                name
-                for name in ("pixel_values", "pixel_attention_mask", "spatial_shapes")
-                if name in items[0]
-            ]
-            return {
-                name: torch.stack([torch.as_tensor(item[name]) for item in items])
-                for name in names
-            }
-        if self.image_processor is None:
-            raise ValueError(
-                "`image_processor` must be set on the classifier to prepare pictures, got None."
+    def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: value.to(
+                self.device, self.dtype if value.is_floating_point() else None
             )
-        side = decoding_side(self.image_processor)
-        pictures = [
-            read_image(item["image"] if isinstance(item, dict) else item, min_side=side)
-            for item in items
-        ]
-        if hasattr(self.image_processor, "transforms"):
-            # torchvision's Compose, as open_clip and timm have it
-            return {
-                "pixel_values": torch.stack(
-                    [self.image_processor(picture) for picture in pictures]
-                )
-            }
-        return dict(self.image_processor(images=pictures, return_tensors="pt"))
+            for name, value in batch.items()
+        }
 
 
 #: Arguments that say how to reach the Hub.

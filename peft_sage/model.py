@@ -75,6 +75,7 @@ class SageModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         # What is filled in must not stay on the user's object. When it loads, PEFT wants the object itself.
         config = config if config.inference_mode else copy.copy(config)
+        config.revision = config.revision or getattr(model, "base_revision", None)
         head = own_embeddings(model)
         if head is not None and config.modules_to_save is None and not config.saved:
             config.modules_to_save = ["class_head"]
