@@ -22,7 +22,6 @@ from transformers.utils import PushToHubMixin
 
 from ._peft_compat import BaseTunerLayer, active_module, adapters_off
 from .collator import ImageCollator
-from .config import SageConfig
 from .descriptions import Descriptions, read_class_descriptions
 from .encoding import encode_class_descriptions, load_tokenizer
 from .guidance import set_guidance
@@ -317,10 +316,10 @@ class SageClassifier(nn.Module, PushToHubMixin):
             TypeError, ValueError: As in `predict`; or `images` is empty.
         """
         check_integer("batch_size", batch_size, 1)
-        collator, embeds = ImageCollator(self.image_processor), []
+        embeds = []
         with eval_mode(self), adapters_off(self.model):
             for batch, _ in make_batches(
-                images, collator, batch_size, "Embedding images"
+                images, self._collate, batch_size, "Embedding images"
             ):
                 features = encode_image(self.model, **self._on_device(batch))
                 embeds.append(features.float().cpu())
@@ -367,12 +366,11 @@ class SageClassifier(nn.Module, PushToHubMixin):
             raise ValueError(
                 "The head has no classes: load an adapter, or call `set_classes`."
             )
-        collator = ImageCollator(self.image_processor)
         answers: list[list[dict[str, Any]] | None] = []
         unreadable: list[str] = []
         with eval_mode(self):
             for batch, errors in make_batches(
-                images, collator, batch_size, "Predicting", on_error
+                images, self._collate, batch_size, "Predicting", on_error
             ):
                 found = iter(())
                 if batch is not None:
@@ -409,31 +407,96 @@ class SageClassifier(nn.Module, PushToHubMixin):
         classes: Tensor | Descriptions | Any,
         templates: Sequence[str] | None = None,
     ) -> None:
-        """Give the active head other classes, without training; the guidance of a Sage adapter follows.
+        """Give the head that runs other classes, without training; the guidance of a Sage adapter follows.
+
+        Classes that the head has by the same name keep what they learned, and the others start from their texts.
 
         Args:
-            classes: (K, e) text embeddings, or anything that [`read_class_descriptions`] takes, for the model's own
-                text tower.
+            classes: Anything that [`read_class_descriptions`] takes, for the model's own text tower; a class that the
+                head has keeps its text, too, unless a new one is given. Or (K, e) text embeddings, of new classes.
             templates: For bare class names, texts with one `{}` each.
+
+        Raises:
+            TypeError, ValueError: The classes cannot be read or encoded.
         """
-        names = None
-        if not isinstance(classes, Tensor):
-            texts = read_class_descriptions(classes)
-            names = list(texts)
-            tokenizer = load_tokenizer(self)
-            classes = encode_class_descriptions(self.model, tokenizer, texts, templates)
         head = self.head
+        if isinstance(classes, Tensor):
+            rows = _unit_rows(classes, "classes", head.in_features or None)
+            head.set_rows(rows.to(head.weight), None)
+            self._update_guidance()
+            return
+        texts = read_class_descriptions(classes)
+        names = list(texts)
+        places: dict[str, list[int]] = {}
+        for place, name in enumerate(head.class_names or []):
+            places.setdefault(name, []).append(place)
+        # Of two classes with one name each keeps its own row.
+        old = [places[name].pop(0) if places.get(name) else -1 for name in names]
+        described = isinstance(texts, dict)
+        new = [k for k, place in enumerate(old) if described or place < 0]
+        width = head.in_features
+        embeds = head.weight.new_zeros(len(names), width)
+        if new:
+            chosen = [names[k] for k in new]
+            rows = self._encode(
+                {name: texts[name] for name in chosen} if described else chosen,
+                templates,
+            )
+            embeds = rows.new_zeros(len(names), rows.shape[1])
+            embeds[new] = rows
+        kept = [k for k, place in enumerate(old) if place >= 0]
+        unchanged = [k for k in kept if not described]
+        embeds[unchanged] = head.text_embeds[[old[k] for k in unchanged]]
+        weight = embeds.clone()
+        weight[kept] = head.weight.detach()[[old[k] for k in kept]]
+        head.set_rows(embeds, names, weight)
+        self._update_guidance()
+
+    def add_classes(
+        self, texts: Descriptions | Any, templates: Sequence[str] | None = None
+    ) -> None:
+        """Add classes, which start from their texts, to the head that runs; those that it has stay as they are.
+
+        Args:
+            texts: Anything that [`read_class_descriptions`] takes, of the new classes.
+            templates: For bare class names, texts with one `{}` each.
+
+        Raises:
+            TypeError, ValueError: They cannot be read or encoded, or the head has one of them or no class names.
+        """
+        head, new = self.head, read_class_descriptions(texts)
+        names = head.class_names
+        if names is None:
+            raise ValueError(
+                "`add_classes` needs a head with class names: give all classes to `set_classes`."
+            )
+        if known := sorted(set(names) & set(new)):
+            raise ValueError(f"`texts` has classes that the head has: {known[:10]}.")
+        rows = self._encode(new, templates)
         head.set_rows(
-            _unit_rows(classes, "classes", head.in_features).to(head.weight), names
+            torch.cat([head.text_embeds, rows]),
+            [*names, *new],
+            torch.cat([head.weight.detach(), rows]),
         )
+        self._update_guidance()
+
+    def _encode(self, texts: Descriptions, templates: Sequence[str] | None) -> Tensor:
+        """Rows (n, e) of texts for the head that runs."""
+        rows = encode_class_descriptions(
+            self.model, load_tokenizer(self), texts, templates
+        )
+        rows = _unit_rows(rows, "classes", self.head.in_features or None)
+        return rows.to(self.head.weight)
+
+    def _update_guidance(self) -> None:
+        """Let the Sage adapters that run with the head attend to its classes."""
+        head = self.head
         if head is getattr(self.class_head, "original_module", None):
             return
+        active = getattr(self.class_head, "active_adapters", None)
         for name, config in getattr(self, "peft_config", {}).items():
-            follows = (
-                isinstance(config, SageConfig)
-                and (config.guidance_shape or [0, 0])[1] == head.in_features
-            )
-            if follows and name in getattr(self.class_head, "active_adapters", [name]):
+            shape = getattr(config, "guidance_shape", None) or [0, 0]
+            if shape[1] == head.in_features and (active is None or name in active):
                 set_guidance(self, None, name)
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
@@ -524,6 +587,9 @@ class SageClassifier(nn.Module, PushToHubMixin):
 
     def _heads(self) -> list[CosineHead]:
         return [m for m in self.class_head.modules() if isinstance(m, CosineHead)]
+
+    def _collate(self, items: list[Any]) -> dict[str, Tensor]:
+        return ImageCollator(self.image_processor)(items)
 
     def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {

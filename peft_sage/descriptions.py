@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import unicodedata
 import warnings
 from collections import Counter
@@ -35,7 +36,8 @@ def read_class_descriptions(
         class_names: The classes in the order of their indices. Default: those of the source, in its order.
 
     Returns:
-        Class names, or a dictionary from class name to texts. Others than `class_names` are left out with a warning.
+        Class names, or a dictionary from class name to texts, without white space around them. Others than
+        `class_names` are left out with a warning; one also names classes that may be one, such as "Owl" and "owl".
 
     Raises:
         TypeError, ValueError: The source has none of these shapes, or a file cannot be read or names a class twice, a
@@ -47,6 +49,8 @@ def read_class_descriptions(
         read = _read_file(Path(source), where)
     elif isinstance(names := getattr(source, "names", None), list):
         read = names
+    elif hasattr(source, "tolist"):
+        read = read.tolist()
     try:
         names, texts = normalise_descriptions(read)
     except (TypeError, ValueError) as error:
@@ -55,16 +59,30 @@ def read_class_descriptions(
         raise TypeError(
             f"{where} must have class names: a list of str or a dictionary, got a list of lists."
         )
+    names = _stripped(names, where)
+    if class_names is None:
+        warn_of_alike(names)
+    has_texts = not isinstance(texts[0], str)
+    texts = [[t.strip() for t in entry] for entry in texts] if has_texts else names
     if class_names is not None:
-        names, texts = (
-            list(class_names),
-            _in_order(dict(zip(names, texts, strict=True)), class_names, where),
+        texts = _in_order(dict(zip(names, texts, strict=True)), class_names, where)
+        names = list(class_names)
+    return dict(zip(names, texts, strict=True)) if has_texts else names
+
+
+def warn_of_alike(names: Iterable[str]) -> None:
+    """Warn of class names that differ only in case, spaces, `_`, `-` or Unicode form, by name."""
+    groups: dict[str, dict[str, None]] = {}
+    for name in names:
+        key = unicodedata.normalize("NFKC", name).casefold()
+        key = re.sub(r"[\s_-]+", " ", key).strip()
+        groups.setdefault(key, {})[name] = None
+    alike = [list(group) for group in groups.values() if len(group) > 1]
+    if alike:
+        pairs = "; ".join(" and ".join(map(repr, group)) for group in alike[:10])
+        warnings.warn(
+            f"Classes whose names are alike may be one class: {pairs}.", stacklevel=3
         )
-    return (
-        dict(zip(names, texts, strict=True))
-        if texts and not isinstance(texts[0], str)
-        else names
-    )
 
 
 def normalise_descriptions(
@@ -114,17 +132,9 @@ def check_templates(templates: str | Sequence[str]) -> list[str]:
 def expand(
     descriptions: Descriptions, templates: Sequence[str] | None = None
 ) -> list[list[str]]:
-    """Return the list of texts of each class; bare names are put into the templates, without underscores.
-
-    Class names that occur twice give a warning, because their rows, and those of a head made from them, are identical.
-    """
-    names, texts = normalise_descriptions(descriptions)
+    """Return the list of texts of each class; bare names are put into the templates, without underscores."""
+    _, texts = normalise_descriptions(descriptions)
     templates = check_templates(DEFAULT_TEMPLATES if templates is None else templates)
-    if repeated := _repeated(names or []):
-        warnings.warn(
-            f"Class names that occur twice get the same embedding: {repeated[:10]}.",
-            stacklevel=2,
-        )
     # `str.format` would trip over braces in a name.
     return [
         [t.replace("{}", e.replace("_", " ")) for t in templates]
@@ -193,7 +203,7 @@ def _read_file(path: Path, where: str) -> Any:
             raise ValueError(
                 f"{where} has an empty {empty[0]} in line {line} (class {row['class']!r})."
             )
-        texts.setdefault(row["class"], []).append(row["description"])
+        texts.setdefault(row["class"].strip(), []).append(row["description"])
     return texts
 
 
@@ -225,7 +235,19 @@ def _in_order(
 
 def _composed(name: str) -> str:
     # A folder's "é" may be two characters where a text file's is one.
-    return unicodedata.normalize("NFC", name)
+    return unicodedata.normalize("NFC", name).strip()
+
+
+def _stripped(names: list[str], where: str) -> list[str]:
+    """Names without white space around them; ValueError if nothing else made two of them differ."""
+    spelled: dict[str, str] = {}
+    for name in names:
+        other = spelled.setdefault(name.strip(), name)
+        if other != name:
+            raise ValueError(
+                f"{where} has the classes {other!r} and {name!r}, which differ only in white space: make them one."
+            )
+    return [name.strip() for name in names]
 
 
 def _texts(name: str | int, texts: str | Sequence[str]) -> list[str]:

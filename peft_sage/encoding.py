@@ -2,10 +2,11 @@
 """From class descriptions to embeddings: tokenise and encode them with the model's own text tower."""
 
 import hashlib
+import itertools
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from .descriptions import Descriptions, expand
+from .descriptions import Descriptions, expand, normalise_descriptions
 from .towers import embeddings as towers
 from .validation import check_integer
 
@@ -34,7 +35,7 @@ def encode_class_descriptions(
     """Encode class descriptions with the model's own text tower.
 
     Each text is encoded and normalised; the mean over the texts of a class is normalised again. Texts that are longer
-    than the tower's limit are cut, with one warning that counts them.
+    than the tower's limit are cut, with one warning that counts them; classes whose texts are equal are named in one.
 
     Args:
         model: A model with a text tower; it may be wrapped.
@@ -57,39 +58,34 @@ def encode_class_descriptions(
         raise ValueError(
             f"{type(model).__name__} has no text tower: wrap the full model, or pass embeddings."
         )
-    device = next(model.parameters()).device
-    kept = (
-        None
-        if cache_dir is None
-        else Path(cache_dir, f"{_fingerprint(model, texts_of_class)}.safetensors")
-    )
-    if kept is not None and kept.is_file():
-        return load_file(kept)["text_embeds"].to(device)
-    unique = list(dict.fromkeys(text for texts in texts_of_class for text in texts))
-    place = {text: index for index, text in enumerate(unique)}
-    embeddings = F.normalize(
-        _encode_texts(model, tokenizer, unique, batch_size), dim=-1
-    )
-    rows = torch.stack(
-        [
-            embeddings[[place[text] for text in texts]].mean(dim=0)
-            for texts in texts_of_class
-        ]
-    )
-    rows = F.normalize(rows, dim=-1)
-    if len(set(map(tuple, texts_of_class))) > 1 and torch.allclose(
-        rows, rows[:1].expand_as(rows), atol=1e-6
-    ):
+    tokens = _Tokens(model, tokenizer, [t for texts in texts_of_class for t in texts])
+    parts = iter(tokens.ids)
+    ids_of_class = [list(itertools.islice(parts, len(t))) for t in texts_of_class]
+    _warn_of_equal(descriptions, ids_of_class)
+    kept: Path | None = None
+    if cache_dir is not None:
+        pad = getattr(tokenizer, "pad_token_id", None)
+        key = _fingerprint(model, ids_of_class, tokens.padding, pad)
+        kept = Path(cache_dir, f"{key}.safetensors")
+        if kept.is_file():
+            device = next(model.parameters()).device
+            return load_file(kept)["text_embeds"].to(device)
+    embeddings = F.normalize(_encode(model, tokens, batch_size), dim=-1)
+    place = {ids: index for index, ids in enumerate(tokens.unique)}
+    means = [
+        embeddings[[place[ids] for ids in own]].mean(dim=0) for own in ids_of_class
+    ]
+    rows = F.normalize(torch.stack(means), dim=-1)
+    differ = len(set(map(tuple, ids_of_class))) > 1
+    if differ and torch.allclose(rows, rows[:1].expand_as(rows), atol=1e-6):
         raise ValueError(
             "All class descriptions have the same embedding: does the tokenizer fit (`eos_token_id`)?"
         )
-    if (
-        kept is not None
-    ):  # written beside and renamed, so that a kill leaves no half of it
+    if kept is not None:
+        # Written to another file and renamed, so that an interrupted run leaves no half of it.
         kept.parent.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {"text_embeds": rows.cpu()}, part := kept.with_suffix(f".{os.getpid()}")
-        )
+        part = kept.with_suffix(f".{os.getpid()}")
+        save_file({"text_embeds": rows.cpu()}, part)
         part.replace(kept)
     return rows
 
@@ -108,73 +104,107 @@ def load_tokenizer(model: Any, name: str | None = None, **hub: Any) -> Any:
         ) from error
 
 
-def _fingerprint(model: nn.Module, texts_of_class: list[list[str]]) -> str:
-    """A name for rows that these weights make of these texts."""
-    sums = [
-        parameter.detach().double().sum().item() for parameter in model.parameters()
-    ]
-    return hashlib.sha256(json.dumps([texts_of_class, sums]).encode()).hexdigest()[:32]
+def _warn_of_equal(
+    descriptions: Descriptions, ids_of_class: list[list[tuple[int, ...]]]
+) -> None:
+    """Warn of classes whose texts are the same to the tokenizer, by name."""
+    names = normalise_descriptions(descriptions)[0] or range(len(ids_of_class))
+    groups: dict[Any, list[Any]] = {}
+    for name, ids in zip(names, ids_of_class, strict=True):
+        groups.setdefault(tuple(sorted(ids)), []).append(name)
+    equal = [group for group in groups.values() if len(group) > 1]
+    if equal:
+        pairs = "; ".join(" and ".join(map(repr, group)) for group in equal[:10])
+        warnings.warn(
+            f"Classes with equal texts get the same embedding, so that they cannot be told apart: {pairs}.",
+            stacklevel=3,
+        )
 
 
-def _encode_texts(
-    model: nn.Module, tokenizer: Any, texts: list[str], batch_size: int
-) -> Tensor:
-    """Return raw float32 text embeddings (n, e), in the order of `texts`."""
-    order, inputs_of = _tokenise(model, tokenizer, texts)
+def _fingerprint(model: nn.Module, *inputs: Any) -> str:
+    """A name for what these weights, in this architecture, make of these inputs, on any machine."""
+    config = getattr(towers.text_config(model), "to_dict", dict)()
+    for name in ("_name_or_path", "transformers_version", "architectures", "dtype"):
+        config.pop(name, None)
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    parts = [inputs, config, repr(model), [_sum_of_bits(tensor) for tensor in tensors]]
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _sum_of_bits(tensor: Tensor) -> int:
+    """The sum of a tensor's bits as integers: unlike that of floats it does not depend on the order, or on threads."""
+    sizes = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = tensor.detach().contiguous().view(sizes[tensor.element_size()])
+    return int(bits.sum(dtype=torch.int64))
+
+
+def _encode(model: nn.Module, tokens: "_Tokens", batch_size: int) -> Tensor:
+    """Return raw float32 text embeddings (n, e), in the order of `tokens.unique`."""
     # Texts of similar length together, so that little is padded; the longest first, as they need the most memory.
-    batches = [
-        order[start : start + batch_size] for start in range(0, len(texts), batch_size)
-    ][::-1]
+    order = sorted(range(len(tokens.unique)), key=lambda i: len(tokens.unique[i]))
+    starts = range(0, len(order), batch_size)
+    batches = [order[start : start + batch_size] for start in starts][::-1]
     device, encoded = next(model.parameters()).device, []
-    hidden = len(batches) <= 20 or (
-        dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
-    )
+    is_other = dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
+    hidden = len(batches) <= 20 or is_other
     with towers.eval_mode(model):
         for batch in tqdm(batches, desc="Encoding class descriptions", disable=hidden):
-            inputs = {
-                name: tensor.to(device) for name, tensor in inputs_of(batch).items()
-            }
+            inputs = tokens.inputs([tokens.unique[i] for i in batch])
+            inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
             encoded.append(towers.encode_text(model, inputs).float())
     rows = torch.cat(encoded)
-    return rows[
-        torch.tensor(
-            [i for batch in batches for i in batch], device=rows.device
-        ).argsort()
-    ]
+    places = torch.tensor(list(itertools.chain(*batches)), device=rows.device)
+    return rows[places.argsort()]
 
 
-def _tokenise(
-    model: nn.Module, tokenizer: Any, texts: list[str]
-) -> tuple[list[int], Callable[..., dict[str, Any]]]:
-    """Return the order of the texts by length, and a function from some of them to the tower's inputs."""
-    if not hasattr(tokenizer, "pad"):
-        return list(range(len(texts))), lambda chosen: {
-            "input_ids": tokenizer([texts[i] for i in chosen])
-        }
-    config = towers.text_config(model)
-    positions = getattr(
-        getattr(config, "text_config", config), "max_position_embeddings", None
-    )
-    limit = min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
-    ids = tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
-    if cut := sum(len(text) > limit for text in ids):
-        warnings.warn(
-            f"{cut} of {len(texts)} class descriptions were cut to {limit} tokens.",
-            stacklevel=4,
+class _Tokens:
+    """Texts as token ids.
+
+    Attributes:
+        ids: Of each text.
+        unique: The different ones of them.
+        padding: How the tokenizer makes batches of them.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, texts: list[str]) -> None:
+        self.tokenizer = tokenizer
+        self.padding: dict[str, Any] = {}
+        is_function = not hasattr(tokenizer, "pad")
+        ids = tokenizer(texts) if is_function else self._of_transformers(model, texts)
+        self.ids = [tuple(map(int, row)) for row in ids]
+        self.unique = list(dict.fromkeys(self.ids))
+
+    def inputs(self, ids: list[tuple[int, ...]]) -> dict[str, Tensor]:
+        """A batch for the text tower."""
+        if not self.padding:
+            return {"input_ids": torch.tensor(ids)}
+        rows = {"input_ids": [list(row) for row in ids]}
+        padded = self.tokenizer.pad(rows, return_tensors="pt", **self.padding)
+        return dict(padded)
+
+    def _of_transformers(self, model: nn.Module, texts: list[str]) -> list[list[int]]:
+        tokenizer, config = self.tokenizer, towers.text_config(model)
+        config = getattr(config, "text_config", config)
+        longest = tokenizer.model_max_length
+        limit = min(
+            getattr(config, "max_position_embeddings", None) or longest, longest
         )
-        ids = tokenizer(texts, padding=False, truncation=True, max_length=limit)[
-            "input_ids"
-        ]
-    padding: dict[str, Any] = {"padding": "longest"}
-    if str(getattr(config, "model_type", "")).startswith("siglip"):
-        # It was trained on texts padded to the full length, without an attention mask, and reads the last position.
-        padding = {
-            "padding": "max_length",
-            "max_length": limit,
-            "return_attention_mask": False,
-        }
-    order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
-    padding["return_tensors"] = "pt"
-    return order, lambda chosen: dict(
-        tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, **padding)
-    )
+        ids = tokenizer(texts, padding=False, truncation=False, verbose=False)
+        cut = sum(len(text) > limit for text in ids["input_ids"])
+        if cut:
+            warnings.warn(
+                f"{cut} of {len(texts)} class descriptions were cut to {limit} tokens.",
+                stacklevel=4,
+            )
+            ids = tokenizer(texts, padding=False, truncation=True, max_length=limit)
+        self.padding = {"padding": "longest"}
+        model_type = getattr(towers.text_config(model), "model_type", "")
+        if str(model_type).startswith("siglip"):
+            # It was trained on texts padded to the full length, without a mask, and reads the last position.
+            self.padding = {
+                "padding": "max_length",
+                "max_length": limit,
+                "return_attention_mask": False,
+            }
+        return ids["input_ids"]

@@ -5,7 +5,7 @@ import glob
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
-from .collator import INPUTS, ImageCollator
-from .pictures import decoding_side, find_images, read_image
+from .collator import INPUTS
+from .pictures import find_images, read_image
 from .validation import check_labels
 
 
@@ -25,7 +25,7 @@ _KINDS = "a path, a folder, a PIL image, an array (H, W, 3), or a list of these"
 
 def make_batches(
     images: Any,
-    collator: ImageCollator,
+    collate: Callable[[list[Any]], dict[str, Tensor]],
     batch_size: int,
     title: str,
     on_error: str = "raise",
@@ -34,7 +34,7 @@ def make_batches(
 
     Args:
         images: What [`SageClassifier.predict`] and [`SageClassifier.embed`] take.
-        collator: Turns pictures into inputs.
+        collate: Makes inputs of a list of pictures.
         batch_size: Images in a batch, unless a loader makes the batches.
         title: Of the progress bar.
         on_error: "raise", or "skip" images that cannot be read; a batch of none but such is None.
@@ -57,7 +57,7 @@ def make_batches(
         for chunk in chunks:
             if isinstance(chunk, list):
                 chunk = [_stripped(item) for item in chunk]
-                batch, errors = _collate(chunk, collator, on_error)
+                batch, errors = _collate(chunk, collate, on_error)
             else:
                 batch = _inputs_of(chunk)
                 errors = [None] * len(batch["pixel_values"])
@@ -163,24 +163,27 @@ def _stripped(item: Any) -> Any:
 
 
 def _collate(
-    items: list[Any], collator: ImageCollator, on_error: str
+    items: list[Any], collate: Callable[[list[Any]], dict[str, Tensor]], on_error: str
 ) -> tuple[dict[str, Tensor] | None, list[str | None]]:
-    errors: list[str | None] = [None] * len(items)
     try:
-        return collator(items), errors
+        return collate(items), [None] * len(items)
     except ValueError:
         if on_error == "raise":
             raise
-    # Which ones it was.
-    side, readable = decoding_side(collator.image_processor), []
-    for index, item in enumerate(items):
-        is_row = isinstance(item, Mapping) and "image" in item
-        picture = item["image"] if is_row else item
-        try:
-            readable.append(read_image(picture, min_side=side))
-        except ValueError as error:
-            errors[index] = str(error)
-    return (collator(readable) if readable else None), errors
+    errors = [_reading_error(item) for item in items]
+    readable = [
+        item for item, error in zip(items, errors, strict=True) if error is None
+    ]
+    return (collate(readable) if readable else None), errors
+
+
+def _reading_error(item: Any) -> str | None:
+    is_row = isinstance(item, Mapping) and "image" in item
+    try:
+        read_image(item["image"] if is_row else item)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _unchanged(item: Any) -> Any:

@@ -122,7 +122,8 @@ def test_from_texts_encodes_once_and_keeps_the_names(folder, tmp_path, monkeypat
     assert written.class_names == list(texts)
     # What was kept needs no encoding; other texts do.
     monkeypatch.setattr(
-        "peft_sage.encoding._encode_texts", lambda *_: pytest.fail("encoded again")
+        "peft_sage.towers.embeddings.encode_text",
+        lambda *_: pytest.fail("encoded again"),
     )
     again = SageClassifier.from_texts(folder, NAMES, cache_dir=tmp_path / "kept")
     assert torch.equal(again.text_embeds, classifier.text_embeds)
