@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 #: Decay of the moving average per batch.
@@ -85,24 +86,65 @@ def within_class_residuals(values: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     return residuals, torch.where(images > 0, 1 - 1 / images.clamp(min=1), 0).sum()
 
 
-def compensate(
-    logits: Tensor, gamma: Tensor, variance: Tensor, factor: Tensor, rows: Tensor
+def compensation(
+    rows: Tensor,
+    covariance: Tensor | None,
+    gamma: Tensor,
+    labels: Tensor,
+    features: Tensor | None = None,
 ) -> Tensor:
-    """Logits (..., B, K) plus `gamma_y V_yk / 2`, up to a constant of each image, which changes no softmax.
+    """`gamma_y V_yk / 2` for rows `w_k` of a head, up to a constant of each image, which changes no softmax.
 
-    Logits `z_k = w_k f` with features of covariance Sigma have `V_yk = v_k + v_y - 2 w_y' Sigma w_k`, so this is
-    `z_k + gamma_y v_k / 2 - gamma_y w_y' Sigma w_k`.
+    With Sigma the covariance of the features, `V_yk = v_k + v_y - 2 w_y' Sigma w_k` and `v_k = w_k' Sigma w_k`; so
+    this is `gamma_y v_k / 2 - gamma_y w_y' Sigma w_k`. Differentiable once, with respect to the rows.
 
     Args:
-        logits: (..., B, K).
-        gamma: (B,) of the images' labels y.
-        variance: (..., K) `v_k = w_k' Sigma w_k`.
-        factor: (..., B, d) and
-        rows: (..., K, d), whose product is `w_y' Sigma w_k`.
+        rows: (..., K, e), in any number of heads at once.
+        covariance: (e, e); the identity when None.
+        gamma: (B,) of the images' labels.
+        labels: (B,) class indices y.
+        features: (B, e), whose logits `w_k f` are added.
+
+    Returns:
+        (..., B, K).
     """
-    gamma = gamma[:, None]
-    shifted = torch.addcmul(logits, gamma, variance[..., None, :] / 2)
-    return shifted - (gamma * factor) @ rows.mT
+    return _Compensation.apply(rows, covariance, gamma, labels, features)
+
+
+class _Compensation(torch.autograd.Function):
+    """With `P = W Sigma`, `u_i = f_i - gamma_i P_y` and G the gradient of the result, that of the rows is
+
+        G' U + diag(G' gamma) P,    and for the row of each image's label -gamma_i (G P)_i
+
+    which takes one product with Sigma, and one with the features and the rows of the labels together.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        covariance: Tensor | None,
+        gamma: Tensor,
+        labels: Tensor,
+        features: Tensor | None,
+    ) -> Tensor:
+        projected = rows if covariance is None else rows @ covariance
+        shifted = -gamma[:, None] * projected[..., labels, :]
+        if features is not None:
+            shifted = shifted + features
+        ctx.save_for_backward(projected, shifted, gamma, labels)
+        variance = (rows * projected).sum(dim=-1)
+        return torch.addcmul(
+            shifted @ rows.mT, gamma[:, None], variance[..., None, :], value=0.5
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        projected, shifted, gamma, labels = ctx.saved_tensors
+        rows = grad.mT @ shifted + (gamma @ grad)[..., None] * projected
+        of_labels = -gamma[:, None] * (grad @ projected)
+        return rows.index_add(-2, labels, of_labels), None, None, None, None
 
 
 def _gather(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from .covariance import compensate
+from .covariance import compensation
 from .loss import SageLoss
 from .validation import as_numbers, check_embeddings, check_labels
 
@@ -48,22 +48,18 @@ def fit_head(
             f"`loss` must be of the {len(text_embeds)} classes of `text_embeds`, got {len(loss.adjustment)}."
         )
     features, texts = (F.normalize(x.float(), dim=-1) for x in (features, text_embeds))
-    adjustment = loss.adjustment
-    if loss.trained_classes is not None:
-        kept = loss.trained_classes
-        adjustment = torch.full_like(adjustment, -torch.inf)
-        adjustment[kept] = loss.adjustment[kept]
     return train_heads(
         features,
         labels,
         texts.to(features),
-        adjustment[None].to(features),
+        loss.training_adjustment[None].to(features),
         loss.gamma.to(features),
         torch.tensor([loss.text_prior]).to(features),
         Generator().manual_seed(seed),
     )[0]
 
 
+@torch.no_grad()
 def train_heads(
     features: Tensor,
     labels: Tensor,
@@ -77,7 +73,7 @@ def train_heads(
 
     Args:
         features: (n, e), of unit length.
-        labels: (n,) class indices.
+        labels: (n,) class indices, on any device.
         texts: (K, e), of unit length.
         adjustment: (H, K), added to the logits; -inf leaves a class out of the softmax.
         gamma: (K,) of the compensation.
@@ -94,24 +90,23 @@ def train_heads(
     residuals = SCALE * (features - (sums / images.clamp(min=1)[:, None])[labels])
     degrees_of_freedom = (len(labels) - (images > 0).sum()).clamp(min=1)
     covariance = residuals.T @ residuals / degrees_of_freedom
-    weight = texts.expand(heads, -1, -1).clone().requires_grad_()
-    optimizer = torch.optim.AdamW([weight], lr=LEARNING_RATE)
+    weight = texts.expand(heads, -1, -1).clone()
+    optimizer = torch.optim.AdamW([weight], lr=LEARNING_RATE, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for batch in order[: STEPS * size].split(size):
-        label = labels[batch]
+        label, norm = labels[batch], weight.norm(dim=-1, keepdim=True)
+        rows = (weight / norm).requires_grad_()
         with torch.enable_grad():
-            rows = F.normalize(weight, dim=-1)
-            projected = rows @ covariance
-            variance = (projected * rows).sum(dim=-1)
-            logits = SCALE * features[batch] @ rows.mT + adjustment[:, None]
-            logits = compensate(
-                logits, gamma[label], variance, projected[:, label], rows
+            logits = adjustment[:, None] + compensation(
+                rows, covariance, gamma[label], label, SCALE * features[batch]
             )
             prior = strengths @ (1 - (rows * texts).sum(dim=-1)).mean(dim=1)
             # Each head is a run of its own: their losses add up.
             loss = F.cross_entropy(logits.flatten(0, 1), label.repeat(heads))
             (heads * loss + prior).backward()
+        # The gradient of the weight is that of its direction, without the part along it.
+        along = (rows.grad * rows).sum(dim=-1, keepdim=True)
+        weight.grad = torch.addcmul(rows.grad, along, rows, value=-1).div_(norm)
         optimizer.step()
         schedule.step()
-        optimizer.zero_grad()
-    return F.normalize(weight.detach(), dim=-1)
+    return F.normalize(weight, dim=-1)

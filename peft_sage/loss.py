@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .covariance import WithinClassCovariance, compensate, within_class_residuals
+from .covariance import WithinClassCovariance, compensation, within_class_residuals
 from .validation import (
     as_numbers,
     check_class_counts,
@@ -129,6 +129,15 @@ class SageLoss(nn.Module):
         shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in settings)
         return f"num_classes={len(self.adjustment)}, {shown}"
 
+    @property
+    def training_adjustment(self) -> Tensor:
+        """(K,) adjustment while training: minus infinity for classes that are left out of the softmax."""
+        if self.trained_classes is None:
+            return self.adjustment
+        left_out = torch.full_like(self.adjustment, -torch.inf)
+        kept = self.trained_classes
+        return left_out.index_copy(0, kept, self.adjustment[kept])
+
     def reset(self) -> None:
         """Forget the covariance that was measured, before another run."""
         self.covariance.reset()
@@ -229,15 +238,10 @@ class SageLoss(nn.Module):
         if _has_features(entries):
             rows = entries["logit_scale"] * entries["class_embeds"]
             covariance = self.covariance.matrix.to(logits)
-            # Twice the gradient of one factor is that of the square, without a second product of the head's size.
-            half_gradient = (rows * (rows.detach() @ covariance)).sum(dim=1)
-            variance = 2 * half_gradient - half_gradient.detach()
-            factor = rows[targets] @ covariance
         else:
             residuals, degrees = within_class_residuals(logits, labels)
-            rows = (residuals / degrees.clamp(min=1).sqrt()).T
-            variance, factor = rows.square().sum(dim=1), rows[targets]
-        return compensate(logits, gamma[targets], variance, factor, rows)
+            rows, covariance = (residuals / degrees.clamp(min=1).sqrt()).T, None
+        return logits + compensation(rows, covariance, gamma[targets], targets)
 
     def _text_terms(self, entries: dict[str, Any]) -> Tensor | int:
         """The prior, which is one number, and the guidance (B,)."""

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the class texts are to be trusted: the strength of `SageLoss`'s text prior, chosen by cross-validation."""
+"""How far the class texts are to be trusted: settings of `SageLoss`, chosen by cross-validation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,10 @@ from .validation import (
 
 #: With more classes, or more images of a class, a random part of them decides, so that the choice takes seconds.
 MAX_CLASSES, MAX_IMAGES = 500, 500
+#: What a class without images may be given as its count; with None it is left out of the softmax.
+ABSENT_COUNTS = (1.0, 0.1, 0.01, None)
+#: The share of the classes that is treated as absent in a fold is one of this number.
+ABSENT_PARTS = 5
 
 
 @dataclass(frozen=True)
@@ -46,10 +51,20 @@ class TextPrior:
 
     def __str__(self) -> str:
         tried = ", ".join(
-            f"{strength:g}: {100 * score:.1f} %"
+            f"{strength:g}: {100 * score:.1f}%"
             for strength, score in self.scores.items()
         )
         return f"text prior {self.strength:g} (held-out balanced accuracy by strength: {tried})"
+
+
+class _Sample(NamedTuple):
+    """The images that decide: unit rows, labels and counts of the classes they have, and folds."""
+
+    features: Tensor
+    labels: Tensor
+    texts: Tensor
+    counts: Tensor
+    fold: Tensor
 
 
 def choose_text_prior(
@@ -66,7 +81,9 @@ def choose_text_prior(
     """Choose the strength of the text prior by stratified cross-validation on the training images.
 
     For each strength and fold a cosine head that starts from the texts is trained on the other folds with the loss of
-    [`SageLoss`]. Chosen is the strength with the best balanced accuracy on the held-out images.
+    [`SageLoss`]. Chosen is the strength with the best balanced accuracy on the held-out images. If there are classes
+    without images, further folds treat a fifth of the other classes as absent, and choose how such classes stand in
+    the loss, by the accuracy over absent and present classes in the proportion in which they will be met.
 
     Args:
         features: (n, e) image embeddings of the frozen tower, on any device.
@@ -83,47 +100,38 @@ def choose_text_prior(
     """
     labels = as_numbers(labels, "labels")
     groups = None if groups is None else as_numbers(groups, "groups")
-    strengths, rng = (
-        _check(features, labels, text_embeds, strengths, folds, groups),
-        Generator().manual_seed(seed),
-    )
-    counted = (
-        torch.bincount(labels, minlength=len(text_embeds))
-        if class_counts is None
-        else class_counts
-    )
-    counts = check_class_counts(counted, len(text_embeds))
-    present = labels.unique()
-    present = present[torch.randperm(len(present), generator=rng)[:MAX_CLASSES]]
-    images = (
-        torch.isin(labels, present) & (_rank(labels, rng) < MAX_IMAGES)
-    ).nonzero()[:, 0]
-    classes, own = labels[images].unique(return_inverse=True)
+    strengths = _check(features, labels, text_embeds, strengths, folds, groups)
+    if class_counts is None:
+        class_counts = torch.bincount(labels, minlength=len(text_embeds))
+    counts = check_class_counts(class_counts, len(text_embeds))
+    rng = Generator().manual_seed(seed)
+    images, classes = _draw(labels, rng)
+    own = torch.searchsorted(classes, labels[images])
     fold = _folds(own, None if groups is None else groups[images], folds, rng)
-    held_out = own[fold >= 0].unique()
-    if not len(held_out):
+    if not (fold >= 0).any():
         raise ValueError(
             "`labels` must have a class with two images (or groups) to hold out; give a text prior."
         )
-    features, texts = (
-        F.normalize(x.float(), dim=-1) for x in (features[images], text_embeds[classes])
-    )
-    texts, tried = texts.to(features), torch.tensor(strengths).to(features)
-    probability, predicted = _cross_validate(
-        features, own, texts, counts[classes], fold, tried, rng
-    )
-    correct = (predicted == own).float()
-    scores = torch.stack(
-        [correct[:, (fold >= 0) & (own == k)].mean(dim=1) for k in held_out]
-    ).mean(dim=0)
-    chosen = int(scores.argmax())
+    unit = [F.normalize(x.float(), dim=-1) for x in (features[images], text_embeds)]
+    texts = unit[1][classes].to(unit[0])
+    sample = _Sample(unit[0], own, texts, counts[classes].clamp(min=1), fold)
+
+    probability, predicted = _cross_validate(sample, strengths, rng)
+    correct = (predicted == own).float().masked_fill(fold < 0, torch.nan)
+    scores = _class_means(correct, own).nanmean(dim=1)
+    chosen, absent, missing = int(scores.argmax()), 1.0, int((counts == 0).sum())
+    if missing and len(classes) > 1:
+        tried = range(len(strengths))
+        near = [strengths[k] for k in (chosen, chosen - 1, chosen + 1) if k in tried]
+        strength, absent = _choose_absent(sample, near, missing / len(counts), rng)
+        chosen = strengths.index(strength)
     label_probability = torch.full(labels.shape, torch.nan)
     label_probability[images] = probability[chosen]
-    predicted_label = torch.full_like(labels, -1, dtype=torch.int64)
-    predicted_label[images] = torch.where(fold < 0, -1, classes[predicted[chosen]])
+    predicted_label = torch.full(labels.shape, -1)
+    predicted_label[images] = classes[predicted[chosen]].masked_fill(fold < 0, -1)
     return TextPrior(
         strengths[chosen],
-        1.0,
+        absent,
         dict(zip(strengths, scores.tolist(), strict=True)),
         label_probability,
         predicted_label,
@@ -131,37 +139,86 @@ def choose_text_prior(
 
 
 def _cross_validate(
-    features: Tensor,
-    labels: Tensor,
-    texts: Tensor,
-    counts: Tensor,
-    fold: Tensor,
-    tried: Tensor,
-    rng: Generator,
+    sample: _Sample, strengths: list[float], rng: Generator
 ) -> tuple[Tensor, Tensor]:
     """Probability of its label, and the likeliest class, of each held-out image: (strengths, n) each."""
-    probability = torch.full((len(tried), len(labels)), torch.nan)
-    predicted = torch.zeros(len(tried), len(labels), dtype=torch.int64)
+    fold, labels = sample.fold, sample.labels
+    probability = torch.full((len(strengths), len(labels)), torch.nan)
+    predicted = torch.zeros(len(strengths), len(labels), dtype=torch.int64)
     for k in fold[fold >= 0].unique():
-        train, held_out = (fold != k).nonzero()[:, 0], (fold == k).nonzero()[:, 0]
-        share = torch.bincount(labels[train], minlength=len(texts)) / torch.bincount(
-            labels
-        )
-        loss = SageLoss((counts * share).round()).to(features.device)
-        heads = train_heads(
-            features[train],
-            labels[train],
-            texts,
-            loss.adjustment.expand(len(tried), -1),
-            loss.gamma,
-            tried,
-            rng,
-        )
-        logits = (SCALE * features[held_out] @ heads.mT).cpu()
+        settings = [(strength, 1.0) for strength in strengths]
+        heads = _train(sample, fold != k, settings, rng)
+        held_out = (fold == k).nonzero()[:, 0]
+        logits = (SCALE * sample.features[held_out] @ heads.mT).cpu()
         of_label = logits.softmax(dim=2)[:, range(len(held_out)), labels[held_out]]
         probability[:, held_out] = of_label
         predicted[:, held_out] = logits.argmax(dim=2)
     return probability, predicted
+
+
+def _choose_absent(
+    sample: _Sample, strengths: list[float], missing: float, rng: Generator
+) -> tuple[float, float | None]:
+    """The best strength, and count of an absent class, where a share `missing` of all classes has no images."""
+    settings = [(strength, count) for count in ABSENT_COUNTS for strength in strengths]
+    order = torch.randperm(len(sample.texts), generator=rng)
+    present, absent = torch.full((2, len(settings), len(sample.labels)), torch.nan)
+    for k in sample.fold[sample.fold >= 0].unique():
+        left_out = torch.isin(
+            sample.labels, order[int(k) % ABSENT_PARTS :: ABSENT_PARTS]
+        )
+        train = (sample.fold != k) & ~left_out
+        if not left_out.any() or not train.any():
+            continue
+        heads = _train(sample, train, settings, rng)
+        for images, results in (
+            ((sample.fold == k) & ~left_out, present),
+            (left_out, absent),
+        ):
+            logits = sample.features[images] @ heads.mT
+            correct = logits.argmax(dim=2).cpu() == sample.labels[images]
+            results[:, images] = correct.float()
+    seen, unseen = (
+        _class_means(results, sample.labels).nanmean(dim=1).nan_to_num(0)
+        for results in (present, absent)
+    )
+    scores = (1 - missing) * seen + missing * unseen
+    return settings[int(scores.argmax())]
+
+
+def _train(
+    sample: _Sample,
+    train: Tensor,
+    settings: list[tuple[float, float | None]],
+    rng: Generator,
+) -> Tensor:
+    """A head for each pair of strength and absent count, trained on some of the images."""
+    features, labels = sample.features[train], sample.labels[train]
+    classes = len(sample.texts)
+    images = torch.bincount(labels, minlength=classes)
+    share = images / torch.bincount(sample.labels, minlength=classes)
+    counts = (sample.counts * share).round().clamp(min=1) * (images > 0)
+    losses = {
+        absent: SageLoss(counts, absent=absent).to(features.device)
+        for absent in {absent for _, absent in settings}
+    }
+    return train_heads(
+        features,
+        labels,
+        sample.texts,
+        torch.stack([losses[absent].training_adjustment for _, absent in settings]),
+        losses[settings[0][1]].gamma,
+        torch.tensor([strength for strength, _ in settings]).to(features),
+        rng,
+    )
+
+
+def _class_means(values: Tensor, labels: Tensor) -> Tensor:
+    """Means (H, K) over the images of each class of values (H, n), where NaN is left out."""
+    known = ~values.isnan()
+    sums = torch.zeros(len(values), int(labels.max()) + 1)
+    images = sums.index_add(1, labels, known.float())
+    return sums.index_add(1, labels, values.where(known, 0)) / images
 
 
 def _check(
@@ -178,9 +235,17 @@ def _check(
     if groups is not None:
         check_labels(groups, len(features), None, name="groups")
     check_integer("folds", folds, 2)
-    for strength in strengths or (None,):
-        check_number("strengths", strength, 0)
-    return sorted(set(strengths))
+    tried = list(strengths) or [None]
+    return sorted({check_number("strengths", strength, 0) for strength in tried})
+
+
+def _draw(labels: Tensor, rng: Generator) -> tuple[Tensor, Tensor]:
+    """The images that decide, and their classes in order."""
+    present = labels.unique()
+    present = present[torch.randperm(len(present), generator=rng)[:MAX_CLASSES]]
+    few_enough = _rank(labels, rng) < MAX_IMAGES
+    images = (torch.isin(labels, present) & few_enough).nonzero()[:, 0]
+    return images, present.sort().values
 
 
 def _rank(labels: Tensor, rng: Generator) -> Tensor:
@@ -188,16 +253,15 @@ def _rank(labels: Tensor, rng: Generator) -> Tensor:
     order = torch.randperm(len(labels), generator=rng)
     order = order[labels[order].argsort(stable=True)]
     sizes = torch.bincount(labels)
-    return (torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[labels[order]])[
-        order.argsort()
-    ]
+    starts = sizes.cumsum(0) - sizes
+    ranks = torch.arange(len(order)) - starts[labels[order]]
+    return ranks[order.argsort()]
 
 
 def _folds(labels: Tensor, groups: Tensor | None, folds: int, rng: Generator) -> Tensor:
     """The fold (n,) in which each image is held out; -1 for classes with a single image or group."""
-    _, unit = (torch.arange(len(labels)) if groups is None else groups).unique(
-        return_inverse=True
-    )
+    groups = torch.arange(len(labels)) if groups is None else groups
+    _, unit = groups.unique(return_inverse=True)
     # A group that holds several classes counts for that of its first image.
     first = torch.full((int(unit.max()) + 1,), len(labels)).scatter_reduce(
         0, unit, torch.arange(len(labels)), "amin"
