@@ -202,6 +202,11 @@ def fsdp2(folder: Path) -> None:
     rank, processes = dist.get_rank(), dist.get_world_size()
     sharded, whole = make_model(), make_model()
     mesh = init_device_mesh("cpu", (processes,))
+    # As PEFT's policy for wrapping does: every trained module is a unit, the head too.
+    for module in sharded.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.requires_grad:
+            fully_shard(module, mesh=mesh)
     for layer in sharded.get_base_model().model.vision_model.encoder.layers:
         fully_shard(layer, mesh=mesh)
     # It takes no scalars, and CLIP has one.

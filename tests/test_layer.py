@@ -85,6 +85,18 @@ def test_guidance_is_a_set():
     torch.testing.assert_close(layer(x), before)
 
 
+def test_guidance_follows_the_device_of_the_block_that_asks(clip):
+    """As with `device_map="auto"`: blocks on several devices, of which the first keeps the guidance."""
+    model = get_peft_model(clip, SageConfig(guidance=torch.randn(9, 6)))
+    first, *others = (m for m in model.modules() if isinstance(m, SageLayer))
+    for layer in others:
+        layer.to("meta")
+        assert layer(torch.randn(2, 5, 32, device="meta")).is_meta
+    model.set_guidance(torch.randn(4, 6))
+    assert first.shared_guidance["default"].rows.device.type == "cpu"
+    assert others[0](torch.randn(2, 5, 32, device="meta")).shape == (2, 5, 32)
+
+
 def test_guidance_has_no_gradient_and_unit_rows():
     layer = make(torch.randn(9, 6) * 10)
     guidance = layer.shared_guidance["default"].rows
