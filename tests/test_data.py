@@ -198,11 +198,19 @@ def test_groups_of_a_column(tmp_path):
     assert len(set(load_images(DEMO).train["group"])) == 939
     with pytest.raises(ValueError, match="no column 'x'.*`group_column`"):
         load_images(path, group_column="x")
-    write_parquet(tmp_path / "2" / "train.parquet", ["a", "b"], group=[1, 2])
-    write_parquet(tmp_path / "2" / "test.parquet", ["a", "b"], group=[1, 3])
+    labels = [*"aabb"]
+    for split, groups in {"train": [1, 1, 2, 3], "test": [1, 4, 4, 5]}.items():
+        write_parquet(
+            tmp_path / "2" / f"{split}.parquet", labels, group=groups, object=labels
+        )
     data = load_images(tmp_path / "2")
-    assert [*data.train["group"], *data.test["group"]] == [0, 1, 0, 2]
-    assert "1 values of 'group' are in both" in str(data)
+    assert [*data.train["group"], *data.test["group"]] == [0, 0, 1, 2, 0, 3, 3, 4]
+    assert "1 values of 'group' are in the training and in the test" in str(data)
+    coarse = load_images(tmp_path / "2", group_column="object")
+    assert coarse.train["group"] == [0, 0, 1, 1]
+    for split in ("train", "test"):
+        write_parquet(tmp_path / "3" / f"{split}.parquet", labels, object=labels)
+    assert load_images(tmp_path / "3").grouped_by is None
 
 
 # Classes
@@ -300,11 +308,11 @@ def test_labels_of_every_type(labels, kind, names, tmp_path):
     ("labels", "message"),
     [
         ([1, None, 3], "'label' has no label in row 1 of train.parquet"),
-        ([1.0, float("nan")], "'label' has a label that is not an integer in row 1"),
-        ([1.0, 2.0, 2.5], "not an integer in row 2"),
-        ([float("inf"), 1.0], "not an integer in row 0"),
-        ([0, 1, -1], "negative label, .*, in row 2"),
-        (["a", " ", "b"], "an empty label in row 1"),
+        ([1.0, float("nan")], "'label' has not an integer .nan. in row 1 of train"),
+        ([1.0, 2.0, 2.5], "not an integer .2.5. in row 2"),
+        ([float("inf"), 1.0], "not an integer .inf. in row 0"),
+        ([0, 1, -1], "negative label .-1., .*, in row 2"),
+        (["a", " ", "b"], "no label in row 1"),
         ([[0], [1]], "must hold class names or integers, got list"),
         ([b"a", b"b"], "must hold class names or integers, got binary"),
         ([1, 2], "'label' has integers in 'train' and class names in 'test'"),
@@ -396,7 +404,7 @@ def test_what_is_no_data_set(tmp_path, monkeypatch):
     table = tmp_path / "a" / "a.parquet"
     for source, arguments, message in [
         ("./nowhere", {}, "`source` './nowhere' is not a folder"),
-        ("nobody/nothing", {}, "'nobody/nothing' is neither a folder nor a data set"),
+        ("nobody/nothing", {}, "'nobody/nothing' is neither a folder nor on the Hub"),
         (tmp_path / "x.txt", {}, "x.txt' is neither"),
         (tmp_path / "x.parquet", {}, "x.parquet' cannot be read"),
         (tmp_path, {"test_split": "train"}, "`train_split` must differ"),

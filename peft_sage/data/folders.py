@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a folder is: tables of splits, one table, folders of splits, or class folders.
+
+A split is one only where it is meant as such: the first folder of `train/CLASS/*.jpg`, a table's name, a column
+`split`; never a word somewhere in a path, as it is to `datasets`.
+"""
+
+import os
+import re
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ..pictures import is_image_name, is_shown
+from .hub import SAVED, read_saved
+from .labels import Classes, tidy
+from .parquet import is_parquet
+from .splits import match_splits
+from .table import Request, Table, preview
+from .tables import has_columns, read_list, read_table_of_all, read_tables
+
+
+#: Tables of files in an image folder, as `datasets` has them.
+METADATA = ["metadata.csv", "metadata.jsonl"]
+#: Texts of the classes, which are no table of images.
+DESCRIPTIONS = ["descriptions.json", "descriptions.csv"]
+#: What Windows leaves in folders.
+LEFTOVERS = ["thumbs.db", "desktop.ini"]
+
+
+def read_folder(request: Request, root: Path) -> dict[str, Table]:
+    """Return the splits under the keys of `request.splits`, as far as there are any, or all images under ""."""
+    folders, files = _entries(root)
+    if SAVED & set(files):
+        return read_saved(request)
+    parquet = [root / name for name in files]
+    for name in folders:
+        parquet += [root / name / file for file in _entries(root / name)[1]]
+    parquet = [path for path in parquet if is_parquet(path)]
+    if tables := _tables_of_splits(request, parquet):
+        return _read_and_note(request, tables, parquet)
+    lists = [
+        root / name
+        for name in files
+        if name.lower().endswith((".csv", ".tsv", *METADATA))
+        and name not in DESCRIPTIONS
+    ]
+    matched = match_splits(folders, request.splits)
+    inside = _entries(root / matched["train"]) if "train" in matched else ([], [])
+    has_class_folders = bool(inside[0] or set(METADATA) & set(inside[1]))
+    tables = _tables_of_splits(request, [x for x in lists if x.name not in METADATA])
+    fitting = [path for path in lists + parquet if has_columns(request, path)]
+    in_tables = {path for paths in tables.values() for path in paths}
+    if tables and (not has_class_folders or in_tables <= set(fitting)):
+        return _read_and_note(request, tables, lists)
+    if len(fitting) == 1:
+        return read_table_of_all(request, fitting[0])
+    if has_class_folders:
+        unread = [name for name in folders if name not in matched.values()]
+        unread += [path.name for path in lists] + [*filter(is_image_name, files)]
+        request.note_unread(unread)
+        return {k: _class_folders(request, root / v) for k, v in matched.items()}
+    return _without_splits(request, root, [*matched.values()])
+
+
+def find_descriptions(root: Path) -> Path | None:
+    """Return the file with the texts of the classes that a folder has, if it has one."""
+    files = [root / name for name in DESCRIPTIONS]
+    return next((path for path in files if path.is_file()), None)
+
+
+def _without_splits(
+    request: Request, root: Path, matched: list[str]
+) -> dict[str, Table]:
+    folders, files = _entries(root)
+    if any(_entries(root / name)[0] for name in matched):
+        request.match(folders)  # raises, as there is nothing to train on
+    columns = f"the columns {request.image_column!r} and {request.label_column!r}"
+    if matched and set(folders) <= set(matched):
+        raise ValueError(
+            f"Folder {str(root)!r} has no class folders in {folders}, nor a table with {columns}."
+        )
+    table = _class_folders(request, root)
+    if not len(table.labels):
+        raise ValueError(
+            f"Folder {str(root)!r} contains neither train/CLASS/*.jpg nor CLASS/*.jpg nor a table with {columns}, "
+            f"only {(folders + files)[:10]}."
+        )
+    return {"": table}
+
+
+def _class_folders(request: Request, folder: Path) -> Table:
+    """Read a folder per class; an empty one is a class, too, but not one with other files only."""
+    folders, files = _entries(folder)
+    for name in METADATA:
+        if name in files and has_columns(request, folder / name):
+            return _with_unlisted(request, folder / name)
+    where = f"Folder {str(folder)!r}, with a folder per class,"
+    request.choose_columns(["image", "label"], where)
+    loose = [request.relative(folder / name) for name in filter(is_image_name, files)]
+    if loose and request.strict:
+        raise ValueError(
+            f"Image {loose[0]!r} is outside the class folders, like {len(loose) - 1} others; `on_bad_image='skip'` "
+            "leaves such images out."
+        )
+    names, labels, paths, others, unread = [], [], [], [], []
+    for name in folders:
+        inner, files = _entries(folder / name)
+        if deep := next(
+            (x for one in inner for x in _below(folder / name / one)), None
+        ):
+            raise ValueError(
+                f"Image {request.relative(deep)!r} lies deeper than {name}/*: its class may be {name!r} or another."
+            )
+        images = [file for file in files if is_image_name(file)]
+        rest = [folder / name / file for file in files if not is_image_name(file)]
+        others += [request.relative(x) for x in rest if x.name.lower() not in LEFTOVERS]
+        if rest and not images:
+            unread.append(name)
+            continue
+        labels += [len(names)] * len(images)
+        names.append(tidy(name))
+        paths += [str(folder / name / file) for file in images]
+    if unread:
+        request.notes.append(
+            f"No classes, as they contain no images: {preview(unread)}."
+        )
+    skipped = {
+        "outside the class folders": loose,
+        "without an image's file extension": others,
+    }
+    files = [request.relative(path) for path in paths]
+    codes = np.array(labels, np.int64)
+    return Table(codes, Classes(names), files, paths=paths, skipped=skipped)
+
+
+def _with_unlisted(request: Request, path: Path) -> Table:
+    table = read_list(request, path)
+    unlisted = sorted(set(_below(path.parent)) - set(table.paths or []))
+    files = [request.relative(file) for file in unlisted]
+    table.skipped = {f"not listed in {path.name}": files}
+    return table
+
+
+def _tables_of_splits(request: Request, paths: list[Path]) -> dict[str, list[Path]]:
+    """Group tables by split: called after it, apart from the number of a shard, or in a folder called so."""
+    groups: list[dict[str, list[Path]]] = [{}, {}]
+    for path in paths:
+        groups[0].setdefault(re.sub(r"[-_.]\d.*", "", path.stem), []).append(path)
+        if path.parent != request.root:
+            groups[1].setdefault(path.parent.name, []).append(path)
+    for group in groups:
+        matched = match_splits(group, request.splits)
+        if "train" not in matched:
+            continue
+        tables = {key: sorted(group[name]) for key, name in matched.items()}
+        for files in tables.values():
+            several = files[1:] and not is_parquet(files[0])
+            if several or len({file.parent for file in files}) > 1:
+                found = [request.relative(file) for file in files]
+                raise ValueError(
+                    f"Which of these tables is the split: {preview(found)}?"
+                )
+        return tables
+    return {}
+
+
+def _read_and_note(
+    request: Request, tables: dict[str, list[Path]], found: list[Path]
+) -> dict[str, Table]:
+    used = {path for paths in tables.values() for path in paths}
+    unread = [x for x in found if x not in used and has_columns(request, x)]
+    request.note_unread([request.relative(path) for path in unread])
+    return read_tables(request, tables)
+
+
+def _entries(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the names of the folders and files in a folder, sorted, without hidden ones and what macOS leaves."""
+    with os.scandir(folder) as entries:
+        shown = [(x.name, x.is_dir()) for x in entries if is_shown(x.name)]
+    shown.sort(key=lambda entry: unicodedata.normalize("NFC", entry[0]))
+    for name, _ in shown:
+        if name != name.encode(errors="replace").decode():
+            raise ValueError(
+                f"{str(folder / name)!r} has a name that is not UTF-8; rename it."
+            )
+    folders = [name for name, is_folder in shown if is_folder]
+    return folders, [name for name, is_folder in shown if not is_folder]
+
+
+def _below(folder: Path) -> Iterator[str]:
+    """Yield the images in a folder and in all folders below it."""
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(filter(is_shown, folders))
+        images = sorted(filter(is_image_name, files))
+        yield from (os.path.join(parent, name) for name in images)
