@@ -308,7 +308,7 @@ def test_labels_of_every_type(labels, kind, names, tmp_path):
     ("labels", "message"),
     [
         ([1, None, 3], "'label' has no label in row 1 of train.parquet"),
-        ([1.0, float("nan")], "'label' has not an integer .nan. in row 1 of train"),
+        ([1.0, float("nan")], "not an integer .nan. in row 1"),
         ([1.0, 2.0, 2.5], "not an integer .2.5. in row 2"),
         ([float("inf"), 1.0], "not an integer .inf. in row 0"),
         ([0, 1, -1], "negative label .-1., .*, in row 2"),
