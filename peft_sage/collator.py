@@ -2,7 +2,6 @@
 """Batches of pixels from pictures: the same way for training, evaluation, embedding and prediction."""
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from .pictures import decoding_side, read_image
+from .pictures import available_cores, decoding_side, read_image
 
 
 AUGMENTS = ("crop-flip", "resized-crop-flip")
@@ -320,9 +319,9 @@ def _in_threads(
     function: Callable[[Sequence[Any]], Any], pictures: Iterable[Any]
 ) -> list[Any]:
     """Apply a function to a few pictures at a time, which processors take in half the time, with a thread per core."""
-    pictures, cores = list(pictures), 1
-    if get_worker_info() is None:  # a worker of a loader is one of many
-        cores = len(getattr(os, "sched_getaffinity", lambda _: range(1))(0))
+    pictures = list(pictures)
+    # A worker of a loader is one of many.
+    cores = available_cores() if get_worker_info() is None else 1
     size = max(1, min(8, math.ceil(len(pictures) / cores)))
     parts = [pictures[start : start + size] for start in range(0, len(pictures), size)]
     if cores == 1 or len(parts) == 1:

@@ -114,6 +114,13 @@ def _images_in(folder: Path, recursive: bool) -> Iterator[Path]:
         yield from (Path(parent, name) for name in sorted(files) if is_image_name(name))
 
 
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def is_shown(name: str) -> bool:
     """Whether a file or folder is neither hidden nor what macOS leaves in an archive."""
     return not name.startswith(".") and name != "__MACOSX"

@@ -4,14 +4,14 @@
 import io
 import os
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import torch.distributed as dist
 from tqdm.auto import tqdm
 
-from ..pictures import read_image
+from ..pictures import available_cores, read_image
 from .table import Table
 
 
@@ -28,29 +28,28 @@ def find_unreadable(
     """
     connected = dist.is_available() and dist.is_initialized()
     rank, processes = (dist.get_rank(), dist.get_world_size()) if connected else (0, 1)
-    found: dict[str, dict[int, str]] = {key: {} for key in tables}
-    total = sum(len(table.rows[rank::processes]) for table in tables.values())
-    with (
-        ThreadPoolExecutor(_cores()) as pool,
-        tqdm(total=total, desc="checking images", disable=rank > 0, leave=False) as bar,
-    ):
-        for key, table in tables.items():
-            rows = table.rows[rank::processes]
-            check = partial(_problem, table, splits.get(key))
-            for start in range(0, len(rows), 1024):
-                part = rows[start : start + 1024].tolist()
-                for row, problem in zip(part, pool.map(check, part), strict=True):
-                    if problem:
-                        found[key][row] = problem
-                bar.update(len(part))
+    places = [(key, row) for key in tables for row in tables[key].rows.tolist()]
+    places = places[rank::processes]
+    bar = tqdm(total=len(places), desc="checking images", disable=rank > 0, leave=False)
+
+    def check(place: tuple[str, int]) -> tuple[str, int, str | None]:
+        key, row = place
+        return key, row, _problem(tables[key], splits.get(key), row)
+
+    found = []
+    with bar, ThreadPoolExecutor(available_cores()) as pool:
+        for start in range(0, len(places), 1024):
+            part = places[start : start + 1024]
+            found += [result for result in pool.map(check, part) if result[2]]
+            bar.update(len(part))
+    shares: list[Any] = [found]
     if connected:
-        shares: list = [None] * processes
+        shares = [None] * processes
         dist.all_gather_object(shares, found)
-        found = {
-            key: dict(sorted(x for share in shares for x in share[key].items()))
-            for key in tables
-        }
-    return found
+    problems: dict[str, dict[int, str]] = {key: {} for key in tables}
+    for key, row, problem in sorted(result for share in shares for result in share):
+        problems[key][row] = problem
+    return problems
 
 
 def refuse_shared_files(tables: dict[str, Table], splits: dict[str, str]) -> None:
@@ -87,9 +86,3 @@ def _problem(table: Table, split: str | None, row: int) -> str | None:
         except ValueError as error:
             return str(error)
     return None
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -141,15 +141,6 @@ def renumber(labels: np.ndarray, classes: Classes, united: Classes) -> np.ndarra
     return np.array([index[name] for name in classes.names], np.int64)[labels]
 
 
-def alike(names: Iterable[str]) -> list[list[str]]:
-    """Return names that differ by case, underscores or Unicode form only, and so give a text tower equal texts."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        key = unicodedata.normalize("NFKC", name).casefold().replace("_", " ")
-        found.setdefault(tidy(key), []).append(name)
-    return [group for group in found.values() if len(group) > 1]
-
-
 def _natural_key(name: str) -> tuple[bool, int, str]:
     # Numbers by their value: "10" comes after "9".
     is_number = name.isdecimal()

@@ -2,7 +2,6 @@
 """From what a user has to `ImageData`: read, check, draw missing splits, number the classes."""
 
 import os
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,12 @@ from datasets import (
     concatenate_datasets,
 )
 
-from ..descriptions import read_class_descriptions
+from ..descriptions import read_class_descriptions, warn_of_alike
 from .checks import find_unreadable, refuse_shared_files
 from .folders import find_descriptions, read_folder
 from .hub import read_datasets, read_hub
 from .image_data import ImageData
-from .labels import alike, renumber, tidy, unite
+from .labels import renumber, tidy, unite
 from .splits import draw_splits, object_names
 from .table import Request, Table, preview
 from .tables import read_table_of_all
@@ -67,32 +66,44 @@ def load_images(
         ValueError: If there is no such data set, split or column, if labels or images cannot be read, or if training
             and test have nothing in common. It names the file, row or column.
     """
+    columns = image_column, label_column, group_column
+    splits = {"train": train_split, "test": test_split, "validation": validation_split}
+    request = _request(source, columns, splits, on_bad_image)
+    return _load(request, descriptions, seed)
+
+
+def _request(
+    source: Any,
+    columns: tuple[str, str, str | None],
+    splits: dict[str, str],
+    on_bad_image: str,
+) -> Request:
     if on_bad_image not in ("error", "skip"):
         raise ValueError(
             f"`on_bad_image` must be 'error' or 'skip', got {on_bad_image!r}."
         )
-    if train_split in (validation_split, test_split):
-        raise ValueError(
-            f"`train_split` must differ from the other splits, got train_split={train_split!r}, "
-            f"validation_split={validation_split!r}, test_split={test_split!r}."
-        )
-    splits = {"train": train_split, "test": test_split}
-    if validation_split not in ("", "none", test_split):
-        splits["validation"] = validation_split
-    strict = on_bad_image == "error"
-    request = Request(source, splits, image_column, label_column, group_column, strict)
+    if splits["train"] in (splits["validation"], splits["test"]):
+        found = ", ".join(f"{key}_split={name!r}" for key, name in splits.items())
+        raise ValueError(f"`train_split` must differ from other splits, got {found}.")
+    if splits["validation"] in ("", "none", splits["test"]):
+        splits = {"train": splits["train"], "test": splits["test"]}
+    return Request(source, splits, *columns, strict=on_bad_image == "error")
+
+
+def _load(request: Request, descriptions: Any, seed: int) -> ImageData:
     tables = _read(request)
     if "" not in tables and "test" not in tables:
+        found = [request.splits[key] for key in tables]
         raise ValueError(
-            f"`source` {source!r} has no split {test_split!r}, only {[splits[key] for key in tables]}; `test_split` "
-            "names another. A folder of class folders without splits is split for you."
+            f"`source` {request.source!r} has no split {request.splits['test']!r}, only {found}; `test_split` names "
+            "another. A folder of class folders without splits is split for you."
         )
     skipped = _drop_unreadable(request, tables)
     names, texts = _number_classes(request, tables, descriptions)
     grouped_by = _group(request, tables)
     if "" in tables:
         tables = _draw(request, tables[""], seed)
-    refuse_shared_files(tables, splits)
+    refuse_shared_files(tables, request.splits)
     _check_splits(request, tables, names)
     parts = {key: _assemble(table, names) for key, table in tables.items()}
     return ImageData(
@@ -165,13 +176,7 @@ def _number_classes(
         table.labels = renumber(table.labels, table.classes, united)
         table.classes = united
     names = united.names
-    if similar := alike(names):
-        pairs = "; ".join(" and ".join(map(repr, group)) for group in similar[:10])
-        warnings.warn(
-            f"Classes with names that are alike but for case, underscores or Unicode form: {pairs}. If they are one "
-            "class, spell them in one way.",
-            stacklevel=4,
-        )
+    warn_of_alike(names)
     if not isinstance(described, dict):
         return names, names
     texts = {tidy(name): entry for name, entry in described.items()}
