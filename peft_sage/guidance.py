@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rows that the blocks of an adapter attend to: how they are made, where they are kept, how they are replaced."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -115,8 +115,10 @@ def set_guidance(
     texts: Any = None
     if source is None:
         names = getattr(model, "class_names", None)
-    elif not isinstance(source, Tensor):
+    elif isinstance(source, (Mapping, list, tuple)):
         names, texts = normalise_descriptions(source)
+    else:
+        check_embeddings(source, "guidance")
     rows, row_names = make_guidance(model, config, source, names)
     width = shared.rows.shape[1]
     if rows is None or rows.shape[1] != width:

@@ -51,8 +51,9 @@ def _message(name: str, kind: str, value: Any, low: float, high: float) -> str:
 def check_embeddings(embeddings: Tensor, name: str, width: int | None = None) -> None:
     """Raise unless they are rows (M, e): TypeError for their type, ValueError for shape, NaN, infinity or zeros."""
     if not isinstance(embeddings, Tensor) or not embeddings.is_floating_point():
-        found = getattr(embeddings, "dtype", type(embeddings))
-        raise TypeError(f"`{name}` must be floats (M, e), got {found}.")
+        is_tensor = isinstance(embeddings, Tensor)
+        found = embeddings.dtype if is_tensor else type(embeddings).__name__
+        raise TypeError(f"`{name}` must be a tensor of floats (M, e), got {found}.")
     shape = tuple(embeddings.shape)
     if len(shape) != 2 or shape[1] == 0 or width not in (None, shape[1]):
         raise ValueError(

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+from dataclasses import fields
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftConfig
@@ -32,6 +35,42 @@ def test_round_trip_gives_an_equal_config(tmp_path):
     )
     config.save_pretrained(tmp_path)
     assert PeftConfig.from_pretrained(tmp_path) == config
+
+
+def test_scalars_and_arrays_become_plain_values(tmp_path):
+    given = {
+        "r": np.int64(8),
+        "num_heads": np.int32(2),
+        "scaling": np.float32(0.5),
+        "dropout": torch.tensor(0.25),
+        "learnable_scaling": np.bool_(False),
+        "layers_to_transform": np.array([0, 2]),
+        "target_modules": ("mlp",),
+        "class_names": np.array(["cat", "dog"]),
+        "guidance_rows": np.uint8(3),
+        "tokenizer_name_or_path": Path("folder"),
+    }
+    SageConfig(guidance=torch.randn(2, 4), **given).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    plain = {**given, "target_modules": ["mlp"], "tokenizer_name_or_path": "folder"}
+    assert {name: saved[name] for name in given} == {
+        name: getattr(value, "tolist", lambda value=value: value)()
+        for name, value in plain.items()
+    }
+
+
+def test_every_field_is_described():
+    inherited = {field.name for field in fields(PeftConfig)}
+    own = [field for field in fields(SageConfig) if field.name not in inherited]
+    assert len(own) == 19 and all(len(field.metadata["help"]) > 20 for field in own)
+
+
+def test_keys_of_a_newer_version_are_named(tmp_path):
+    SageConfig(class_descriptions=["cat", "dog"]).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"gating": {"rank": 3}}))
+    with pytest.warns(UserWarning, match="gating"):
+        assert PeftConfig.from_pretrained(tmp_path).class_names == ["cat", "dog"]
 
 
 def test_tensor_is_not_serialised_and_stays_on_the_object(tmp_path):
@@ -73,7 +112,11 @@ def test_tensor_is_not_serialised_and_stays_on_the_object(tmp_path):
             ValueError,
             "1 entries, but there are 2",
         ),
-        ({"guidance": [[1.0]]}, TypeError, "got <class 'list'>"),
+        ({"guidance": [[1.0]]}, TypeError, "tensor of floats .*, got list"),
+        ({"guidance": np.ones((2, 3))}, TypeError, "got ndarray"),
+        ({"class_names": "cat"}, TypeError, "`class_names` must be a list of str"),
+        ({"init_weights": "no"}, TypeError, "`init_weights` must be True or False"),
+        ({"tokenizer_name_or_path": 3}, TypeError, "`tokenizer_name_or_path`"),
         ({"guidance": torch.ones(2, 3, dtype=torch.int64)}, TypeError, "torch.int64"),
         ({"guidance": torch.ones(3)}, ValueError, r"shape \(M, e\), got \(3,\)"),
         (

@@ -128,7 +128,11 @@ FEATURES, LABELS, TEXTS = make_bed([4, 4], "true")
             ValueError,
             r"`text_embeds` must have the shape \(M, 5\), got \(2, 16\)",
         ),
-        ({"features": FEATURES.long()}, TypeError, "`features` must be floats"),
+        (
+            {"features": FEATURES.long()},
+            TypeError,
+            "`features` must be a tensor of floats",
+        ),
         ({"features": FEATURES * torch.nan}, ValueError, "`features` must be finite"),
         (
             {"features": FEATURES * 0},
