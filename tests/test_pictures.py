@@ -25,68 +25,41 @@ def with_palette(image, **options):
     return saved(image.convert("P", palette=Image.Palette.ADAPTIVE), **options)
 
 
-def from_mode(mode, values, kind="TIFF"):
-    return saved(
-        Image.fromarray(np.array(values)).convert(mode)
-        if mode
-        else Image.fromarray(np.array(values)),
-        kind,
-    )
+def tiff(value, kind="TIFF"):
+    return saved(Image.fromarray(np.full((2, 3), value)), kind)
+
+
+def plain(mode, colour):
+    return saved(Image.new(mode, (3, 2), colour))
 
 
 RGB = Image.new("RGB", (3, 2), RED)
+MOVING = {"save_all": True, "append_images": [Image.new("RGB", (3, 2), WHITE)]}
+INK = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+GREY = (100, 100, 100)
 CASES = {
-    "16-bit grey": (
-        from_mode(None, np.full((2, 3), 25_700, np.uint16), "PNG"),
-        (100, 100, 100),
-    ),
-    "16-bit grey TIFF": (
-        from_mode(None, np.full((2, 3), 25_700, np.uint16)),
-        (100, 100, 100),
-    ),
-    "32-bit TIFF": (
-        from_mode(None, np.full((2, 3), 25_700, np.int32)),
-        (100, 100, 100),
-    ),
-    "dark 16-bit grey": (
-        from_mode(None, np.full((2, 3), 200, np.uint16), "PNG"),
-        (1, 1, 1),
-    ),
-    "float TIFF": (from_mode(None, np.full((2, 3), 0.4, np.float32)), (102, 102, 102)),
-    "float TIFF to 255": (
-        from_mode(None, np.full((2, 3), 100.4, np.float32)),
-        (100, 100, 100),
-    ),
-    "RGBA, transparent red": (saved(Image.new("RGBA", (3, 2), (255, 0, 0, 0))), WHITE),
-    "RGBA, half": (
-        saved(Image.new("RGBA", (3, 2), (200, 0, 100, 51))),
-        (244, 204, 224),
-    ),
-    "grey and alpha": (saved(Image.new("LA", (3, 2), (0, 0))), WHITE),
+    "16-bit grey": (tiff(np.uint16(25_700), "PNG"), GREY),
+    "16-bit grey TIFF": (tiff(np.uint16(25_700)), GREY),
+    "32-bit TIFF": (tiff(np.int32(25_700)), GREY),
+    "dark 16-bit grey": (tiff(np.uint16(200), "PNG"), (1, 1, 1)),
+    "float TIFF": (tiff(np.float32(0.4)), (102, 102, 102)),
+    "float TIFF to 255": (tiff(np.float32(100.4)), GREY),
+    "RGBA, transparent red": (plain("RGBA", (255, 0, 0, 0)), WHITE),
+    "RGBA, half": (plain("RGBA", (200, 0, 100, 51)), (244, 204, 224)),
+    "grey and alpha": (plain("LA", (0, 0)), WHITE),
     "palette": (with_palette(RGB), RED),
     "palette, transparent": (with_palette(RGB, transparency=0), WHITE),
     "RGB with a transparent colour": (saved(RGB, transparency=RED), WHITE),
-    "CMYK TIFF": (
-        saved(Image.new("CMYK", (3, 2), (0, 255, 255, 0)), "TIFF"),
-        (255, 0, 0),
-    ),
-    "CMYK JPEG": (
-        saved(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100),
-        (255, 0, 0),
-    ),
-    "1 bit": (saved(Image.new("1", (3, 2), 1)), WHITE),
+    "CMYK TIFF": (saved(INK, "TIFF"), (255, 0, 0)),
+    "CMYK JPEG": (saved(INK, "JPEG", quality=100), (255, 0, 0)),
+    "1 bit": (plain("1", 1), WHITE),
     "1 x 1": (saved(Image.new("RGB", (1, 1), RED)), RED),
-    "grey": (saved(Image.new("L", (3, 2), 100)), (100, 100, 100)),
-    "animated": (
-        saved(
-            RGB, "GIF", save_all=True, append_images=[Image.new("RGB", (3, 2), WHITE)]
-        ),
-        RED,
-    ),
+    "grey": (plain("L", 100), GREY),
+    "animated": (saved(RGB, "GIF", **MOVING), RED),
     "array": (np.full((2, 3, 3), RED, np.uint8), RED),
-    "16-bit array": (np.full((2, 3), 25_700, ">u2"), (100, 100, 100)),
+    "16-bit array": (np.full((2, 3), 25_700, ">u2"), GREY),
     "array of floats": (np.full((2, 3, 3), 0.4), (102, 102, 102)),
-    "array of whole numbers": (np.full((2, 3, 1), 100), (100, 100, 100)),
+    "array of integers": (np.full((2, 3, 1), 100), GREY),
     "array of truth values": (np.ones((2, 3), bool), WHITE),
     "array with alpha": (np.full((2, 3, 4), (255, 0, 0, 0), np.uint8), WHITE),
 }
@@ -116,16 +89,10 @@ def test_every_kind_of_picture(case, tmp_path):
 def test_pictures_are_upright(orientation, kind):
     upright = Image.new("RGB", (32, 16), "white")
     upright.paste("black", (0, 0, 8, 8))  # the upper left corner of a wide picture
-    back = {
-        2: "FLIP_LEFT_RIGHT",
-        3: "ROTATE_180",
-        4: "FLIP_TOP_BOTTOM",
-        5: "TRANSPOSE",
-        6: "ROTATE_90",
-    }
-    back |= {7: "TRANSVERSE", 8: "ROTATE_270"}
+    back = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_90"
+    back = f"{back} TRANSVERSE ROTATE_270".split()
     stored = (
-        upright.transpose(Image.Transpose[back[orientation]])
+        upright.transpose(Image.Transpose[back[orientation - 2]])
         if orientation > 1
         else upright
     )
