@@ -24,7 +24,7 @@ from ._peft_compat import BaseTunerLayer, active_module, adapters_off
 from .collator import ImageCollator
 from .descriptions import Descriptions, read_class_descriptions
 from .encoding import encode_class_descriptions, load_tokenizer
-from .guidance import set_guidance
+from .guidance import find_guidance, set_guidance
 from .head import CosineHead, can_be_saved
 from .prediction import best_classes, fit_temperature, make_batches
 from .saving import absolute, find_adapter, read_head, refuse_adapter, save_classifier
@@ -494,9 +494,10 @@ class SageClassifier(nn.Module, PushToHubMixin):
         if head is getattr(self.class_head, "original_module", None):
             return
         active = getattr(self.class_head, "active_adapters", None)
-        for name, config in getattr(self, "peft_config", {}).items():
-            shape = getattr(config, "guidance_shape", None) or [0, 0]
-            if shape[1] == head.in_features and (active is None or name in active):
+        for name in getattr(self, "peft_config", {}):
+            shared = find_guidance(self, name)
+            fits = shared is not None and shared.rows.shape[1] == head.in_features
+            if fits and (active is None or name in active):
                 set_guidance(self, None, name)
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:

@@ -2,8 +2,11 @@
 """`SageClassifier` from texts to predictions; what it saves comes back in one line, in another process too."""
 
 import json
+import shutil
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,15 +14,16 @@ import torch
 import torch.nn.functional as F
 from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from torch.utils.data import DataLoader
+from safetensors.torch import load_file
+from torch import nn
 from transformers import (
+    AutoImageProcessor,
     CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
     Siglip2Config,
     Siglip2ImageProcessor,
     Siglip2Model,
-    pipeline,
 )
 
 from peft_sage import SageClassifier, SageConfig, SageLoss, encode_class_descriptions
@@ -60,16 +64,6 @@ def pictures(count: int = 3) -> list[Image.Image]:
     ]
 
 
-def trained(model: PeftModel) -> PeftModel:
-    """The model with other weights wherever it is trained."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-    return model.eval()
-
-
 def assert_same(got: list[list[dict]], want: list[list[dict]]) -> None:
     """Equal but for the rounding of another batch size."""
     assert [[entry["label"] for entry in answer] for answer in got] == [
@@ -80,6 +74,16 @@ def assert_same(got: list[list[dict]], want: list[list[dict]]) -> None:
         for part in (got, want)
     ]
     torch.testing.assert_close(*scores, atol=1e-5, rtol=1e-5)
+
+
+def trained(model: PeftModel) -> PeftModel:
+    """The model with other weights wherever it is trained."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
 
 
 CONFIGS = {
@@ -303,82 +307,6 @@ def test_an_adapter_of_something_else_is_refused(folder, tmp_path, clip):
         SageClassifier.from_pretrained(tmp_path / "bare", clip=tiny_clip())
 
 
-def test_predict_reads_paths_folders_pictures_and_arrays_alike(folder, tmp_path):
-    classifier = SageClassifier.from_texts(folder, NAMES)
-    images = pictures()
-    (tmp_path / "new").mkdir()
-    for index, image in enumerate(images):
-        image.save(tmp_path / "new" / f"{index}.png")
-    (tmp_path / "new" / ".hidden.png").write_bytes(b"")
-    paths = sorted((tmp_path / "new").glob("[0-9].png"))
-    want = classifier.predict(images, top_k=3, batch_size=2)
-    for given in (
-        paths,
-        [str(path) for path in paths],
-        tmp_path / "new",
-        [np.asarray(image) for image in images],
-    ):
-        assert_same(classifier.predict(given, top_k=3), want)
-    assert [len(answer) for answer in want] == [3] * 3
-    for answer in want:
-        assert sum(entry["score"] for entry in answer) == pytest.approx(1, abs=1e-5)
-        assert answer[0]["score"] >= answer[1]["score"] and answer[0]["label"] in NAMES
-    rotated = images[0].rotate(90, expand=True)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    rotated.save(tmp_path / "turned.png", exif=exif)
-    assert_same(classifier.predict([tmp_path / "turned.png"], top_k=3), want[:1])
-
-
-def test_predict_names_what_it_cannot_read(folder, tmp_path):
-    classifier = SageClassifier.from_texts(folder, NAMES)
-    (tmp_path / "broken.png").write_bytes(b"no picture")
-    (tmp_path / "empty").mkdir()
-    for given, message in (
-        ([tmp_path / "broken.png"], "broken.png"),
-        ([tmp_path / "missing.png"], "missing.png"),
-        (tmp_path / "empty", "empty"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            classifier.predict(given)
-    with pytest.raises(
-        ValueError, match="`top_k` must be an integer, at least 1, got 0"
-    ):
-        classifier.predict(pictures(), top_k=0)
-    with pytest.raises(ValueError, match="`batch_size`"):
-        classifier.predict(pictures(), batch_size=0)
-    with pytest.raises(ValueError, match="`image_processor`"):
-        SageClassifier(tiny_clip(), torch.randn(3, 16)).predict(pictures())
-
-
-def test_embed_is_the_frozen_tower_whatever_is_given(folder):
-    classifier = SageClassifier.from_texts(folder, NAMES)
-    images = pictures(5)
-    pixels = processor()(images=images, return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        want = F.normalize(tiny_clip().get_image_features(pixels).pooler_output, dim=-1)
-    model = trained(get_peft_model(classifier, SageConfig())).train()
-    rows = [{"pixel_values": row, "labels": 0} for row in pixels]
-    loader = DataLoader(rows, batch_size=2)
-    for given in (
-        images,
-        rows,
-        loader,
-        ({"pixel_values": part} for part in pixels.split(2)),
-        [{"image": i} for i in images],
-    ):
-        torch.testing.assert_close(model.embed(given, batch_size=2), want)
-    # The adapters are on again, trained as before, and the model in its mode.
-    assert model.training and any(
-        "peft_sage_" in n for n, p in model.named_parameters() if p.requires_grad
-    )
-    assert not torch.allclose(
-        classifier.eval()(pixels).logits,
-        25 * want @ classifier.text_embeds.T,
-        atol=1e-3,
-    )
-
-
 def test_set_classes_reaches_the_trained_head_and_the_guidance(folder, pixel_values):
     model = get_peft_model(SageClassifier.from_texts(folder, NAMES), SageConfig())
     randomise(model)
@@ -400,21 +328,6 @@ def test_set_classes_reaches_the_trained_head_and_the_guidance(folder, pixel_val
         ValueError, match=r"`classes` must have the shape \(M, 16\), got \(8, 15\)"
     ):
         model.set_classes(torch.randn(8, 15))
-
-
-def test_pipeline(folder):
-    classifier = SageClassifier.from_texts(folder, NAMES)
-    pipe = pipeline(
-        "image-classification",
-        model=classifier,
-        image_processor=processor(),
-        device="cpu",
-    )
-    for got, want in zip(
-        pipe(pictures(), top_k=2), classifier.predict(pictures(), top_k=2), strict=True
-    ):
-        assert [entry["label"] for entry in got] == [entry["label"] for entry in want]
-        assert got[0]["score"] == pytest.approx(want[0]["score"], abs=1e-5)
 
 
 def test_the_siglip_head_is_left_alone(pixel_values):
@@ -473,3 +386,210 @@ def test_errors(clip, arguments, error, message):
         SageClassifier(clip, **{"text_embeds": torch.randn(2, 16), **arguments})
     with pytest.raises(ValueError, match="tokenizer"):
         SageClassifier.from_texts(clip, NAMES)  # it does not say where it came from
+
+
+# The object saves itself
+
+
+@pytest.mark.parametrize("method", [*CONFIGS, "none"])
+def test_it_saves_itself_as_through_peft(folder, tmp_path, method):
+    classifier = SageClassifier.from_texts(folder, NAMES)
+    model: nn.Module = classifier
+    if method in CONFIGS:
+        model = trained(get_peft_model(classifier, CONFIGS[method]))
+    else:
+        classifier.head.weight.data += torch.randn(3, 16)
+    want = model.eval().predict(pictures(), top_k=3)
+    classifier.save_pretrained(tmp_path / "own")
+    loaded = SageClassifier.from_pretrained(tmp_path / "own")
+    assert loaded.predict(pictures(), top_k=3) == want
+    again = PeftModel.from_pretrained(
+        SageClassifier.from_texts(folder, NAMES), tmp_path / "own"
+    )
+    assert again.predict(pictures(), top_k=3) == want
+    # And once more, from what was loaded.
+    loaded.save_pretrained(tmp_path / "twice")
+    twice = SageClassifier.from_pretrained(tmp_path / "twice")
+    assert twice.predict(pictures(), top_k=3) == want
+    if method in CONFIGS:
+        model.save_pretrained(tmp_path / "peft")
+        files = [
+            load_file(tmp_path / name / "adapter_model.safetensors")
+            for name in ("own", "peft")
+        ]
+        torch.testing.assert_close(*files, rtol=0, atol=0)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="`folder` must be a folder"):
+        classifier.save_pretrained(tmp_path / "file")
+
+
+def test_the_image_processor_comes_back_with_the_head(folder, tmp_path):
+    own = CLIPImageProcessor(
+        size={"shortest_edge": 16}, crop_size=16, image_mean=[0.1] * 3
+    )
+    for method in ("sage", "lora", "head"):
+        classifier = SageClassifier.from_texts(folder, NAMES, image_processor=own)
+        get_peft_model(classifier, CONFIGS[method]).save_pretrained(tmp_path / method)
+        loaded = SageClassifier.from_pretrained(tmp_path / method)
+        assert loaded.image_processor.to_dict() == own.to_dict()
+        assert loaded.predict(pictures()) == classifier.predict(pictures())
+        given = processor()
+        loaded = SageClassifier.from_pretrained(
+            tmp_path / method, image_processor=given
+        )
+        assert loaded.image_processor is given
+
+
+class Compose(nn.Module):
+    """As torchvision's, which newer versions make a module."""
+
+    transforms = ()
+
+    def forward(self, image):
+        return torch.from_numpy(np.array(image.resize((16, 16)))).permute(2, 0, 1) / 255
+
+
+def test_an_image_processor_that_cannot_be_saved_is_asked_for(folder, tmp_path):
+    classifier = SageClassifier.from_texts(folder, NAMES)
+    classifier.image_processor = Compose()
+    model = get_peft_model(classifier, SageConfig()).eval()
+    want = model.predict(pictures(), top_k=3)
+    with pytest.warns(UserWarning, match="a Compose, cannot be saved"):
+        classifier.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="give it as `image_processor="):
+        loaded = SageClassifier.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`image_processor`"):
+        loaded.predict(pictures())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = SageClassifier.from_pretrained(tmp_path, image_processor=Compose())
+    assert loaded.predict(pictures(), top_k=3) == want
+
+
+def repository(cache: Path, name: str, **folders: Path) -> None:
+    """A repository as the Hub's cache holds it, with a revision for each folder."""
+    root = cache / ("models--" + name.replace("/", "--"))
+    (root / "refs").mkdir(parents=True)
+    for index, (revision, folder) in enumerate(folders.items()):
+        shutil.copytree(folder, root / "snapshots" / (str(index) * 40))
+        (root / "refs" / revision).write_text(str(index) * 40)
+
+
+@pytest.mark.parametrize("method", ["sage", "lora", "head"])
+def test_all_comes_from_one_revision(folder, tmp_path, method, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    newer = tmp_path / "newer"
+    tiny_clip(seed=1).save_pretrained(newer)
+    byte_tokenizer().save_pretrained(newer)
+    CLIPImageProcessor(size={"shortest_edge": 20}).save_pretrained(newer)
+    repository(tmp_path / "hub", "user/clip", main=newer, v1=Path(folder))
+    here = {"cache_dir": tmp_path / "hub"}
+    want = SageClassifier.from_texts(folder, NAMES)
+    classifier = SageClassifier.from_texts("user/clip", NAMES, revision="v1")
+    torch.testing.assert_close(classifier.text_embeds, want.text_embeds)
+    assert classifier.image_processor.to_dict() == want.image_processor.to_dict()
+    model = trained(get_peft_model(classifier, CONFIGS[method]))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = SageClassifier.from_pretrained(tmp_path / "adapter", **here)
+    assert loaded.predict(pictures(), top_k=3) == model.predict(pictures(), top_k=3)
+    loaded.set_classes(["owl"])
+    want.set_classes(["owl"])
+    torch.testing.assert_close(loaded.text_embeds, want.text_embeds)
+    # And the adapter at a revision of its own, with another processor.
+    shutil.copytree(tmp_path / "adapter", tmp_path / "later")
+    loaded.image_processor = AutoImageProcessor.from_pretrained(newer)
+    loaded.save_pretrained(tmp_path / "later")
+    parts = {"main": tmp_path / "later", "v2": tmp_path / "adapter"}
+    repository(tmp_path / "hub", "user/owls", **parts)
+    for revision, size in (("main", 20), ("v2", 16)):
+        at = SageClassifier.from_pretrained("user/owls", revision=revision, **here)
+        assert at.image_processor.size["shortest_edge"] == size
+
+
+def test_subfolders_dtypes_and_working_directories(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(folder).parent)
+    classifier = SageClassifier.from_texts("clip", NAMES)
+    model = get_peft_model(classifier, SageConfig(), adapter_name="owls").eval()
+    model.save_pretrained(tmp_path / "all")
+    monkeypatch.chdir(tmp_path)
+    loaded = SageClassifier.from_pretrained("all", subfolder="owls")
+    assert loaded.predict(pictures()) == model.predict(pictures())
+    with pytest.raises(ValueError, match=r"its subfolders \['owls'\] do"):
+        SageClassifier.from_pretrained("all")
+    arguments = {"subfolder": "owls", "torch_dtype": torch.bfloat16}
+    assert SageClassifier.from_pretrained("all", **arguments).dtype == torch.bfloat16
+    made = SageClassifier.from_texts(folder, NAMES, torch_dtype="bfloat16")
+    assert made.dtype == torch.bfloat16
+    shutil.rmtree(folder)
+    with pytest.raises(ValueError, match="not in .* any more: give it as `clip`"):
+        SageClassifier.from_pretrained("all", subfolder="owls")
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_an_adapter_is_no_model_to_start_from(folder, tmp_path, method):
+    model = get_peft_model(SageClassifier.from_texts(folder, NAMES), CONFIGS[method])
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=f"`model` must be .* is an adapter of .*{folder}"
+    ):
+        SageClassifier.from_texts(tmp_path, NAMES)
+
+
+# All is of the head that runs
+
+
+def test_without_its_adapter_it_is_what_it_was(folder, tmp_path, pixel_values):
+    zero = [*NAMES, "owl", "elk"]
+    plain = SageClassifier.from_texts(folder, zero).predict(pictures(), top_k=5)
+    other = get_peft_model(
+        SageClassifier.from_texts(folder, ["x", "y", "z", "u", "v"]), SageConfig()
+    )
+    other.save_pretrained(tmp_path)
+    for change in (["x", "y"], [f"new {k}" for k in range(9)], None):
+        classifier = SageClassifier.from_texts(folder, zero)
+        if change is None:
+            model = PeftModel.from_pretrained(classifier, tmp_path)
+        else:
+            model = get_peft_model(classifier, SageConfig())
+            classifier.set_classes(change)
+        names = classifier.class_names
+        with model.disable_adapter():
+            assert_same(classifier.predict(pictures(), top_k=5), plain)
+            assert classifier.class_names == zero
+            output = model.train()(pixel_values=pixel_values)
+            assert len(output.class_embeds) == len(output.text_embeds) == 5
+            assert output.logits.shape[1] == 5
+            classifier.set_classes(["only"])
+        assert classifier.class_names == names != zero
+
+
+def test_old_classes_keep_what_they_learned(folder, tmp_path):
+    texts = {name: [f"{name}, closely"] for name in NAMES}
+    model = get_peft_model(SageClassifier.from_texts(folder, texts), SageConfig())
+    trained(model)
+    weight, embeds = model.head.weight.clone(), model.text_embeds.clone()
+    fresh = SageClassifier.from_texts(folder, ["owl", "Kuh"]).text_embeds
+    model.set_classes(["owl", "Kuh", "a cat"])
+    assert model.class_names == ["owl", "Kuh", "a cat"]
+    torch.testing.assert_close(model.head.weight[1:], weight[[2, 0]])
+    torch.testing.assert_close(model.text_embeds[1:], embeds[[2, 0]])
+    torch.testing.assert_close(model.head.weight[0], fresh[0])
+    model.set_classes({"Kuh": ["a photo of a Kuh."]})  # another text, the same row
+    torch.testing.assert_close(model.head.weight, weight[[2]])
+    torch.testing.assert_close(model.text_embeds, fresh[[1]])
+    model.add_classes(["owl"])
+    assert model.class_names == ["Kuh", "owl"]
+    torch.testing.assert_close(model.head.weight, torch.stack([weight[2], fresh[0]]))
+    assert model.head.weight.requires_grad
+    want = model.predict(pictures(), top_k=2)
+    model.save_pretrained(tmp_path)
+    assert SageClassifier.from_pretrained(tmp_path).predict(pictures(), top_k=2) == want
+    with pytest.raises(ValueError, match=r"`texts` has classes .*\['owl'\]"):
+        model.add_classes(["elk", "owl"])
+
+
+def test_a_head_that_is_a_target_is_refused(folder, pixel_values):
+    classifier = SageClassifier.from_texts(folder, NAMES)
+    model = get_peft_model(classifier, LoraConfig(target_modules="all-linear"))
+    with pytest.raises(ValueError, match="`target_modules` matches the `class_head`"):
+        model(pixel_values=pixel_values)
