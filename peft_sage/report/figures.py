@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.ndimage import uniform_filter1d
 from sklearn.calibration import calibration_curve
 
-from .results import GROUPS, RunResults
+from .results import RunResults
 from .statistics import accuracy_by_coverage
 
 
@@ -55,28 +55,9 @@ def draw_classes(axis: Axes, results: RunResults) -> None:
     axis.tick_params(axis="x", labelsize=7)
 
 
-def draw_groups(axis: Axes, results: RunResults) -> None:
-    """Draw the accuracies of the groups of classes, one bar per run."""
-    groups = [group for group in GROUPS if results.trained.num_classes[group]]
-    places = np.arange(len(groups))
-    for side, (run, evaluation) in zip((-1, 1), results.runs.items(), strict=True):
-        bars = axis.bar(
-            places + 0.2 * side,
-            [getattr(evaluation, group) for group in groups],
-            0.4,
-            color=COLORS[side > 0],
-            label=run,
-        )
-        axis.bar_label(bars, fmt="%.1f", fontsize=8)
-    axis.set_xticks(places, groups)
-    axis.set(xlabel="classes by number of training images", ylabel="test accuracy, %")
-    axis.margins(y=0.25)
-    axis.legend()
-
-
 def draw_reliability(axis: Axes, results: RunResults) -> None:
     """Draw the accuracy of the test images by confidence, over the share of images in each bin."""
-    confidences, right = results.trained.answers(results.labels)
+    confidences, right = results.answers
     bins = np.linspace(0, 1, 16)
     images = np.full(len(right), 1 / len(right))
     axis.hist(confidences, bins, weights=images, color="0.5", alpha=0.3, label="images")
@@ -89,8 +70,7 @@ def draw_reliability(axis: Axes, results: RunResults) -> None:
 
 def draw_coverage(axis: Axes, results: RunResults) -> None:
     """Draw the accuracy over the share of test images that are answered, the most confident first."""
-    answers = results.trained.answers(results.labels)
-    _, share, accuracy = accuracy_by_coverage(*answers)
+    _, share, accuracy = accuracy_by_coverage(*results.answers)
     axis.plot(100 * share, 100 * accuracy, color=COLORS[1], label=results.method)
     axis.axhline(95, color="0.5", linestyle=":", label="95%")
     if at_threshold := results.at_threshold:
@@ -118,11 +98,9 @@ def draw_validation(axis: Axes, results: RunResults) -> None:
 
 
 def plot_long_tail(results: RunResults) -> Figure:
-    """Draw classes and groups side by side, for the model card."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    classes, groups = figure.subplots(1, 2, width_ratios=[2, 1])
-    draw_classes(classes, results)
-    draw_groups(groups, results)
+    """Draw the classes, for the model card."""
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    draw_classes(figure.subplots(), results)
     return figure
 
 

@@ -30,7 +30,7 @@ class Page:
         self.counts = np.array(results.class_counts)
         self.labels = np.array(results.labels)
         self.predictions = np.array(results.trained.predictions)
-        self.confidences, self.right = results.trained.answers(results.labels)
+        self.confidences, self.right = results.answers
         _, self.right_before = results.zero_shot.answers(results.labels)
         self.tested = np.bincount(self.labels, minlength=len(self.names)).tolist()
         wrong = np.flatnonzero(~self.right)

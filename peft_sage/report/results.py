@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from transformers import TrainingArguments
 
 from ..metrics import LongTailAccuracy
+from ..run_files import fingerprint, run_settings
 from .statistics import (
     calibration_error,
     confidence_threshold,
@@ -90,7 +90,7 @@ class RunResults:
         class_counts: (K,) numbers of training images, zeros included.
         texts: The texts of the classes, as `ImageData.texts` has them.
         method: Name of the trained model in tables and legends.
-        settings: What differs from the defaults, `model` and `dataset` included.
+        settings: What the trained weights depend on, and `model` and `dataset` where they are known.
         data: Summary of the data, from `ImageData.to_dict`.
         labels: (n,) labels of the test images.
         zero_shot: Evaluation on the test images before training.
@@ -169,12 +169,14 @@ class RunResults:
         trained = Evaluation.from_logits(logits / head.temperature, labels, counts)
         similarity = _embed(trainer, data.test) @ head.text_embeds.float().cpu().T
         loss, prior = trainer.loss, trainer.text_prior
+        images = fingerprint(data.train["label"])
         return cls(
             class_names=list(data.class_names),
             class_counts=counts,
             texts=data.texts,
             method=method,
-            settings=_settings(trainer.args) | (settings or {}),
+            settings=run_settings(trainer.args, trainer.model, images)
+            | (settings or {}),
             data=data.to_dict(),
             labels=labels,
             zero_shot=Evaluation.from_logits(head.scale * similarity, labels, counts),
@@ -216,18 +218,24 @@ class RunResults:
         return {"zero-shot": self.zero_shot, self.method: self.trained}
 
     @property
+    def answers(self) -> tuple[np.ndarray, np.ndarray]:
+        """The confidence of each answer after training, and whether it is right."""
+        return self.trained.answers(self.labels)
+
+    @property
     def shown_scores(self) -> list[str]:
         """The names of the scores; the group `none` only where there is such a class."""
         return [s for s in SCORES if s != "none" or self.trained.num_classes["none"]]
 
     @property
     def shown_settings(self) -> dict[str, Any]:
-        """The settings, without where folders and files lie on this machine."""
+        """The settings that have a value, without where folders and files lie on this machine."""
         return {
             name: Path(value).name
             if isinstance(value, str) and value and Path(value).exists()
             else value
             for name, value in self.settings.items()
+            if value is not None
         }
 
     @property
@@ -255,7 +263,7 @@ class RunResults:
     @property
     def at_threshold(self) -> tuple[float, float] | None:
         """The share of test images with a confidence of at least `threshold`, and the accuracy on these."""
-        confidences, right = self.trained.answers(self.labels)
+        confidences, right = self.answers
         if self.threshold is None or self.threshold > confidences.max():
             return None
         answered = confidences >= self.threshold
@@ -309,10 +317,8 @@ def _embed(trainer: Any, dataset: Any) -> torch.Tensor:
 
 def _predict(trainer: Any, dataset: Any) -> tuple[torch.Tensor, list[int]]:
     """Return the logits (n, K) and the labels."""
-    predictions = trainer.predict(dataset).predictions
-    if isinstance(predictions, tuple):
-        predictions = predictions[0]
-    return torch.as_tensor(predictions).float(), list(dataset["label"])
+    logits = torch.as_tensor(trainer.predict(dataset).predictions)
+    return logits.float(), list(dataset["label"])
 
 
 def _history(trainer: Any) -> dict[str, Any]:
@@ -342,16 +348,6 @@ def _suspects(prior: Any, labels: list[int]) -> list[dict[str, Any]]:
         }
         for i in order[: min(MAX_SUSPECTS, int(wrong.sum()))].tolist()
     ]
-
-
-def _settings(args: Any) -> dict[str, Any]:
-    """Return the arguments that differ from Trainer's defaults, secrets masked."""
-    defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
-    return {
-        name: value
-        for name, value in args.to_dict().items()
-        if isinstance(value, str | int | float) and value != defaults.get(name)
-    }
 
 
 def _command(argv: list[str]) -> str:
