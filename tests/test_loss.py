@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,14 +15,14 @@ from peft_sage.loss import SageLoss
 
 COUNTS = [400, 60, 9, 1, 0]
 K = len(COUNTS)
+EMBEDS = ("image_embeds", "class_embeds", "text_embeds", "base_image_embeds")
 
 
 @pytest.fixture
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return 3 * torch.randn(16, K, generator=generator), torch.randint(
-        0, K, (16,), generator=generator
-    )
+    logits = 3 * torch.randn(16, K, generator=generator)
+    return logits, torch.randint(0, K, (16,), generator=generator)
 
 
 def soft(labels: torch.Tensor) -> torch.Tensor:
@@ -29,75 +31,58 @@ def soft(labels: torch.Tensor) -> torch.Tensor:
     return 0.7 * one_hot + 0.3 * one_hot.flip(0)
 
 
-def value_and_grad(
-    loss_fn, logits: torch.Tensor, *args, **kwargs
-) -> tuple[torch.Tensor, torch.Tensor]:
+def value_and_grad(loss_fn, logits, *args, **kwargs):
     logits = logits.clone().requires_grad_()
     loss = loss_fn(logits, *args, **kwargs)
     loss.sum().backward()
     return loss.detach(), logits.grad
 
 
-@pytest.mark.parametrize(
-    "labels_of", [lambda labels: labels, soft], ids=["indices", "probabilities"]
-)
+@pytest.mark.parametrize("labels_of", [lambda labels: labels, soft])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_without_corrections_is_cross_entropy(batch, labels_of, reduction, smoothing):
     logits, labels = batch[0], labels_of(batch[1])
-    loss = SageLoss(
-        COUNTS, tau=0, compensation=0, reduction=reduction, label_smoothing=smoothing
+    settings = {"reduction": reduction, "label_smoothing": smoothing}
+    loss = SageLoss(COUNTS, tau=0, compensation=0, **settings)
+    want = value_and_grad(F.cross_entropy, logits, labels, **settings)
+    torch.testing.assert_close(
+        value_and_grad(loss, logits, labels), want, atol=1e-6, rtol=1e-6
     )
-    expected = value_and_grad(
-        F.cross_entropy, logits, labels, reduction=reduction, label_smoothing=smoothing
-    )
-    for got, want in zip(value_and_grad(loss, logits, labels), expected, strict=True):
-        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("tau", [1.0, 0.5])
-def test_without_compensation_is_logit_adjustment(batch, tau):
-    logits, labels = batch
-
+@pytest.mark.parametrize("absent", [1.0, 0.25])
+def test_without_compensation_is_logit_adjustment(batch, tau, absent):
     def balanced_softmax(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        weighted = (
-            torch.tensor([400.0, 60, 9, 1, 1]).pow(tau) * z.exp()
-        )  # Ren et al. 2020, eq. 3, with n_k^tau
-        return (
-            -(weighted.gather(1, y[:, None]).squeeze(1) / weighted.sum(1)).log().mean()
-        )
+        # Ren et al. 2020, eq. 3, with n_k^tau
+        weighted = torch.tensor([400.0, 60, 9, 1, absent]).pow(tau) * z.exp()
+        own = weighted.gather(1, y[:, None]).squeeze(1)
+        return -(own / weighted.sum(1)).log().mean()
 
     got, want = (
-        value_and_grad(f, logits, labels)
-        for f in (SageLoss(COUNTS, tau, 0), balanced_softmax)
+        value_and_grad(f, *batch)
+        for f in (SageLoss(COUNTS, tau, 0, absent=absent), balanced_softmax)
     )
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
 
 
-def features_of_batch(labels: torch.Tensor, width: int = 4) -> dict[str, torch.Tensor]:
+def features_of_batch(labels: torch.Tensor, width: int = 4) -> dict:
     """An output of a classifier in training mode, in float64."""
     generator = torch.Generator().manual_seed(1)
-
-    def unit(rows: int) -> torch.Tensor:
-        return F.normalize(
+    sizes = (len(labels), K, K, len(labels))
+    embeds = {
+        name: F.normalize(
             torch.randn(rows, width, generator=generator, dtype=torch.float64), dim=-1
         )
-
-    embeds = {
-        "image_embeds": unit(len(labels)),
-        "class_embeds": unit(K),
-        "text_embeds": unit(K),
+        for name, rows in zip(EMBEDS, sizes, strict=True)
     }
-    embeds |= {"base_image_embeds": unit(len(labels)), "logit_scale": 5.0}
-    return with_logits(embeds)
+    return with_logits(embeds | {"logit_scale": 5.0})
 
 
 def with_logits(outputs: dict) -> dict:
-    return outputs | {
-        "logits": outputs["logit_scale"]
-        * outputs["image_embeds"]
-        @ outputs["class_embeds"].T
-    }
+    logits = 5.0 * outputs["image_embeds"] @ outputs["class_embeds"].T
+    return outputs | {"logits": logits}
 
 
 def pooled_covariance(values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -109,21 +94,17 @@ def pooled_covariance(values: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     return total / (len(labels) - len(labels.unique()))
 
 
-def compensated(
-    logits: torch.Tensor, labels: torch.Tensor, covariance: torch.Tensor
-) -> torch.Tensor:
+def compensated(logits, labels, covariance):
     """The documented loss of each image, entry by entry; `covariance` (K, K) is that of the logits."""
     counts = torch.tensor([400.0, 60, 9, 1, 1], dtype=torch.float64)
     losses = []
     for z, y in zip(logits, labels.tolist(), strict=True):
-        spread = [
-            covariance[k, k] + covariance[y, y] - 2 * covariance[k, y] for k in range(K)
-        ]
         gamma = 0.4 + 8 / counts[y]
-        terms = [
-            z[k] - z[y] + (counts[k] / counts[y]).log() + gamma / 2 * spread[k]
-            for k in range(K)
-        ]
+        terms = []
+        for k in range(K):
+            spread = covariance[k, k] + covariance[y, y] - 2 * covariance[k, y]
+            margin = (counts[k] / counts[y]).log() + gamma / 2 * spread
+            terms.append(z[k] - z[y] + margin)
         losses.append(torch.stack(terms).logsumexp(0))
     return torch.stack(losses)
 
@@ -142,29 +123,17 @@ def test_of_features_it_is_the_documented_formula_with_the_gradient_of_the_head(
     covariance = pooled_covariance(outputs["image_embeds"], labels)
 
     def of(loss):
-        rows = outputs["class_embeds"].clone().requires_grad_()
-        images = outputs["image_embeds"].clone().requires_grad_()
-        losses = loss(
-            with_logits(outputs | {"class_embeds": rows, "image_embeds": images})
-        )
+        leaves = {name: outputs[name].clone().requires_grad_() for name in EMBEDS[:2]}
+        losses = loss(with_logits(outputs | leaves))
         losses.sum().backward()
-        return losses.detach(), rows.grad, images.grad
+        return losses.detach(), *[leaf.grad for leaf in leaves.values()]
+
+    def documented(out):
+        rows = 5 * out["class_embeds"]
+        return compensated(out["logits"], labels, rows @ covariance @ rows.T)
 
     got = of(lambda out: SageLoss(COUNTS, reduction="none")(out, labels))
-
-    def of_logits(out):  # scale 5
-        return 25 * out["class_embeds"] @ covariance @ out["class_embeds"].T
-
-    want = of(lambda out: compensated(out["logits"], labels, of_logits(out)))
-    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
-
-
-def test_the_first_batch_is_the_same_of_features_and_of_logits(batch):
-    outputs = features_of_batch(batch[1])
-    got, want = (
-        SageLoss(COUNTS)(given, batch[1]) for given in (outputs, outputs["logits"])
-    )
-    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(got, of(documented), rtol=1e-6, atol=1e-6)
 
 
 def test_it_bounds_the_expected_loss_of_new_images(batch):
@@ -173,13 +142,10 @@ def test_it_bounds_the_expected_loss_of_new_images(batch):
     loss, adjusted = (
         SageLoss(COUNTS, compensation=factor, reduction="none") for factor in (1, 0)
     )
-    noise = torch.randn(
-        4000, 1, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64
-    )
-    noise = (
-        noise
-        @ torch.linalg.cholesky(pooled_covariance(outputs["image_embeds"], labels)).T
-    )
+    generator = torch.Generator().manual_seed(2)
+    noise = torch.randn(4000, 1, 4, generator=generator, dtype=torch.float64)
+    covariance = pooled_covariance(outputs["image_embeds"], labels)
+    noise = noise @ torch.linalg.cholesky(covariance).T
     images = outputs["image_embeds"] + loss.gamma[labels, None].sqrt() * noise
     logits = (5.0 * images @ outputs["class_embeds"].T).flatten(0, 1)
     expected = adjusted(logits, labels.repeat(4000)).view(4000, -1).mean(dim=0)
@@ -192,46 +158,37 @@ def test_the_covariance_is_a_moving_average_in_which_batches_count_by_their_pair
 ):
     labels = batch[1]
     loss = SageLoss(COUNTS)
-    first, second = features_of_batch(labels), features_of_batch(labels[:6])
-    loss(first, labels)
-    loss(second, labels[:6])
-    sizes = [len(part) - len(part.unique()) for part in (labels, labels[:6])]
-    parts = [
-        pooled_covariance(out["image_embeds"], part)
-        for out, part in ((first, labels), (second, labels[:6]))
-    ]
-    want = (0.95 * sizes[0] * parts[0] + sizes[1] * parts[1]) / (
-        0.95 * sizes[0] + sizes[1]
-    )
-    torch.testing.assert_close(loss.covariance.matrix, want)
-    # A batch without pairs says nothing, and takes nothing away.
+    scatter, pairs = 0, 0
+    for part in (labels, labels[:6]):
+        outputs = features_of_batch(part)
+        loss(outputs, part)
+        degrees = len(part) - len(part.unique())
+        own = pooled_covariance(outputs["image_embeds"], part)
+        scatter, pairs = 0.95 * scatter + degrees * own, 0.95 * pairs + degrees
+    torch.testing.assert_close(loss.covariance.matrix, scatter / pairs)
+    # A batch without pairs says nothing, and takes nothing away; nor does one that overflowed.
     loss(features_of_batch(torch.arange(K)), torch.arange(K))
-    torch.testing.assert_close(loss.covariance.matrix, want)
+    infinite = torch.full((4, 4), torch.inf, dtype=torch.float64)
+    loss.covariance.update(infinite, torch.tensor([0, 0, 1, 1]))
+    torch.testing.assert_close(loss.covariance.matrix, scatter / pairs)
 
 
-def test_an_overflown_batch_leaves_no_trace(batch):
+def test_a_reset_and_another_width_start_fresh(batch):
+    wide, narrow = (features_of_batch(batch[1], width) for width in (6, 4))
+    want = SageLoss(COUNTS)(narrow, batch[1])
     loss = SageLoss(COUNTS)
-    loss(features_of_batch(batch[1]), batch[1])
-    before = loss.covariance.scatter.clone()
-    loss.covariance.update(
-        torch.full((4, 4), torch.inf, dtype=torch.float64), torch.tensor([0, 0, 1, 1])
-    )
-    assert torch.equal(loss.covariance.scatter, before)
+    loss(wide, batch[1])
+    torch.testing.assert_close(loss(narrow, batch[1]), want)
+    loss.reset()
+    torch.testing.assert_close(loss(narrow, batch[1]), want)
 
 
 def test_where_there_is_nothing_to_compensate_it_is_logit_adjustment(batch):
     logits, labels = batch
-    adjusted, loss = (
-        SageLoss(COUNTS, compensation=0),
-        SageLoss(COUNTS, text_prior=1.0, text_guidance=1.0),
-    )
-    one_each = torch.arange(K)
-    torch.testing.assert_close(
-        SageLoss(COUNTS)(logits[:K], one_each), adjusted(logits[:K], one_each)
-    )
-    torch.testing.assert_close(
-        SageLoss(COUNTS)(logits, soft(labels)), adjusted(logits, soft(labels))
-    )
+    adjusted, one_each = SageLoss(COUNTS, compensation=0), torch.arange(K)
+    loss = SageLoss(COUNTS, text_prior=1.0, text_guidance=1.0)
+    for given in ((logits[:K], one_each), (logits, soft(labels))):
+        torch.testing.assert_close(SageLoss(COUNTS)(*given), adjusted(*given))
     with torch.no_grad():  # as Trainer evaluates
         torch.testing.assert_close(loss(logits, labels), adjusted(logits, labels))
     torch.testing.assert_close(loss.eval()(logits, labels), adjusted(logits, labels))
@@ -244,8 +201,37 @@ def test_smoothing_shares_the_target_but_not_the_noise(batch):
     adjusted = logits + loss.adjustment
     hard = SageLoss(COUNTS, reduction="none")(logits, labels)
     target = adjusted.gather(1, labels[:, None])[:, 0]
-    torch.testing.assert_close(
-        loss(logits, labels), hard + 0.1 * (target - adjusted.mean(dim=1))
+    want = hard + 0.1 * (target - adjusted.mean(dim=1))
+    torch.testing.assert_close(loss(logits, labels), want)
+
+
+@pytest.mark.parametrize("labels_of", [lambda labels: labels, soft])
+def test_absent_classes_left_out_change_nothing_for_the_others(batch, labels_of):
+    """The loss and gradient are those without the class; in evaluation it has its place."""
+    settings = {"text_prior": 0.3, "label_smoothing": 0.1}
+    labels = batch[1].clamp(max=K - 2)
+    outputs = features_of_batch(labels)
+    others = with_logits(
+        outputs | {name: outputs[name][:-1] for name in ("class_embeds", "text_embeds")}
+    )
+    left_out = SageLoss(COUNTS, absent=None, **settings)
+    alone = SageLoss(COUNTS[:-1], **settings)
+    prior = 1 - F.cosine_similarity(outputs["class_embeds"], outputs["text_embeds"])
+    shift = 0.3 * (prior.mean() - prior[:-1].mean())
+    targets = labels_of(labels)
+    got = left_out(outputs, targets)
+    want = alone(others, targets if targets.ndim == 1 else targets[:, :-1])
+    torch.testing.assert_close(got, want + shift)
+    left_out.text_prior = 0
+    _, grad = value_and_grad(left_out, outputs["logits"].float(), targets)
+    assert not grad[:, -1].any() and grad[:, :-1].any()
+    with pytest.raises(
+        ValueError, match="training images when `absent` is None, got 4"
+    ):
+        left_out(outputs, torch.full_like(labels, K - 1))
+    last = torch.full_like(labels, K - 1)
+    assert left_out.eval()(outputs, last) == SageLoss(COUNTS, **settings).eval()(
+        outputs, last
     )
 
 
@@ -256,121 +242,102 @@ def test_the_text_terms_are_the_documented_formulas(batch):
     distance = 1 - F.cosine_similarity(outputs["class_embeds"], outputs["text_embeds"])
     torch.testing.assert_close(prior, plain + 0.3 * distance.mean())
     guided = SageLoss(COUNTS, text_guidance=0.2, reduction="none")(outputs, labels)
-    frozen, seen = (
+    frozen, adapted = (
         torch.distributions.Categorical(
             logits=5 * outputs[name] @ outputs["text_embeds"].T
         )
         for name in ("base_image_embeds", "image_embeds")
     )
-    torch.testing.assert_close(
-        guided, plain + 0.2 * torch.distributions.kl_divergence(frozen, seen)
-    )
-    same = outputs | {
-        "base_image_embeds": outputs["image_embeds"],
-        "class_embeds": outputs["text_embeds"],
-    }
-    same = with_logits(same)
-    both = SageLoss(COUNTS, text_prior=2.0, text_guidance=3.0)
-    torch.testing.assert_close(both(same, labels), SageLoss(COUNTS)(same, labels))
-
-
-def test_the_text_terms_count_once_whatever_the_accumulation(batch):
-    outputs, labels = features_of_batch(batch[1]), batch[1]
-    loss = SageLoss(COUNTS, compensation=0, text_prior=0.3, text_guidance=0.2)
-
-    def part(rows: slice) -> dict:
-        names = ("logits", "image_embeds", "base_image_embeds")
-        return {
-            name: value[rows] if name in names else value
-            for name, value in outputs.items()
-        }
-
-    parts = [
-        loss(part(rows), labels[rows], num_items_in_batch=16)
-        for rows in (slice(0, 5), slice(5, 16))
-    ]
-    torch.testing.assert_close(sum(parts), loss(outputs, labels))
+    divergence = torch.distributions.kl_divergence(frozen, adapted)
+    torch.testing.assert_close(guided, plain + 0.2 * divergence)
 
 
 @pytest.mark.parametrize(
-    ("settings", "missing", "message"),
+    ("term", "missing"),
     [
-        ({"text_prior": 1.0}, "text_embeds", "`text_prior` needs `text_embeds`"),
-        ({"text_prior": 1.0}, "class_embeds", "`text_prior` needs `class_embeds`"),
-        (
-            {"text_guidance": 1.0},
-            "base_image_embeds",
-            "`text_guidance` needs `base_image_embeds`",
-        ),
-        (
-            {"text_guidance": 1.0},
-            "image_embeds",
-            "`text_guidance` needs `image_embeds`",
-        ),
+        ("text_prior", "text_embeds"),
+        ("text_prior", "class_embeds"),
+        ("text_guidance", "base_image_embeds"),
+        ("text_guidance", "image_embeds"),
     ],
 )
-def test_a_text_term_without_what_it_needs_is_refused(
-    batch, settings, missing, message
-):
-    outputs = features_of_batch(batch[1])
-    with pytest.raises(ValueError, match=message):
-        SageLoss(COUNTS, **settings)(outputs | {missing: None}, batch[1])
-    with pytest.raises(ValueError, match=next(iter(settings))):
-        SageLoss(COUNTS, **settings)(outputs["logits"], batch[1])
+def test_a_text_term_without_what_it_needs_is_refused(batch, term, missing):
+    outputs, loss = features_of_batch(batch[1]), SageLoss(COUNTS, **{term: 1.0})
+    with pytest.raises(ValueError, match=f"`{term}` needs `{missing}`"):
+        loss(outputs | {missing: None}, batch[1])
+    with pytest.raises(ValueError, match=term):
+        loss(outputs["logits"], batch[1])
 
 
-@pytest.mark.parametrize(
-    "name", ["image_embeds", "class_embeds", "text_embeds", "base_image_embeds"]
-)
+@pytest.mark.parametrize("name", EMBEDS)
 def test_embeddings_are_checked(batch, name):
-    outputs = features_of_batch(batch[1])
-    for wrong in (
-        outputs[name][:-1],
-        outputs[name][:, 0],
-        outputs[name] * torch.nan,
-        outputs[name].tolist(),
-    ):
-        loss = SageLoss(COUNTS)
+    outputs, loss = features_of_batch(batch[1]), SageLoss(COUNTS)
+    right = outputs[name]
+    for wrong in (right[:-1], right[:, 0], right * torch.nan, right.tolist()):
         with pytest.raises(ValueError, match=f"`{name}` must be"):
             loss(outputs | {name: wrong}, batch[1])
-        assert loss.covariance.scatter.numel() == 0
     with pytest.raises(ValueError, match="one width"):
-        SageLoss(COUNTS)(outputs | {name: outputs[name][:, 1:]}, batch[1])
+        loss(outputs | {name: right[:, 1:]}, batch[1])
+    assert loss.covariance.scatter.numel() == 0
 
 
 def test_a_target_like_the_training_data_needs_no_prior_correction():
     counts = torch.tensor([80, 15, 5])
-    torch.testing.assert_close(
-        SageLoss(counts, compensation=0, target_prior=counts / 100).adjustment,
-        torch.zeros(3),
-        atol=1e-6,
-        rtol=0,
-    )
+    loss = SageLoss(counts, compensation=0, target_prior=counts / 100)
+    torch.testing.assert_close(loss.adjustment, torch.zeros(3), atol=1e-6, rtol=0)
 
 
 def test_ignored_images_do_not_count(batch):
     logits, labels = batch
     loss = SageLoss(COUNTS, ignore_index=-1)
-    padded = (
-        torch.cat([logits, torch.full((3, K), 7.0)]),
-        torch.cat([labels, torch.full((3,), -1)]),
-    )
+    ignored = torch.full((3,), -1)
+    padded = torch.cat([logits, torch.full((3, K), 7.0)]), torch.cat([labels, ignored])
     value, grad = value_and_grad(loss, *padded)
     want, want_grad = value_and_grad(loss, logits, labels)
     torch.testing.assert_close(value, want)
     torch.testing.assert_close(grad, torch.cat([want_grad, torch.zeros(3, K)]))
+    # Nothing but ignored images, or no images at all: nothing to learn, and no NaN.
+    for rows in (slice(16, 19), slice(0, 0)):
+        value, grad = value_and_grad(loss, padded[0][rows], padded[1][rows])
+        assert value == 0 and not grad.any()
+    # Trainer's number of images counts those of any other label than -100.
+    with pytest.raises(ValueError, match="`ignore_index` must be -100 in Trainer"):
+        loss(*padded, num_items_in_batch=19)
 
 
 def test_one_hot_probabilities_equal_indices(batch):
     logits, labels = batch
     settings = {"compensation": 0, "label_smoothing": 0.1}
-    loss = SageLoss(
-        COUNTS, **settings, ignore_index=2
-    )  # an index to ignore has no meaning for probabilities
-    plain = SageLoss(COUNTS, **settings)
-    torch.testing.assert_close(
-        loss(logits, F.one_hot(labels, K).half()), plain(logits, labels)
-    )
+    # An index to ignore has no meaning for probabilities.
+    loss = SageLoss(COUNTS, **settings, ignore_index=2)
+    got = loss(logits, F.one_hot(labels, K).half())
+    torch.testing.assert_close(got, SageLoss(COUNTS, **settings)(logits, labels))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_probabilities_may_be_rounded_to_half_precision(dtype):
+    logits = torch.randn(64, 1000)
+    for labels in ((3 * logits).softmax(dim=1), torch.full_like(logits, 1e-3)):
+        assert SageLoss([9] * 1000)(logits, labels.to(dtype)).isfinite()
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [[1.0, 1, 0, 0, 0]],  # multi-hot
+        [[0.0, 0, 0, 0, 0]],
+        [[100.0, 0, 0, 0, 0]],  # per cent
+        [[1.5, -0.5, 0, 0, 0]],  # logits
+        [[float("nan"), 1, 0, 0, 0]],
+        [[0.5, 0.4, 0, 0, 0]],
+    ],
+)
+def test_soft_labels_that_are_no_probabilities_are_refused(labels):
+    right = F.one_hot(torch.tensor([1]), K).float()
+    labels = torch.cat([right, torch.tensor(labels)])
+    for dtype in (torch.float32, torch.float16):
+        with pytest.raises(ValueError, match=r"`labels` .* probabilities.* in row 1"):
+            SageLoss(COUNTS)(torch.zeros(2, K), labels.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -382,28 +349,20 @@ def test_low_precision_logits_are_computed_in_float32(batch, dtype):
     assert value.dtype == torch.float32 and grad.dtype == dtype
     torch.testing.assert_close(value, want)
     torch.testing.assert_close(grad, want_grad.to(dtype))
-    extreme = torch.full((1, K), -6e4, dtype=dtype).index_fill(
-        1, torch.tensor([0]), 6e4
-    )
+    extreme = torch.full((1, K), -6e4, dtype=dtype)
+    extreme[0, 0] = 6e4
     assert loss(extreme, torch.tensor([3])).isfinite()
 
 
 def test_buffers_keep_float32_and_their_values():
     loss = SageLoss(COUNTS)
-    want = loss.adjustment.clone(), loss.gamma.clone()
-    for cast in (
-        nn.Module.half,
-        nn.Module.bfloat16,
-        nn.Module.double,
-        lambda m: m.to(torch.bfloat16),
-    ):
-        model = cast(nn.ModuleList([copy.deepcopy(loss), nn.Linear(2, 2)]))
-        assert model[1].weight.dtype != torch.float32
-        for buffer, value in zip(
-            (model[0].adjustment, model[0].gamma), want, strict=True
-        ):
+    model = nn.ModuleList([copy.deepcopy(loss), nn.Linear(2, 2)])
+    for cast in (nn.Module.half, nn.Module.double, lambda m: m.to(torch.bfloat16)):
+        cast(model)
+        for name in ("adjustment", "gamma"):
+            buffer = getattr(model[0], name)
             assert buffer.dtype == torch.float32
-            assert torch.equal(buffer, value)
+            assert torch.equal(buffer, getattr(loss, name))
 
 
 def test_under_autocast_it_is_computed_in_float32(batch):
@@ -421,12 +380,10 @@ def test_under_autocast_it_is_computed_in_float32(batch):
 
 @pytest.mark.slow
 def test_compiles_to_one_graph(batch):
-    outputs, labels = features_of_batch(batch[1]), batch[1]
-    settings = {"label_smoothing": 0.1, "text_prior": 0.3, "text_guidance": 0.2}
-    for given in (outputs, batch[0]):
-        loss, twin = (
-            SageLoss(COUNTS, **(settings if given is outputs else {})) for _ in range(2)
-        )
+    outputs, labels = features_of_batch(batch[1]), batch[1].clamp(max=K - 2)
+    terms = {"label_smoothing": 0.1, "text_prior": 0.3, "text_guidance": 0.2}
+    for given, settings in ((outputs, terms), (batch[0], {"absent": None})):
+        loss, twin = (SageLoss(COUNTS, **settings) for _ in range(2))
         compiled = torch.compile(twin, fullgraph=True)
         for _ in range(2):
             torch.testing.assert_close(compiled(given, labels), loss(given, labels))
@@ -448,36 +405,26 @@ def test_follows_the_logits_to_their_device(batch):
 
 def test_the_moving_average_is_saved_copied_and_resumed(batch):
     outputs, labels = features_of_batch(batch[1]), batch[1]
-    trained = SageLoss(COUNTS)
+    trained, resumed = SageLoss(COUNTS), SageLoss(COUNTS)
     trained(outputs, labels)
-    resumed = SageLoss(COUNTS)
     resumed.load_state_dict(trained.state_dict())
-    assert set(resumed.state_dict()) == {
-        "covariance.scatter",
-        "covariance.degrees_of_freedom",
-    } and not list(resumed.parameters())
+    assert not list(resumed.parameters())
     want = copy.deepcopy(trained)(outputs, labels)
     for loss in (trained, resumed):
         assert torch.equal(loss(outputs, labels), want)
 
 
-def test_from_labels_counts():
-    labels = [0] * 7 + [2] * 3
-    torch.testing.assert_close(
-        SageLoss.from_labels(labels, 4, tau=0.5).adjustment,
-        SageLoss([7, 0, 3, 0], tau=0.5).adjustment,
-    )
-
-
 def test_takes_the_logits_out_of_model_outputs(batch):
     logits, labels = batch
     loss = SageLoss(COUNTS)
-    for outputs in (
-        ImageClassifierOutput(logits=logits),
-        {"logits": logits},
-        (logits, None),
-    ):
-        assert torch.equal(loss(outputs, labels), loss(logits, labels))
+    outputs = ImageClassifierOutput(logits=logits), {"logits": logits}, (logits, None)
+    for given in outputs:
+        assert torch.equal(loss(given, labels), loss(logits, labels))
+
+
+def test_its_settings_are_shown():
+    shown = repr(SageLoss(COUNTS, tau=np.float32(0.5), absent=None))
+    assert "num_classes=5" in shown and "tau=0.5," in shown and "absent=None" in shown
 
 
 class TinyClassifier(nn.Module):
@@ -486,9 +433,7 @@ class TinyClassifier(nn.Module):
         torch.manual_seed(0)
         self.linear = nn.Linear(3, K)
 
-    def forward(
-        self, x: torch.Tensor, labels: torch.Tensor | None = None
-    ) -> ImageClassifierOutput:
+    def forward(self, x: torch.Tensor) -> ImageClassifierOutput:
         return ImageClassifierOutput(logits=self.linear(x))
 
 
@@ -513,19 +458,42 @@ def test_trainer_with_gradient_accumulation_takes_the_step_of_the_whole_batch(
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
+        remove_unused_columns=False,
     )
-    model = TinyClassifier()
+    model, reference = TinyClassifier(), TinyClassifier()
     dataset = [{"x": x, "labels": y} for x, y in zip(images, labels, strict=True)]
     # Not the compensation: each micro-batch measures its own.
     loss = SageLoss(COUNTS, compensation=0)
     Trainer(model, arguments, train_dataset=dataset, compute_loss_func=loss).train()
-
-    reference = TinyClassifier()
     loss(reference(images), labels).backward()
     for got, start in zip(model.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(
-            got.detach(), start.detach() - 0.5 * start.grad, atol=1e-6, rtol=1e-5
-        )
+        want = start.detach() - 0.5 * start.grad
+        torch.testing.assert_close(got.detach(), want, atol=1e-6, rtol=1e-5)
+
+
+COUNTED = pd.Series([0] * 7 + [1] * 9 + [3] * 8).value_counts()  # 1, 3, 0
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        (7, 9, 2, 8),
+        torch.tensor([7.0, 9, 2, 8], dtype=torch.float16),
+        np.array([8, 2, 9, 7])[::-1],
+        pd.concat([COUNTED, pd.Series({2: 2})]),
+        {3: 8, 2: np.int64(2), 1: 9, 0: 7},
+        pd.Series([7, 9, 2, 8], index=[0, 1, 2, 3]).sort_values(),
+    ],
+)
+def test_counts_come_in_any_form_and_by_their_index(counts):
+    want = SageLoss([7, 9, 2, 8]).adjustment
+    assert torch.equal(SageLoss(counts).adjustment, want)
+
+
+def test_labels_are_counted_by_position():
+    labels = pd.Series([0] * 7 + [2] * 3).sample(frac=1, random_state=0)
+    loss = SageLoss.from_labels(labels, 4, tau=torch.tensor(0.5))
+    assert torch.equal(loss.adjustment, SageLoss([7, 0, 3, 0], tau=0.5).adjustment)
 
 
 @pytest.mark.parametrize(
@@ -533,22 +501,26 @@ def test_trainer_with_gradient_accumulation_takes_the_step_of_the_whole_batch(
     [
         ({"class_counts": [3, -1]}, "-1.0 for class 1"),
         ({"class_counts": [float("nan"), 2]}, "nan for class 0"),
-        ({"class_counts": [float("inf"), 2]}, "inf for class 0"),
         ({"class_counts": [0.75, 0.25]}, "not frequencies"),
         ({"class_counts": [0, 0]}, "all zero"),
         ({"class_counts": []}, r"shape \(K,\)"),
         ({"class_counts": [[1, 2]]}, r"got \(1, 2\)"),
         ({"class_counts": 5}, r"got \(\)"),
+        ({"class_counts": {"cat": 3, "dog": 1}}, r"class indices 0 to 1.*got \['"),
+        ({"class_counts": COUNTED}, r"class indices 0 to 2, each once; got \[3\]"),
+        ({"class_counts": pd.Series([1, 2], index=[0, 0])}, "more than once"),
         ({"tau": float("nan")}, "`tau`"),
+        ({"tau": True}, "`tau` must be a finite number, got True"),
         ({"compensation": float("inf")}, "`compensation`"),
-        ({"compensation": -0.5}, "`compensation`"),
+        ({"compensation": -0.5}, "`compensation` must be a finite number, at least 0"),
         ({"text_prior": -1}, "`text_prior`"),
         ({"text_guidance": "auto"}, "`text_guidance`"),
-        ({"label_smoothing": 1.5}, "`label_smoothing`"),
+        ({"label_smoothing": 1.5}, "`label_smoothing`.* at most 1, got 1.5"),
+        ({"absent": 0}, "`absent`"),
+        ({"ignore_index": 0.5}, "`ignore_index` must be an integer"),
         ({"reduction": "average"}, "'average'"),
         ({"target_prior": [0.5, 0.4]}, "with the sum 1, got .*0.4"),
         ({"target_prior": [1.2, -0.2]}, "`target_prior`"),
-        ({"target_prior": [float("nan"), 0.5]}, "`target_prior`"),
         ({"target_prior": [1.0]}, "2 positive numbers"),
     ],
 )
@@ -570,14 +542,7 @@ def test_settings_of_a_wrong_type(arguments):
         SageLoss(**{"class_counts": [3, 1], **arguments})
 
 
-@pytest.mark.parametrize(
-    "counts", [range(1, 4), (1, 2, 3), torch.tensor([1.0, 2, 3], dtype=torch.float16)]
-)
-def test_counts_come_in_any_form(counts):
-    assert torch.equal(SageLoss(counts).adjustment, SageLoss([1, 2, 3]).adjustment)
-
-
-LABELS = torch.tensor([0, 1])
+ZEROS, LABELS = torch.zeros(2, K), torch.tensor([0, 1])
 
 
 @pytest.mark.parametrize(
@@ -585,26 +550,17 @@ LABELS = torch.tensor([0, 1])
     [
         (torch.zeros(2, 4), LABELS, ValueError, r"\(B, 5\), got \(2, 4\)"),
         (torch.zeros(K), LABELS, ValueError, r"\(B, 5\)"),
-        (torch.zeros(2, K), torch.tensor([0, K]), ValueError, r"got 5 at 1"),
-        (torch.zeros(2, K), torch.tensor([0, -1]), ValueError, r"got -1 at 1"),
-        (
-            torch.zeros(2, K),
-            torch.tensor([0, 1, 2]),
-            ValueError,
-            r"shape \(2,\), got \(3,\)",
-        ),
-        (torch.zeros(2, K), torch.zeros(2, 4), ValueError, r"\(2, 5\)"),
-        (
-            torch.zeros(2, K),
-            torch.zeros(2, K, dtype=torch.long),
-            ValueError,
-            r"indices \(B,\) or probabilities",
-        ),
-        (torch.zeros(2, K), torch.zeros(2), TypeError, "torch.float32"),
-        (torch.zeros(2, K), torch.tensor([True, False]), TypeError, "torch.bool"),
-        (torch.zeros(2, K), None, TypeError, "NoneType"),
-        (torch.zeros(2, K, dtype=torch.long), LABELS, TypeError, "torch.int64"),
+        (ZEROS, torch.tensor([0, K]), ValueError, r"got 5 at 1"),
+        (ZEROS, torch.tensor([0, -1]), ValueError, r"got -1 at 1"),
+        (ZEROS, torch.tensor([0, 1, 2]), ValueError, r"shape \(2,\), got \(3,\)"),
+        (ZEROS, torch.zeros(2, 4), ValueError, r"\(2, 5\)"),
+        (ZEROS, ZEROS.long(), ValueError, r"indices \(B,\) or probabilities"),
+        (ZEROS, torch.zeros(2), TypeError, "torch.float32"),
+        (ZEROS, torch.tensor([True, False]), TypeError, "torch.bool"),
+        (ZEROS, None, TypeError, "NoneType"),
+        (ZEROS.long(), LABELS, TypeError, "torch.int64"),
         ({"loss": torch.zeros(())}, LABELS, ValueError, "logits"),
+        ({"logits_per_image": ZEROS}, LABELS, ValueError, "`logits_per_image`"),
         ({"logits": None}, LABELS, TypeError, "NoneType"),
     ],
 )
