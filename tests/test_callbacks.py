@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`LongTailCallback` in a real `Trainer`."""
 
+import shutil
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -53,47 +55,74 @@ def make_trainer(folder, loss, counts=COUNTS, **arguments):
     )
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path):
-    """Resumed from a copy elsewhere, in the middle of an epoch, with a loss that is new."""
-    states = []
-    for folder, checkpoint in (
-        (tmp_path / "whole", None),
-        (tmp_path / "resumed", tmp_path / "whole/checkpoint-2"),
-    ):
-        loss = SageLoss(COUNTS, text_prior=0.3)
-        trainer = make_trainer(folder, loss, save_strategy="steps", save_steps=2)
-        trainer.train(
-            resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
-        )
-        assert trainer.state.global_step == 6
-        states.append({**trainer.model.state_dict(), **loss.state_dict()})
-    assert states[0]["covariance.scatter"].any()
-    for name, value in states[0].items():
-        assert torch.equal(value, states[1][name]), name
+def fingerprint(trainer, loss):
+    state = {**trainer.model.state_dict(), **loss.state_dict()}
+    return {name: value.clone() for name, value in state.items()}
 
 
-def test_reports_many_medium_and_few(tmp_path):
-    trainer = make_trainer(tmp_path, SageLoss([200, 50, 5]), [200, 50, 5])
-    metrics = trainer.evaluate()
-    accuracy = LongTailAccuracy([200, 50, 5])
+@pytest.mark.parametrize("restores", [False, True])
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, restores):
+    """Resumed from a copy elsewhere, in the middle of an epoch, by a loss that has seen another run."""
+    loss = SageLoss(COUNTS, text_prior=0.3)
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    settings["restore_callback_states_from_checkpoint"] = restores
+    whole = make_trainer(tmp_path / "whole", loss, **settings)
+    whole.train()
+    want = fingerprint(whole, loss)
+    assert want["covariance.scatter"].any()
+    shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "moved")
+    shutil.rmtree(tmp_path / "whole")
+    resumed = make_trainer(tmp_path / "resumed", loss, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "moved"))
+    assert resumed.state.global_step == 6
+    torch.testing.assert_close(fingerprint(resumed, loss), want, rtol=0, atol=0)
+    # The state of the run stays small enough to read.
+    state = tmp_path / "resumed/checkpoint-6/trainer_state.json"
+    assert "scatter" not in state.read_text()
+    assert (state.parent / "scheduler.pt").stat().st_size > 4 * 16 * 16
+
+
+def test_a_run_from_step_0_starts_fresh(tmp_path):
+    loss, states = SageLoss(COUNTS), []
+    for run in ("first", "second"):
+        trainer = make_trainer(tmp_path / run, loss, save_strategy="no")
+        trainer.train()
+        states.append(fingerprint(trainer, loss))
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
+
+
+def test_a_checkpoint_without_the_covariance_is_resumed_with_a_warning(tmp_path):
+    make_trainer(tmp_path, SageLoss(COUNTS), save_only_model=True).train()
+    trainer = make_trainer(tmp_path, SageLoss(COUNTS))
+    with pytest.warns(UserWarning, match="measured afresh"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+@pytest.mark.parametrize("in_batches", [False, True])
+def test_reports_groups_and_ignores_what_the_loss_ignores(tmp_path, in_batches):
+    counts = [200, 50, 0]
+    trainer = make_trainer(
+        tmp_path,
+        SageLoss(counts),
+        counts,
+        eval_do_concat_batches=not in_batches,
+        per_device_eval_batch_size=4,
+    )
+    unlabelled = [{"pixel_values": IMAGES[0], "labels": -100}]
+    metrics = trainer.evaluate(DATA + unlabelled)
+    accuracy = LongTailAccuracy(counts)
     with torch.no_grad():
-        accuracy.update(
-            trainer.model.eval()(pixel_values=IMAGES).logits, torch.tensor(LABELS)
-        )
-    for name in ("overall", "macro", "many", "medium", "few", "worst"):
-        assert metrics[f"eval_{name}"] == pytest.approx(accuracy.compute()[name].item())
-    trainer.compute_metrics = LongTailCallback(
-        SageLoss([200, 200, 200]), [200, 200, 200]
-    ).compute_metrics
-    assert "eval_few" not in trainer.evaluate()
+        logits = trainer.model.eval()(pixel_values=IMAGES).logits
+    accuracy.update(logits, torch.tensor(LABELS))
+    want = accuracy.compute()
+    for name in ("overall", "macro", "many", "medium", "none", "worst"):
+        assert metrics[f"eval_{name}"] == pytest.approx(want[name].item())
+    assert "eval_few" not in metrics
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"`class_counts` must have the shape \(3,\), got \(2,\)"
-    ):
+    with pytest.raises(ValueError, match=r"`class_counts` .* \(3,\), got \(2,\)"):
         LongTailCallback(SageLoss(COUNTS), [1, 2])
-    with pytest.raises(
-        ValueError, match="`label_smoothing_factor` is ignored by Trainer"
-    ):
-        make_trainer(tmp_path, SageLoss(COUNTS), label_smoothing_factor=0.4).train()
+    trainer = make_trainer(tmp_path, SageLoss(COUNTS), label_smoothing_factor=0.4)
+    with pytest.raises(ValueError, match="`label_smoothing_factor` is ignored"):
+        trainer.train()
