@@ -35,34 +35,34 @@ def read_folder(request: Request, root: Path) -> dict[str, Table]:
     folders, files = _entries(root)
     if SAVED & set(files):
         return read_saved(request)
-    parquet = [root / name for name in files]
+    tables = [root / name for name in files if is_table(name)]
     for name in folders:
-        parquet += [root / name / file for file in _entries(root / name)[1]]
-    parquet = [path for path in parquet if is_parquet(path)]
-    if tables := _tables_of_splits(request, parquet):
-        return _read_and_note(request, tables, parquet)
-    lists = [
-        root / name
-        for name in files
-        if name.lower().endswith((".csv", ".tsv", *METADATA))
-        and name not in DESCRIPTIONS
-    ]
+        inner = _entries(root / name)[1]
+        tables += [root / name / file for file in inner if is_parquet(file)]
+    fitting = [path for path in tables if has_columns(request, path)]
     matched = match_splits(folders, request.splits)
     inside = _entries(root / matched["train"]) if "train" in matched else ([], [])
     has_class_folders = bool(inside[0] or set(METADATA) & set(inside[1]))
-    tables = _tables_of_splits(request, [x for x in lists if x.name not in METADATA])
-    fitting = [path for path in lists + parquet if has_columns(request, path)]
-    in_tables = {path for paths in tables.values() for path in paths}
-    if tables and (not has_class_folders or in_tables <= set(fitting)):
-        return _read_and_note(request, tables, lists)
+    for found in (fitting, [] if has_class_folders else tables):
+        if splits := _tables_of_splits(request, found):
+            used = {path for paths in splits.values() for path in paths}
+            unread = [request.relative(path) for path in fitting if path not in used]
+            request.note_unread(unread)
+            return read_tables(request, splits)
     if len(fitting) == 1:
         return read_table_of_all(request, fitting[0])
     if has_class_folders:
         unread = [name for name in folders if name not in matched.values()]
-        unread += [path.name for path in lists] + [*filter(is_image_name, files)]
+        unread += [file for file in files if is_table(file) or is_image_name(file)]
         request.note_unread(unread)
         return {k: _class_folders(request, root / v) for k, v in matched.items()}
     return _without_splits(request, root, [*matched.values()])
+
+
+def is_table(name: str) -> bool:
+    """Whether a file may be a table of images by its name."""
+    is_list = name.lower().endswith((".csv", ".tsv")) or name in METADATA
+    return name not in DESCRIPTIONS and (is_list or is_parquet(name))
 
 
 def find_descriptions(root: Path) -> Path | None:
@@ -94,9 +94,13 @@ def _without_splits(
 def _class_folders(request: Request, folder: Path) -> Table:
     """Read a folder per class; an empty one is a class, too, but not one with other files only."""
     folders, files = _entries(folder)
-    for name in METADATA:
-        if name in files and has_columns(request, folder / name):
-            return _with_unlisted(request, folder / name)
+    for path in [folder / name for name in METADATA if name in files]:
+        if has_columns(request, path):
+            table = read_list(request, path)
+            unlisted = sorted(set(_below(folder)) - set(table.paths or ()))
+            names = [request.relative(file) for file in unlisted]
+            table.skipped = {f"not listed in {path.name}": names}
+            return table
     where = f"Folder {str(folder)!r}, with a folder per class,"
     request.choose_columns(["image", "label"], where)
     loose = [request.relative(folder / name) for name in filter(is_image_name, files)]
@@ -108,11 +112,10 @@ def _class_folders(request: Request, folder: Path) -> Table:
     names, labels, paths, others, unread = [], [], [], [], []
     for name in folders:
         inner, files = _entries(folder / name)
-        if deep := next(
-            (x for one in inner for x in _below(folder / name / one)), None
-        ):
+        deep = [path for one in inner for path in _below(folder / name / one)]
+        if deep:
             raise ValueError(
-                f"Image {request.relative(deep)!r} lies deeper than {name}/*: its class may be {name!r} or another."
+                f"Image {request.relative(deep[0])!r} lies deeper than {name}/*: its class may be {name!r} or another."
             )
         images = [file for file in files if is_image_name(file)]
         rest = [folder / name / file for file in files if not is_image_name(file)]
@@ -136,14 +139,6 @@ def _class_folders(request: Request, folder: Path) -> Table:
     return Table(codes, Classes(names), files, paths=paths, skipped=skipped)
 
 
-def _with_unlisted(request: Request, path: Path) -> Table:
-    table = read_list(request, path)
-    unlisted = sorted(set(_below(path.parent)) - set(table.paths or []))
-    files = [request.relative(file) for file in unlisted]
-    table.skipped = {f"not listed in {path.name}": files}
-    return table
-
-
 def _tables_of_splits(request: Request, paths: list[Path]) -> dict[str, list[Path]]:
     """Group tables by split: called after it, apart from the number of a shard, or in a folder called so."""
     groups: list[dict[str, list[Path]]] = [{}, {}]
@@ -165,15 +160,6 @@ def _tables_of_splits(request: Request, paths: list[Path]) -> dict[str, list[Pat
                 )
         return tables
     return {}
-
-
-def _read_and_note(
-    request: Request, tables: dict[str, list[Path]], found: list[Path]
-) -> dict[str, Table]:
-    used = {path for paths in tables.values() for path in paths}
-    unread = [x for x in found if x not in used and has_columns(request, x)]
-    request.note_unread([request.relative(path) for path in unread])
-    return read_tables(request, tables)
 
 
 def _entries(folder: Path) -> tuple[list[str], list[str]]:

@@ -13,8 +13,8 @@ from .labels import is_text, stated_names
 from .table import Request, Table, encoded, merge
 
 
-def is_parquet(path: Path) -> bool:
-    return path.suffix.lower() == ".parquet"
+def is_parquet(path: str | Path) -> bool:
+    return str(path).lower().endswith(".parquet")
 
 
 def read_parquet(request: Request, paths: dict[str, list[Path]]) -> dict[str, Table]:

@@ -26,9 +26,9 @@ FILE_COLUMNS = ["file_name", "filename", "file", "path", "image_path"]
 
 def read_tables(request: Request, paths: dict[str, list[Path]]) -> dict[str, Table]:
     """Read the tables of each split: parquet files, of which it may have several, or one list of files."""
-    if all(is_parquet(path) for files in paths.values() for path in files):
-        return read_parquet(request, paths)
-    return {key: read_list(request, files[0]) for key, files in paths.items()}
+    parquet = {key: files for key, files in paths.items() if is_parquet(files[0])}
+    tables = {k: read_list(request, v[0]) for k, v in paths.items() if k not in parquet}
+    return tables | read_parquet(request, parquet)
 
 
 def read_table_of_all(request: Request, path: Path) -> dict[str, Table]:
