@@ -3,6 +3,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from datasets import ClassLabel
 
@@ -164,3 +165,24 @@ def test_classes_that_are_not_used_are_named():
         UserWarning, match=r"1 classes that are not used: \['snowy_owl'\]"
     ):
         assert read_class_descriptions(TEXTS, ["cow"]) == {"cow": ["a cow"]}
+
+
+def test_white_space_is_no_part_of_a_class(tmp_path):
+    (tmp_path / "a.csv").write_text("class,description\nowl ,white \n owl,it flies\n")
+    assert read_class_descriptions(tmp_path / "a.csv") == {"owl": ["white", "it flies"]}
+    assert read_class_descriptions([" owl", "cow\n"]) == ["owl", "cow"]
+    assert read_class_descriptions({"owl ": "a"}, ["owl"]) == {"owl": ["a"]}
+    for source in (["owl ", "owl"], {"owl ": "a", "owl": "b"}):
+        with pytest.raises(ValueError, match="'owl ' and 'owl', which differ only in"):
+            read_class_descriptions(source)
+    assert read_class_descriptions(np.array(["owl", "cow"])) == ["owl", "cow"]
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [("Owl", "owl"), ("snowy_owl", "snowy owl"), ("caf\u00e9", "cafe\u0301")],
+)
+def test_classes_that_are_alike_are_named(pair):
+    for source in ([*pair, "cow"], dict.fromkeys(["cow", *pair], "a text")):
+        with pytest.warns(UserWarning, match=f"alike .*: '{pair[0]}' and '{pair[1]}'"):
+            assert len(read_class_descriptions(source)) == 3

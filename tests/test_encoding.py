@@ -4,6 +4,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
+from tokenizers.normalizers import Lowercase, Replace
 from transformers import CLIPVisionModel
 
 from peft_sage import SageClassifier, encode_class_descriptions, pool_guidance
@@ -147,6 +149,50 @@ def test_tokenizer_that_is_a_function(clip):
             clip, byte_tokenizer(), [["cat"], ["a dog"], ["an ox"]]
         ),
     )
+
+
+def test_texts_that_are_equal_to_the_tokenizer_are_named(clip):
+    tokenizer = byte_tokenizer()
+    lower = type(tokenizer)(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
+        pad_token="<pad>",
+        model_max_length=40,
+    )
+    lower.backend_tokenizer.normalizer = Lowercase()
+    for names, tokenizer in (
+        (["snowy_owl", "snowy owl", "cow"], byte_tokenizer()),
+        (["Owl", "owl", "cow"], lower),
+    ):
+        with pytest.warns(UserWarning, match=f"'{names[0]}' and '{names[1]}'"):
+            rows = encode_class_descriptions(clip, tokenizer, names)
+        assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
+    with pytest.warns(UserWarning, match="0 and 2"):
+        encode_class_descriptions(clip, tokenizer, [["a"], ["b"], ["a"]])
+
+
+def test_kept_rows_are_of_this_tokenizer_and_activation_on_any_machine(clip, tmp_path):
+    names = ["a cat", "an owl"]
+
+    def rows(tokenizer=None, folder=tmp_path):
+        tokenizer = tokenizer or byte_tokenizer()
+        return encode_class_descriptions(clip, tokenizer, names, cache_dir=folder)
+
+    first = rows()
+    before, threads = list(tmp_path.iterdir()), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        assert torch.equal(rows(), first)
+    finally:
+        torch.set_num_threads(threads)
+    assert list(tmp_path.iterdir()) == before
+    other = byte_tokenizer()
+    other.backend_tokenizer.normalizer = Replace("a", "e")
+    torch.testing.assert_close(rows(other), rows(other, tmp_path / "new"))
+    assert not torch.allclose(rows(other), first, atol=1e-3)
+    for layer in clip.text_model.encoder.layers:
+        layer.mlp.activation_fn = torch.nn.ReLU()
+    torch.testing.assert_close(rows(), rows(folder=tmp_path / "new"))
+    assert not torch.allclose(rows(), first, atol=1e-3)
 
 
 # Pooling
