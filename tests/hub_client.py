@@ -104,8 +104,26 @@ def trainer(facts: dict) -> None:
     )
 
 
+def classifier(facts: dict) -> None:
+    """The head alone, and the adapters of what was loaded."""
+    made = SageClassifier.from_texts("user/clip", ["cat", "owl"]).eval()
+    made.head.weight.data += torch.randn(2, 16)
+    made.push_to_hub("user/head", private=True)
+    loaded = SageClassifier.from_pretrained("user/head")
+    get_peft_model(made, SageConfig())
+    randomise(made)
+    made.push_to_hub("user/whole")
+    whole = SageClassifier.from_pretrained("user/whole")
+    with torch.no_grad():
+        facts["classifier"] = (
+            torch.equal(loaded.head.weight, made.class_head.original_module.weight)
+            and loaded.class_names == ["cat", "owl"]
+            and torch.allclose(whole(IMAGES).logits, made.eval()(IMAGES).logits)
+        )
+
+
 if __name__ == "__main__":
     facts: dict = {}
-    for job in (round_trip, several_adapters, trainer, refusals):
+    for job in (round_trip, several_adapters, trainer, classifier, refusals):
         job(facts)
     print("FACTS" + json.dumps(facts))

@@ -87,6 +87,15 @@ def test_trainer_pushes_an_adapter(pushed):
     assert facts["Trainer"] is True
 
 
+def test_a_classifier_pushes_itself(pushed):
+    hub, facts = pushed
+    for name in ("user/head", "user/whole"):
+        assert {"adapter_config.json", "adapter_model.safetensors"} <= set(
+            hub.files(name)
+        )
+    assert hub.repos["user/head"]["private"] and facts["classifier"] is True
+
+
 def test_a_card_of_one_own_survives(pushed):
     hub, _ = pushed
     text = hub.files("user/adapter")["README.md"].decode()
