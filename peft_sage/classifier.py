@@ -12,11 +12,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    AutoTokenizer,
-)
+from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import PushToHubMixin
 
@@ -27,7 +23,15 @@ from .encoding import encode_class_descriptions, load_tokenizer
 from .guidance import find_guidance, set_guidance
 from .head import CosineHead, can_be_saved
 from .prediction import best_classes, fit_temperature, make_batches
-from .saving import absolute, find_adapter, read_head, refuse_adapter, save_classifier
+from .saving import (
+    Saved,
+    absolute,
+    hub_arguments,
+    load_if_any,
+    load_model,
+    refuse_adapter,
+    save_classifier,
+)
 from .towers.embeddings import encode_image, eval_mode
 from .validation import check_embeddings, check_integer, check_number
 
@@ -152,17 +156,16 @@ class SageClassifier(nn.Module, PushToHubMixin):
                 folder of an adapter.
         """
         texts = read_class_descriptions(classes)
-        hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-        hub["revision"] = revision
-        if isinstance(model, nn.Module):
-            if kwargs:
-                raise TypeError(
-                    f"{sorted(kwargs)} are for loading a model by its name, but `model` is one."
-                )
-            clip: Any = model
-        else:
+        hub = hub_arguments(kwargs) | {"revision": revision}
+        if not isinstance(model, nn.Module):
             refuse_adapter(model, **hub)
-            clip = _load_model(os.fspath(model), revision=revision, **kwargs)
+            clip: Any = load_model(os.fspath(model), **hub, **kwargs)
+        elif kwargs:
+            raise TypeError(
+                f"{sorted(kwargs)} are for loading a model by its name, but `model` is one."
+            )
+        else:
+            clip = model
         name = getattr(clip, "name_or_path", "") or ""
         if tokenizer is None:
             tokenizer = load_tokenizer(clip, **hub)
@@ -170,7 +173,7 @@ class SageClassifier(nn.Module, PushToHubMixin):
             clip, tokenizer, texts, templates, cache_dir=cache_dir
         )
         if image_processor is None:
-            image_processor = _load(AutoImageProcessor, name, hub)
+            image_processor = load_if_any(AutoImageProcessor, name, hub)
         classifier = cls(
             clip, embeds, list(texts), image_processor=image_processor, scale=scale
         )
@@ -201,31 +204,15 @@ class SageClassifier(nn.Module, PushToHubMixin):
         Raises:
             OSError, ValueError: There is none, its adapter names no base model, or it does not fit.
         """
-        source = os.fspath(pretrained_model_name_or_path)
         device = kwargs.pop("device", None)
-        hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
-        here = {name: kwargs.pop(name, None) for name in ("revision", "subfolder")}
-        here = hub | {name: value for name, value in here.items() if value is not None}
-        config, head = find_adapter(source, **here), {}
-        base, there = source, here
-        if config is not None:
-            head = read_head(source, **here)
-            # The configuration says which base model, and it or the head which revision of it.
-            base = config.base_model_name_or_path or ""
-            there = hub | {"revision": config.revision or head["base_revision"]}
+        saved = Saved(os.fspath(pretrained_model_name_or_path), kwargs)
         if clip is None:
-            _check_base(base, source)
-            clip = _load_model(base, **there, **kwargs)
-        saved = head.get("image_processor")
-        given = image_processor
-        if given is None and not (saved and saved["settings"]):
-            given = _load(AutoImageProcessor, source, here)
-        if given is None and saved is None:
-            given = _load(AutoImageProcessor, base, there)
-        classifier = cls(clip, None, image_processor=given)
-        classifier.class_head.base_revision = there.get("revision")
-        if config is not None:
-            PeftModel.from_pretrained(classifier, source, **here)
+            clip = saved.load_base(**kwargs)
+        processor = image_processor or saved.load_image_processor()
+        classifier = cls(clip, None, image_processor=processor)
+        classifier.class_head.base_revision = saved.base_hub.get("revision")
+        if saved.config is not None:
+            PeftModel.from_pretrained(classifier, saved.source, **saved.hub)
         if image_processor is not None:
             classifier.image_processor = image_processor
         return classifier.to(device).eval()
@@ -423,33 +410,10 @@ class SageClassifier(nn.Module, PushToHubMixin):
         if isinstance(classes, Tensor):
             rows = _unit_rows(classes, "classes", head.in_features or None)
             head.set_rows(rows.to(head.weight), None)
-            self._update_guidance()
-            return
-        texts = read_class_descriptions(classes)
-        names = list(texts)
-        places: dict[str, list[int]] = {}
-        for place, name in enumerate(head.class_names or []):
-            places.setdefault(name, []).append(place)
-        # Of two classes with one name each keeps its own row.
-        old = [places[name].pop(0) if places.get(name) else -1 for name in names]
-        described = isinstance(texts, dict)
-        new = [k for k, place in enumerate(old) if described or place < 0]
-        width = head.in_features
-        embeds = head.weight.new_zeros(len(names), width)
-        if new:
-            chosen = [names[k] for k in new]
-            rows = self._encode(
-                {name: texts[name] for name in chosen} if described else chosen,
-                templates,
-            )
-            embeds = rows.new_zeros(len(names), rows.shape[1])
-            embeds[new] = rows
-        kept = [k for k, place in enumerate(old) if place >= 0]
-        unchanged = [k for k in kept if not described]
-        embeds[unchanged] = head.text_embeds[[old[k] for k in unchanged]]
-        weight = embeds.clone()
-        weight[kept] = head.weight.detach()[[old[k] for k in kept]]
-        head.set_rows(embeds, names, weight)
+        else:
+            texts = read_class_descriptions(classes)
+            rows = self._encode(texts, templates)
+            head.set_classes(list(texts), rows, keep_texts=not isinstance(texts, dict))
         self._update_guidance()
 
     def add_classes(
@@ -473,11 +437,7 @@ class SageClassifier(nn.Module, PushToHubMixin):
         if known := sorted(set(names) & set(new)):
             raise ValueError(f"`texts` has classes that the head has: {known[:10]}.")
         rows = self._encode(new, templates)
-        head.set_rows(
-            torch.cat([head.text_embeds, rows]),
-            [*names, *new],
-            torch.cat([head.weight.detach(), rows]),
-        )
+        head.set_classes([*names, *new], torch.cat([head.text_embeds, rows]))
         self._update_guidance()
 
     def _encode(self, texts: Descriptions, templates: Sequence[str] | None) -> Tensor:
@@ -501,12 +461,10 @@ class SageClassifier(nn.Module, PushToHubMixin):
                 set_guidance(self, None, name)
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Recompute the tower's activations in the backward pass; Trainer calls it."""
+        """Recompute the tower's activations in the backward pass; Trainer calls it, PEFT by its older name."""
         self.model.activation_checkpointing_enable(*args, **kwargs)
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """The same, by the name that it has in older versions of transformers."""
-        self.model.gradient_checkpointing_enable(*args, **kwargs)
+    gradient_checkpointing_enable = activation_checkpointing_enable
 
     @property
     def head(self) -> CosineHead:
@@ -536,7 +494,7 @@ class SageClassifier(nn.Module, PushToHubMixin):
                 self.name_or_path,
                 self.base_revision,
             )
-            self._tokenizer = _load(AutoTokenizer, name, {"revision": revision})
+            self._tokenizer = load_if_any(AutoTokenizer, name, {"revision": revision})
         return self._tokenizer
 
     @property
@@ -601,10 +559,6 @@ class SageClassifier(nn.Module, PushToHubMixin):
         }
 
 
-#: Arguments that say how to reach the Hub.
-_HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only", "force_download")
-
-
 def _unit_rows(embeds: Tensor, name: str, width: int | None = None) -> Tensor:
     check_embeddings(embeds, name, width)
     return F.normalize(embeds.detach().float(), dim=-1)
@@ -621,29 +575,3 @@ def _cross_entropy(
     entries = labels.shape[1] if labels.ndim == 2 else 1
     total = F.cross_entropy(logits, labels, reduction="sum")
     return total * entries / num_items_in_batch
-
-
-def _check_base(base: str, source: str) -> None:
-    """Raise ValueError if the base model of an adapter cannot be loaded by its name."""
-    if not base:
-        raise ValueError(
-            f"The adapter in {source!r} does not name its base model: give it as `clip`."
-        )
-    if os.path.isabs(base) and not os.path.isdir(base):
-        raise ValueError(
-            f"The base model of the adapter in {source!r} is not in {base!r} any more: give it as `clip`."
-        )
-
-
-def _load_model(name: str, **kwargs: Any) -> nn.Module:
-    """A model of transformers, in float32 if not asked otherwise."""
-    dtype = kwargs.pop("torch_dtype", torch.float32)
-    return AutoModel.from_pretrained(name, **({"dtype": dtype} | kwargs))
-
-
-def _load(auto_class: Any, name: str, hub: dict[str, Any]) -> Any:
-    """What a folder or repository may hold for a model; None where it does not."""
-    try:
-        return auto_class.from_pretrained(name, **hub) if name else None
-    except (OSError, ValueError):
-        return None

@@ -59,6 +59,24 @@ class CosineHead(nn.Linear):
         self.out_features, self.in_features = text_embeds.shape
         self.class_names = class_names
 
+    def set_classes(
+        self, names: list[str], text_embeds: Tensor, keep_texts: bool = False
+    ) -> None:
+        """Replace the classes, but keep the rows of those that stay; with `keep_texts` also their texts."""
+        places: dict[str, list[int]] = {}
+        for place, name in enumerate(self.class_names or []):
+            places.setdefault(name, []).append(place)
+        text_embeds, weight = text_embeds.clone(), text_embeds.clone()
+        for k, name in enumerate(names):
+            if not places.get(name):
+                continue
+            # Of two classes with one name each keeps its own row.
+            place = places[name].pop(0)
+            weight[k] = self.weight[place].detach()
+            if keep_texts:
+                text_embeds[k] = self.text_embeds[place]
+        self.set_rows(text_embeds, names, weight)
+
     def forward(
         self, x: Tensor, return_embeds: bool = False
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:

@@ -6,47 +6,109 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import (
     PeftConfig,
     get_peft_model_state_dict,
     load_peft_weights,
 )
 from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoImageProcessor, AutoModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from .config import SageConfig
 from .head import read_extra_state
 
 
-def find_adapter(source: str, **hub: Any) -> PeftConfig | None:
-    """The configuration of the adapter in a folder or repository, None if it holds no adapter.
+class Saved:
+    """What a folder or repository holds: an adapter with the head of a classifier, or a base model.
+
+    Args:
+        source: Folder, or repository on the Hub.
+        kwargs: Arguments of the user; those that say where to look are taken out.
 
     Raises:
-        ValueError: The folder holds nothing itself, but subfolders do.
+        ValueError: The adapter has no `class_head`, or only subfolders hold adapters.
     """
-    if find_adapter_config_file(source, **hub):
-        return PeftConfig.from_pretrained(source, **hub)
-    folder = Path(source, hub.get("subfolder") or "")
-    inside = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
-    if inside and not (folder / "config.json").exists():
+
+    def __init__(self, source: str, kwargs: dict[str, Any]) -> None:
+        self.source = self.base = source
+        self.hub = self.base_hub = hub_arguments(kwargs)
+        shared = dict(self.hub)
+        for name in ("revision", "subfolder"):
+            if (value := kwargs.pop(name, None)) is not None:
+                self.hub[name] = value
+        self.config = self._find_adapter()
+        self.image_processor: dict[str, Any] | None = None
+        if self.config is not None:
+            head = self._read_head()
+            self.image_processor = head["image_processor"]
+            # The configuration says which base model, and it or the head which revision of it.
+            self.base = self.config.base_model_name_or_path or ""
+            revision = self.config.revision or head["base_revision"]
+            self.base_hub = shared | {"revision": revision}
+
+    def load_base(self, **kwargs: Any) -> nn.Module:
+        """Load the base model, in float32 if not asked otherwise; ValueError if it is not known or not there."""
+        if not self.base:
+            raise ValueError(
+                f"The adapter in {self.source!r} does not name its base model: give it as `clip`."
+            )
+        if os.path.isabs(self.base) and not os.path.isdir(self.base):
+            raise ValueError(
+                f"The base model of {self.source!r} is not in {self.base!r} any more: give it as `clip`."
+            )
+        return load_model(self.base, **self.base_hub, **kwargs)
+
+    def load_image_processor(self) -> Any:
+        """The image processor of the folder, or else of the base model, unless the head brings its own."""
+        saved, processor = self.image_processor, None
+        if not (saved and saved["settings"]):
+            processor = load_if_any(AutoImageProcessor, self.source, self.hub)
+        if processor is None and saved is None:
+            processor = load_if_any(AutoImageProcessor, self.base, self.base_hub)
+        return processor
+
+    def _find_adapter(self) -> PeftConfig | None:
+        if find_adapter_config_file(self.source, **self.hub):
+            return PeftConfig.from_pretrained(self.source, **self.hub)
+        folder = Path(self.source, self.hub.get("subfolder", ""))
+        inside = [path.parent.name for path in folder.glob("*/adapter_config.json")]
+        if inside and not (folder / "config.json").exists():
+            raise ValueError(
+                f"{str(folder)!r} holds no adapter, but its subfolders {sorted(inside)} do: name one by `subfolder`."
+            )
+        return None
+
+    def _read_head(self) -> dict[str, Any]:
+        weights = load_peft_weights(self.source, device="cpu", **self.hub)
+        for key, value in weights.items():
+            if key.endswith("class_head._extra_state"):
+                return read_extra_state(value)
         raise ValueError(
-            f"{str(folder)!r} holds no adapter, but its subfolders {inside} do: name one by `subfolder`."
+            f"The adapter in {self.source!r} holds no `class_head`: it is not of a SageClassifier."
         )
-    return None
 
 
-def read_head(source: str, **hub: Any) -> dict[str, Any]:
-    """What the `class_head` of a saved adapter knows in addition to its rows.
+def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Take out of some arguments those that say how to reach the Hub."""
+    names = ("token", "cache_dir", "local_files_only", "force_download")
+    return {name: kwargs.pop(name) for name in names if name in kwargs}
 
-    Raises:
-        ValueError: The adapter has no `class_head`.
-    """
-    for key, value in load_peft_weights(source, device="cpu", **hub).items():
-        if key.endswith("class_head._extra_state"):
-            return read_extra_state(value)
-    raise ValueError(
-        f"The adapter in {source!r} holds no `class_head`: it is not of a SageClassifier."
-    )
+
+def load_model(name: str, **kwargs: Any) -> nn.Module:
+    """A model of transformers, in float32 if not asked otherwise."""
+    dtype = kwargs.pop("torch_dtype", torch.float32)
+    return AutoModel.from_pretrained(name, **({"dtype": dtype} | kwargs))
+
+
+def load_if_any(auto_class: Any, name: str, hub: dict[str, Any]) -> Any:
+    """What a folder or repository may hold for a model; None where it does not."""
+    try:
+        return auto_class.from_pretrained(name, **hub) if name else None
+    except (OSError, ValueError):
+        return None
 
 
 def refuse_adapter(source: str | os.PathLike[str], **hub: Any) -> None:
