@@ -60,7 +60,7 @@ def load_data(
     return Data(work, name, shape, task, images, labels, embeds, counts)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=3)
 def tower_inputs(data: Data, blocks: float, remembering: bool) -> dict[str, Tensor]:
     """Inputs of the last blocks: (n, views, t, d) of the training images, (n, t, d) of the others."""
     task, depth = data.task, int(data.shape.split("x")[0])

@@ -127,6 +127,7 @@ class Objective:
         self.rows = guidance_rows("random", data.task.text_embeds, seed)
         self.loss = SageLoss(
             data.counts,
+            **absent_count(settings.absent, data),
             tau=settings.tau,
             compensation=settings.compensation,
             text_prior=self.prior,
@@ -168,6 +169,15 @@ def departure(outputs: Mapping[str, Any], rows: Tensor | None) -> Tensor:
 def prior_strength(text_prior: float | str, data: Data) -> float:
     """The strength of the text prior."""
     return data.text_prior.strength if text_prior == "chosen" else float(text_prior)
+
+
+def absent_count(absent: float | str, data: Data) -> dict[str, float | None]:
+    """What the loss is told of classes without images, where that is not its default."""
+    if absent == "chosen":
+        return {"absent": data.text_prior.absent}
+    if absent == "left out":
+        return {"absent": None}
+    return {} if absent == 1 else {"absent": float(absent)}
 
 
 def fit(optimizer: torch.optim.Optimizer, losses: Iterator[Tensor], steps: int) -> None:
