@@ -198,6 +198,18 @@ def test_settings_are_chosen_on_the_validation_split():
     assert results.best_arm(lines, "A", "g")["arm"] == "better"
 
 
+def test_the_factor_of_the_adapters_is_chosen_on_the_validation_split():
+    def scores(validation):
+        return {"validation": {"macro": validation}, "test": {"macro": -validation}}
+
+    line = {"arm": "Sage", **scores(1), "half": scores(3), "off": scores(2)}
+    shown = {line["arm"]: line["test"]["macro"] for line in results.by_factor([line])}
+    assert shown == {
+        f"Sage, factor {f}": -v
+        for f, v in (("1", 1), ("0.5", 3), ("0", 2), ("chosen", 3))
+    }
+
+
 @pytest.mark.parametrize(
     "file", sorted((FOLDER / "experiments").glob("*.yaml")), ids=lambda file: file.stem
 )

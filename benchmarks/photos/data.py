@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_sage import SageLoss, TextPrior, choose_text_prior
-from peft_sage.text_prior import _train_heads
+from peft_sage import TextPrior, choose_text_prior
 
 from .bed import Task, load_task, long_tailed
 from .blocks import run_frozen
@@ -75,14 +74,3 @@ def tower_inputs(data: Data, blocks: float, remembering: bool) -> dict[str, Tens
         tokens = torch.tensor(getattr(task, split).tokens[:, 0])
         inputs[split] = run(tokens, remembering)
     return inputs
-
-
-def fit_head(
-    features: Tensor, labels: Tensor, text_embeds: Tensor, loss: SageLoss
-) -> Tensor:
-    """The head (K, e) that training on frozen embeddings ends with."""
-    strength, generator = (
-        torch.tensor([float(loss.text_prior)]),
-        torch.Generator().manual_seed(0),
-    )
-    return _train_heads(features, labels, text_embeds, loss, strength, generator)[0]

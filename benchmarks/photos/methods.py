@@ -19,11 +19,12 @@ from peft_sage import (
     SageClassifier,
     SageConfig,
     SageLoss,
+    fit_head,
 )
 
 from .bed import Split
 from .blocks import autocast, in_batches, load_fast_tower
-from .data import SPLITS, Data, fit_head, tower_inputs
+from .data import SPLITS, Data, tower_inputs
 
 
 BATCH_SIZE = 128
@@ -122,12 +123,12 @@ class Objective:
 
     def __init__(self, settings: Settings, data: Data, seed: int) -> None:
         self.settings = settings
-        self.prior = prior_strength(settings.text_prior, data)
+        self.prior = prior_strength(settings, data)
         self.strength = settings.text_guidance * self.prior
         self.rows = guidance_rows("random", data.task.text_embeds, seed)
         self.loss = SageLoss(
             data.counts,
-            **absent_count(settings.absent, data),
+            absent=absent_count(settings.absent, data),
             tau=settings.tau,
             compensation=settings.compensation,
             text_prior=self.prior,
@@ -166,18 +167,21 @@ def departure(outputs: Mapping[str, Any], rows: Tensor | None) -> Tensor:
     return F.kl_div(seen, target, reduction="batchmean", log_target=True)
 
 
-def prior_strength(text_prior: float | str, data: Data) -> float:
-    """The strength of the text prior."""
-    return data.text_prior.strength if text_prior == "chosen" else float(text_prior)
+def prior_strength(settings: Settings, data: Data) -> float:
+    """The strength of the text prior; with another `absent` than the chosen one, as if no class lacked images."""
+    if settings.text_prior != "chosen":
+        return float(settings.text_prior)
+    prior = data.text_prior
+    if settings.absent == "chosen":
+        return prior.strength
+    return max(prior.scores, key=prior.scores.__getitem__)
 
 
-def absent_count(absent: float | str, data: Data) -> dict[str, float | None]:
-    """What the loss is told of classes without images, where that is not its default."""
+def absent_count(absent: float | str, data: Data) -> float | None:
+    """The count that the loss gives to classes without images."""
     if absent == "chosen":
-        return {"absent": data.text_prior.absent}
-    if absent == "left out":
-        return {"absent": None}
-    return {} if absent == 1 else {"absent": float(absent)}
+        return data.text_prior.absent
+    return None if absent == "left out" else float(absent)
 
 
 def fit(optimizer: torch.optim.Optimizer, losses: Iterator[Tensor], steps: int) -> None:
@@ -277,10 +281,11 @@ def train_head(settings: Settings, data: Data, seed: int) -> dict[str, Tensor]:
             *data.embeds.shape[:2], HEAD_BATCH_SIZE, HEAD_STEPS, seed
         ):
             features = data.embeds[images, views]
+            logits, _, class_embeds = head(features, return_embeds=True)
             outputs = {
-                "logits": head(features),
+                "logits": logits,
                 "image_embeds": features,
-                "class_embeds": F.normalize(head.weight, dim=-1),
+                "class_embeds": class_embeds,
                 "text_embeds": head.text_embeds,
                 "base_image_embeds": features,
                 "logit_scale": SCALE,

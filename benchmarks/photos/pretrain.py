@@ -455,6 +455,7 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder of everything that is computed")
     parser.add_argument("--depth", type=int, choices=(4, 12), default=4)
     parser.add_argument("--width", type=int, choices=(192, 384), default=192)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
     keep_memory()
@@ -470,8 +471,9 @@ def main() -> None:
     for name in REGIMES:
         if not (work / "towers" / f"{name}-{shape}" / "beside.npz").exists():
             pretrain(data, work, name, *sizes, encoder)
-        for task in (task for task, regime in TASKS.items() if regime == name):
-            if not (work / "tasks" / f"{task}-{shape}" / "class_names.json").exists():
+        for task in (task for task in arguments.tasks if TASKS[task] == name):
+            folder = work / "tasks" / f"{task}-{shape}"
+            if not (folder / "class_names.json").exists():
                 write_task(data, work, task, shape, encoder)
 
 

@@ -47,3 +47,16 @@ def best_arm(lines: Sequence[Line], task: str, group: str) -> Line:
     lines = [line for line in lines if line["seed"] in shared]
     best = max(arms, key=lambda arm: mean_score(of_arm(lines, arm)))
     return of_arm(lines, best)[0]
+
+
+def by_factor(lines: Sequence[Line]) -> list[Line]:
+    """Each run with its adapters' output whole, halved and off, and with what is best on the validation split."""
+    variants = []
+    for line in (line for line in lines if "half" in line):
+        scores = {"1": line, "0.5": line["half"], "0": line["off"]}
+        best = max(scores, key=lambda factor: scores[factor]["validation"]["macro"])
+        for name, factor in [*zip(scores, scores, strict=True), ("chosen", best)]:
+            splits = {split: scores[factor][split] for split in ("validation", "test")}
+            arm = f"{line['arm']}, factor {name}"
+            variants.append({**line, **splits, "arm": arm, "group": arm})
+    return variants

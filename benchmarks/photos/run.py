@@ -28,7 +28,14 @@ import yaml
 from . import rivals
 from .bed import keep_memory
 from .data import load_data
-from .methods import Settings, accuracies, prior_strength, train_head, train_tower
+from .methods import (
+    Settings,
+    absent_count,
+    accuracies,
+    prior_strength,
+    train_head,
+    train_tower,
+)
 from .results import best_arm, read_results
 
 
@@ -76,7 +83,7 @@ class Run:
             work, self.task, self.tower, self.ratio, self.seed, settings.without_images
         )
         learns = settings.method in ("adapter", "head")
-        prior = prior_strength(settings.text_prior, data) if learns else 0
+        prior = prior_strength(settings, data) if learns else 0
         began = time.perf_counter()
         if settings.method in FROZEN:
             logits = FROZEN[settings.method](settings, data, self.seed)
@@ -86,6 +93,7 @@ class Run:
         return {
             **asdict(self),
             "strength": prior,
+            "absent": absent_count(settings.absent, data),
             **scores(logits, data),
             "seconds": seconds,
         }

@@ -18,7 +18,7 @@ import numpy as np
 from scipy import stats
 
 from ..markdown import markdown_table
-from .results import Line, best_arm, mean_score, of_arm, read_results
+from .results import Line, best_arm, by_factor, mean_score, of_arm, read_results
 
 
 COLUMNS = ("macro", "many", "medium", "few", "none")
@@ -86,9 +86,16 @@ def main() -> None:
         action="store_true",
         help="show all variants, not the best on validation",
     )
+    parser.add_argument(
+        "--factors",
+        action="store_true",
+        help="show runs with their adapters' output whole, halved, off, or as validation chooses",
+    )
     arguments = parser.parse_args()
     results = [line for file in arguments.results for line in read_results(file)]
     results = [line for line in results if line["seed"] < arguments.below_seed]
+    if arguments.factors:
+        results = by_factor(results)
     kinds = [
         (line["task"], line.get("tower", "4x192"), line["ratio"]) for line in results
     ]

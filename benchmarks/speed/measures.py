@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import numpy as np
 import PIL.Image
 import torch
@@ -24,6 +25,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader
 from transformers import (
     AutoTokenizer,
     CLIPConfig,
@@ -31,9 +33,18 @@ from transformers import (
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    TrainerCallback,
 )
 
-from peft_sage import SageClassifier, SageConfig, SageLoss, encode_class_descriptions
+from peft_sage import (
+    ImageCollator,
+    SageClassifier,
+    SageConfig,
+    SageLoss,
+    SageTrainer,
+    SageTrainingArguments,
+    encode_class_descriptions,
+)
 from peft_sage.layer import SageLayer
 
 
@@ -44,8 +55,6 @@ TEMPLATES = [
     "a bad photo of the {}.",
     "a close-up of a {}.",
     "a {} in the wild.",
-]
-TEMPLATES += [
     "a drawing of a {}.",
     "a photo of the small {}.",
     "a photo of many {}.",
@@ -137,11 +146,9 @@ class Step:
             self.loss = torch.compile(
                 self.loss, fullgraph=True, backend=getattr(run, "backend", "inductor")
             )
-            (
-                self(),
-                self(),
-                self(),
-            )  # the moving average of the loss gets its shape in the first step: compiled twice
+            # The moving average of the loss gets its shape in the first step: compiled twice.
+            for _ in range(3):
+                self()
 
     def loss(self, dtype: str | None = None) -> torch.Tensor:
         dtype = getattr(torch, dtype or self.run.dtype)
@@ -377,35 +384,21 @@ def _photograph(path: Path, rng: np.random.Generator) -> None:
 
 
 @cache
-def _photographs(count: int) -> Path:
+def _photographs(count: int) -> list[str]:
     folder, rng = Path(_folder().name, "photographs"), np.random.default_rng(0)
-    for split, number in (("train", count), ("test", 2)):
-        for i in range(number):
-            _photograph(folder / split / f"class{i % 2}" / f"{i}.jpg", rng)
-    return folder
-
-
-def _examples() -> None:
-    if str(ROOT / "examples") not in sys.path:
-        sys.path.insert(0, str(ROOT / "examples"))
+    files = [folder / f"{i}.jpg" for i in range(count)]
+    for file in files:
+        _photograph(file, rng)
+    return [str(file) for file in files]
 
 
 def photos(run: SimpleNamespace) -> Run:
     """Decode, resize and crop `photos` JPEG files in this process; the seconds of a core."""
-    _examples()
-    import datasets
-    from image_data import PixelDataset, ProcessorView, RandomCropView, load_images
-
-    processor, folder = CLIPImageProcessor(), _photographs(run.photos)
-    files = sorted(str(path) for path in folder.glob("train/*/*.jpg"))
-    data = datasets.Dataset.from_dict({"image": files}).cast_column(
-        "image", datasets.Image()
-    )
-    views = {
-        "centre": ProcessorView(processor),
-        "crops": RandomCropView(processor, 0.5, 0),
-    }
-    pixels = PixelDataset(load_images(str(folder)).splits["train"], views.get(run.path))
+    processor, files = CLIPImageProcessor(), _photographs(run.photos)
+    plain = ImageCollator(processor)
+    crops = ImageCollator(processor, "resized-crop-flip")
+    column = datasets.Dataset.from_dict({"image": files})
+    column = column.cast_column("image", datasets.Image())
 
     def by_pil(index: int) -> np.ndarray:
         image = PIL.Image.open(files[index]).convert("RGB")
@@ -414,12 +407,15 @@ def photos(run: SimpleNamespace) -> Run:
         resized = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
         return np.array(resized.crop((left, top, left + 224, top + 224)))
 
-    def by_datasets(index: int) -> torch.Tensor:
-        return processor(data[index]["image"].convert("RGB"), return_tensors="pt")[
-            "pixel_values"
-        ]
+    def by_datasets(index: int) -> Any:
+        return processor(column[index]["image"].convert("RGB"), return_tensors="pt")
 
-    read = {"pil": by_pil, "datasets": by_datasets}.get(run.path, pixels.__getitem__)
+    read = {
+        "centre": lambda index: plain.prepare([files[index]]),
+        "crops": lambda index: crops([files[index]]),
+        "pil": by_pil,
+        "datasets": by_datasets,
+    }[run.path]
 
     def measure() -> float:
         start = time.process_time()
@@ -430,87 +426,66 @@ def photos(run: SimpleNamespace) -> Run:
     return measure
 
 
-class _Waiting:
-    """A loader that adds up how long it was waited for."""
+class StepClock(TrainerCallback):
+    """Seconds from the second step of training to its end."""
 
-    def __init__(self, loader: Any, waits: list[float]) -> None:
-        self.loader, self.waits = loader, waits
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start after the first step, in which memory is found."""
+        if state.global_step == 1:
+            self.start = time.process_time()
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.loader, name)
-
-    def __iter__(self) -> Any:
-        batches, self.waits[:] = iter(self.loader), []
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            self.waits.append(time.perf_counter() - start)
-            if batch is None:
-                return
-            yield batch
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop."""
+        self.seconds = time.process_time() - self.start
 
 
-def finetune(run: SimpleNamespace) -> Run:
-    """Of the second epoch of `examples/finetune.py`: images a second, or the share of its time it waits for them."""
-    photographs = run.photographs or str(_photographs(run.photos))
-    settings = (
-        tuple(run.sizes.items()),
-        run.device,
-        run.dtype,
-        run.batch,
-        photographs,
-        run.cache_gib,
-    )
-    return lambda: _finetuned(*settings)[run.value]
+def trainer(run: SimpleNamespace) -> Run:
+    """Seconds of a training step by `SageTrainer`, or by a loop that is written by hand over the same data."""
+    torch.manual_seed(1)
+    side = run.sizes["image"]
+    pixels = torch.randn(run.batch * run.steps, 3, side, side)
+    items = [{"pixel_values": p, "label": i % 2} for i, p in enumerate(pixels)]
 
+    def by_trainer() -> float:
+        arguments = SageTrainingArguments(
+            output_dir=_folder().name,
+            per_device_train_batch_size=run.batch,
+            num_train_epochs=1,
+            min_steps=0,
+            text_prior=1.0,
+            text_guidance=0.0,
+            save_strategy="no",
+            eval_strategy="no",
+            load_best_model_at_end=False,
+            report_to="none",
+            disable_tqdm=True,
+        )
+        clock = StepClock()
+        SageTrainer(
+            classifier(run), arguments, train_dataset=items, callbacks=[clock]
+        ).train()
+        return clock.seconds / (run.steps - 1)
 
-@cache
-def _finetuned(
-    sizes: Any, device: str, dtype: str, batch: int, photographs: str, cache_gib: float
-) -> dict[str, float]:
-    _examples()
-    import finetune as example
+    def by_hand() -> float:
+        model = classifier(run).train().to(run.device)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-5)
+        loss = SageLoss.from_labels([0, 1] * len(items), run.classes, text_prior=1.0)
+        batches = DataLoader(
+            items, run.batch, shuffle=True, collate_fn=ImageCollator(None)
+        )
+        for number, batch in enumerate(batches):
+            if number == 1:
+                start = time.process_time()
+            labels = batch.pop("labels").to(run.device)
+            pixels = batch["pixel_values"].to(run.device)
+            loss(model(pixels), labels).backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        return (time.process_time() - start) / (run.steps - 1)
 
-    clip_folder, seconds, waits, side = (
-        Path(_folder().name, "clip"),
-        [],
-        [],
-        dict(sizes)["image"],
-    )
-    clip_model(SimpleNamespace(sizes=dict(sizes))).save_pretrained(clip_folder)
-    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(clip_folder)
-    processor = CLIPImageProcessor(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-    )
-    processor.save_pretrained(clip_folder)
-
-    def timed(*args: Any) -> Any:
-        start = time.perf_counter()
-        yield from epoch(*args)
-        seconds.append(time.perf_counter() - start)
-
-    epoch, skip = example.train_epoch, example.skip_first_batches
-    example.train_epoch, example.skip_first_batches = (
-        timed,
-        lambda *args: _Waiting(skip(*args), waits),
-    )
-    flags = {
-        "model": clip_folder,
-        "dataset": photographs,
-        "output-dir": Path(_folder().name, f"finetuned{cache_gib}"),
-    }
-    flags |= {"cache-gib": cache_gib, "epochs": 2, "batch-size": batch}
-    flags |= (
-        {"mixed-precision": "bf16"} if device == "cuda" and dtype == "bfloat16" else {}
-    )
-    try:
-        results = example.main([f"--{name}={value}" for name, value in flags.items()])
-    finally:
-        example.train_epoch, example.skip_first_batches = epoch, skip
-    return {
-        "speed": sum(results["class_counts"]) / seconds[-1],
-        "waiting": sum(waits) / seconds[-1],
-    }
+    return by_trainer if run.path == "trainer" else by_hand
 
 
 MEASURES: dict[str, Callable[[SimpleNamespace], Run]] = {
@@ -522,5 +497,5 @@ MEASURES: dict[str, Callable[[SimpleNamespace], Run]] = {
     "importing": importing,
     "text": text,
     "photos": photos,
-    "finetune": finetune,
+    "trainer": trainer,
 }

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure what the package costs beside its rivals, side by side in one run, and write the table.
+"""Measure what the package costs next to its rivals, in one run, and write the table.
 
-python benchmarks/speed/run.py                             # all rows of the CPU
-python benchmarks/speed/run.py --rows training inference   # some of them; the table keeps the others
-python benchmarks/speed/run.py --report                    # only write RESULTS.md from results.json, and print it
-bash benchmarks/speed/on_gpu.sh [PHOTOGRAPHS]              # the rows of a GPU
+python -m benchmarks.speed.run                             # all rows of the CPU
+python -m benchmarks.speed.run --rows training inference   # some of them; the table keeps the others
+python -m benchmarks.speed.run --report                    # only write RESULTS.md from results.json, and print it
+bash benchmarks/speed/on_gpu.sh                            # the rows of a GPU
 """
 
 # ruff: noqa: E402
@@ -30,13 +30,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import numpy as np
 import torch
 import yaml
-from measures import MEASURES, Run
+
+from ..markdown import markdown_table
+from .measures import MEASURES, Run
 
 
 HERE = Path(__file__).resolve().parent
+HEADS = ("what", "median", "quartiles", "goal", "met")
 PAGE = """# Speed
 
-`python benchmarks/speed/run.py --report` writes this page from `results.json`; [README.md](README.md) says how it is
+`python -m benchmarks.speed.run --report` writes this page from `results.json`; [README.md](README.md) says how it is
 measured. ViT-B/16, r = 32, float32 and, on the CPU, batches of 2, where a row does not say otherwise. The median, and
 between which quartiles it lies; a ratio is taken within each repetition.
 """
@@ -64,9 +67,7 @@ def combinations(
             if args.small:
                 run |= file["small"] | {"classes": run["classes"] // 100 + 3}
             sizes = file["towers"][run["tower"]]
-            runs[name] = SimpleNamespace(
-                **run, sizes=sizes, device=args.device, photographs=args.photographs
-            )
+            runs[name] = SimpleNamespace(**run, sizes=sizes, device=args.device)
         yield combination, runs
 
 
@@ -160,24 +161,19 @@ def measure(
 
 def environment(args: argparse.Namespace) -> str:
     """Say where the numbers come from."""
-    if args.device == "cuda":
-        where = torch.cuda.get_device_name()
-    else:
-        info = Path("/proc/cpuinfo")
-        lines = info.read_text().splitlines() if info.exists() else []
-        name = next(
-            (
-                line.split(":")[1].strip()
-                for line in lines
-                if line.startswith("model name")
-            ),
-            platform.machine(),
-        )
-        where = f"{name}, {os.cpu_count()} cores, {args.threads} thread{'s' * (args.threads > 1)}"
-    small = ", `--small`: the numbers mean nothing" * args.small
-    return (
-        f"{where}; torch {torch.__version__}, Python {platform.python_version()}{small}"
-    )
+    where = torch.cuda.get_device_name() if args.device == "cuda" else processor(args)
+    where += f"; torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{where}, `--small`: the numbers mean nothing" if args.small else where
+
+
+def processor(args: argparse.Namespace) -> str:
+    """Name the processor, its cores and the threads that are used."""
+    name, info = platform.machine(), Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else []:
+        if line.startswith("model name"):
+            name = line.split(":")[1].strip()
+    threads = "1 thread" if args.threads == 1 else f"{args.threads} threads"
+    return f"{name}, {os.cpu_count()} cores, {threads}"
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
@@ -212,37 +208,36 @@ def page(results: dict[str, Any]) -> str:
         if name not in results
     ]
     if missing:
-        text += f"\nNot measured yet: `python benchmarks/speed/run.py --rows {' '.join(missing)}`.\n"
+        text += f"\nNot measured yet: `python -m benchmarks.speed.run --rows {' '.join(missing)}`.\n"
     places = dict.fromkeys(
         (group["device"], group["environment"]) for group in results.values()
     )
     for device, place in places:
-        text += f"\n## {'GPU' if device == 'cuda' else 'CPU'}: {place}\n"
-        text += "\n| what | median | quartiles | goal | met |\n|---|---|---|---|---|\n"
-        for group in results.values():
-            if (group["device"], group["environment"]) == (device, place):
-                text += "".join(_line(row) for row in group["rows"])
+        rows = [
+            _cells(row)
+            for group in results.values()
+            if (group["device"], group["environment"]) == (device, place)
+            for row in group["rows"]
+        ]
+        text += f"\n## {'GPU' if device == 'cuda' else 'CPU'}: {place}\n\n"
+        text += markdown_table(HEADS, rows) + "\n"
     return text if any(device == "cuda" for device, _ in places) else text + NO_GPU
 
 
-def _line(row: dict[str, Any]) -> str:
+def _cells(row: dict[str, Any]) -> list[str]:
     unit = "" if row["unit"] in ("x", "") else f" {row['unit']}"
     median, low, high = (_digits(row[name]) for name in ("median", "low", "high"))
-    met = ""
+    goal = met = ""
     if row["goal"] is not None:
         met = "yes" if row["median"] <= row["goal"] else "**no**"
-    goal = "" if row["goal"] is None else f"{row['goal']:g}{unit}"
-    return f"| {row['what']} | {median}{unit} | {low} to {high} | {goal} | {met} |\n"
+        goal = f"{row['goal']:g}{unit}"
+    return [row["what"], f"{median}{unit}", f"{low} to {high}", goal, met]
 
 
 def _digits(value: float) -> str:
-    return (
-        f"{value:,.0f}"
-        if abs(value) >= 1000
-        else f"{value:.4g}"
-        if abs(value) >= 10
-        else f"{value:.3f}"
-    )
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}" if abs(value) >= 10 else f"{value:.3f}"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -261,9 +256,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--repetitions", type=int, help="of every group; default: as in rows.yaml"
     )
     parser.add_argument("--small", action="store_true", help="sizes for a test")
-    parser.add_argument(
-        "--photographs", help="a folder for the rows with `finetune.py`"
-    )
     parser.add_argument(
         "--output",
         type=Path,
