@@ -58,9 +58,16 @@ def draw_classes(axis: Axes, results: RunResults) -> None:
 def draw_reliability(axis: Axes, results: RunResults) -> None:
     """Draw the accuracy of the test images by confidence, over the share of images in each bin."""
     confidences, right = results.answers
-    bins = np.linspace(0, 1, 16)
     images = np.full(len(right), 1 / len(right))
-    axis.hist(confidences, bins, weights=images, color="0.5", alpha=0.3, label="images")
+    axis.hist(
+        confidences,
+        bins=15,
+        range=(0, 1),
+        weights=images,
+        color="0.5",
+        alpha=0.3,
+        label="images",
+    )
     axis.plot([0, 1], [0, 1], ":", color="0.5")
     accuracy, confidence = calibration_curve(right, confidences, n_bins=15)
     axis.plot(confidence, accuracy, ".-", color=COLORS[1], label=results.method)

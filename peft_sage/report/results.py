@@ -254,10 +254,11 @@ class RunResults:
     @property
     def worst_classes(self) -> list[int]:
         """At most ten and half of the classes, all below the mean, the least accurate first."""
-        per_class, counts = self.trained.per_class, self.class_counts
-        tested = [k for k, score in enumerate(per_class) if score is not None]
-        below = [k for k in tested if per_class[k] < self.trained.macro]
-        below.sort(key=lambda k: (per_class[k], -counts[k]))
+        scores = enumerate(self.trained.per_class)
+        tested = {k: score for k, score in scores if score is not None}
+        mean = self.trained.macro or 0.0
+        below = [k for k, score in tested.items() if score < mean]
+        below.sort(key=lambda k: (tested[k], -self.class_counts[k]))
         return below[: min(10, len(tested) // 2)]
 
     @property

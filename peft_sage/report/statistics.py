@@ -43,8 +43,8 @@ def paired_difference_interval(
 
 def calibration_error(confidences: np.ndarray, right: np.ndarray) -> float:
     """Return the expected calibration error over 15 bins (Guo et al. 2017, arXiv 1706.04599)."""
-    confidences, right = torch.as_tensor(confidences), torch.as_tensor(right)
-    return binary_calibration_error(confidences, right.int(), n_bins=15).item()
+    scores, truth = torch.as_tensor(confidences), torch.as_tensor(right)
+    return binary_calibration_error(scores, truth.int(), n_bins=15).item()
 
 
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
