@@ -32,16 +32,14 @@ def watch(owner: type, method: str, note) -> None:
 def note_images(classifier, pixel_values):
     if classifier.training:
         processor = classifier.image_processor
-        red = (
-            pixel_values[:, 0, 0, 0] * processor.image_std[0] + processor.image_mean[0]
-        )
+        std, mean = processor.image_std[0], processor.image_mean[0]
+        red = pixel_values[:, 0, 0, 0] * std + mean
         seen[-1].append((red * 255).round().int().tolist())
 
 
 def note_labels(loss, outputs, labels):
-    seen[-1].append(
-        [list(pair) for pair in zip(seen[-1].pop(), labels.tolist(), strict=True)]
-    )
+    pairs = zip(seen[-1].pop(), labels.tolist(), strict=True)
+    seen[-1].append([list(pair) for pair in pairs])
 
 
 if __name__ == "__main__":
@@ -50,18 +48,14 @@ if __name__ == "__main__":
     watch(SageLoss, "forward", note_labels)
     # The runs of a process share its group.
     Accelerator.end_training = lambda accelerator: None
-    sys.path.insert(0, str(SCRIPT.parent))
     for arguments in json.loads(sys.argv[1]):
         seen.clear()
         sys.argv = [str(SCRIPT), *arguments]
         names = runpy.run_path(str(SCRIPT), run_name="__main__")
-        weights = {
-            name: p.detach()
-            for name, p in names["classifier"].named_parameters()
-            if p.requires_grad
-        }
+        parameters = names["classifier"].named_parameters()
+        weights = {name: p.detach() for name, p in parameters if p.requires_grad}
         found = (seen, weights, names["counts"], names["prior"].strength)
-        torch.save(found, Path(names["args"].output_dir, f"seen{names['rank']}.pt"))
+        torch.save(found, names["args"].output_dir / f"seen{names['rank']}.pt")
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         # As in `distributed_job.py`.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Share what `finetune.py` left in a folder, with its model card. Log in first: `hf auth login`.
+"""Share what training left in a folder, with its model card. Log in first: `hf auth login`.
 
-python examples/by_feature/push_to_hub.py finetuned user/name --private
+python push_to_hub.py finetuned user/name --private
 """
 
 import argparse
@@ -9,44 +9,49 @@ import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.utils import LocalTokenNotFoundError, validate_repo_id
 from peft import PeftConfig
 
 from peft_sage import SageClassifier
 
 
-parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-)
-parser.add_argument("folder", help="what was saved by training")
-parser.add_argument("repo_id", help="user/name")
-parser.add_argument("--private", action="store_true")
-args = parser.parse_args()
-
-base_model = PeftConfig.from_pretrained(args.folder).base_model_name_or_path
-if base_model and Path(base_model).is_dir():
-    print(
-        f"The base model {base_model!r} is a folder of yours, which nobody else has: see docs/hub.md."
-    )
-
-api = HfApi()
-api.create_repo(args.repo_id, private=args.private, exist_ok=True)
-# The report shows many of the images that it was made from; upload it yourself if they may be seen.
-others = [
+# The report shows many of the images that it was made from: upload it yourself if they may be seen.
+NOT_SHARED = [
     "README.md",
     "report.html",
     "checkpoint*",
     "checkpoints/*",
     "logs/*",
-    "text_embeds/*",
+    "runs/*",
 ]
-url = api.upload_folder(
-    repo_id=args.repo_id, folder_path=args.folder, ignore_patterns=others
+
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
-# The card in the folder says how to load the folder; the card on the Hub says how to load it from there.
-card = ModelCard.load(Path(args.folder, "README.md"))
+parser.add_argument("folder", type=Path, help="what training saved")
+parser.add_argument("repo_id", help="user/name")
+parser.add_argument("--private", action="store_true", help="only you can see it")
+args = parser.parse_args()
+
+validate_repo_id(args.repo_id)
+api = HfApi()
+try:
+    api.whoami()
+except LocalTokenNotFoundError:
+    parser.error("you are not logged in to the Hub: run `hf auth login`")
+base_model = PeftConfig.from_pretrained(args.folder).base_model_name_or_path
+if base_model and Path(base_model).is_dir():
+    print(f"The base model {base_model!r} is a local folder: see docs/hub.md.")
+
+api.create_repo(args.repo_id, private=args.private, exist_ok=True)
+url = api.upload_folder(
+    repo_id=args.repo_id, folder_path=args.folder, ignore_patterns=NOT_SHARED
+)
+# The card in the folder says how to load the folder; the card on the Hub, how to load it from there.
+card = ModelCard.load(args.folder / "README.md")
 card.text = re.sub(r'(from_pretrained\()".+"\)', rf'\1"{args.repo_id}")', card.text)
 card.push_to_hub(args.repo_id)
 print(f"Pushed: {url}")
 
-names = SageClassifier.from_pretrained(args.repo_id).class_names or []
-print(f"Loaded {args.repo_id} with {len(names)} classes: {', '.join(names[:5])}, ...")
+names = SageClassifier.from_pretrained(args.repo_id).class_names
+print(f"Loaded {args.repo_id} with {len(names)} classes: {', '.join(names[:5])}")
