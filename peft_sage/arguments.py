@@ -114,6 +114,7 @@ class SageTrainingArguments(TrainingArguments):
     metric_for_best_model: str | None = _setting(
         "macro", "What is best: macro, overall, many, medium, few or worst"
     )
+    hub_strategy: str = _setting("end", "When to push to the Hub")
     logging_steps: float = _setting(10, "Log the loss every so many steps")
     seed: int = _setting(0, "Seed of everything random")
     remove_unused_columns: bool = _setting(
@@ -132,6 +133,8 @@ class SageTrainingArguments(TrainingArguments):
             self.num_train_epochs = EPOCHS
         self.data_seed = self.seed if self.data_seed is None else self.data_seed
         self.label_names = self.label_names or ["labels"]
+        if "no" in (self.save_strategy, self.eval_strategy):
+            self.load_best_model_at_end = False
         self._check()
         super().__post_init__()
 

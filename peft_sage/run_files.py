@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.trainer import TRAINER_STATE_NAME
 
 from .arguments import SageTrainingArguments
+from .classifier import SageClassifier
 from .text_prior import TextPrior
 
 
 SETTINGS_FILE, TEXT_PRIOR_FILE = "settings.json", "text_prior.pt"
+#: What Trainer writes last.
+STATE_FILE = "trainer_state.json"
 #: The arguments that the trained weights depend on. All others may differ when a run is resumed.
 RESULT_ARGUMENTS = (
     *("text_prior", "text_guidance", "tau", "compensation", "absent", "min_steps"),
@@ -80,7 +82,7 @@ def changed_settings(saved: dict[str, Any], settings: dict[str, Any]) -> list[st
 def is_complete(checkpoint: str | os.PathLike[str]) -> bool:
     """Whether a checkpoint was written to its end: the trainer's state is written last."""
     try:
-        json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        json.loads(Path(checkpoint, STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return True
@@ -131,3 +133,26 @@ def load_text_prior(folder: str | os.PathLike[str] | None) -> TextPrior | None:
     if folder is None or not path.is_file():
         return None
     return TextPrior(**torch.load(path, weights_only=True))
+
+
+def check_saved_model(
+    classifier: SageClassifier, folder: str | os.PathLike[str], images: Any
+) -> None:
+    """Load what was saved, as a user would, and compare what both say of up to 256 `images` (a data set).
+
+    Raises:
+        RuntimeError: They differ.
+    """
+    loaded = SageClassifier.from_pretrained(folder, device=classifier.device)
+    some = list(images.select(range(min(256, len(images))))["image"])
+    answers = [model.predict(some, top_k=3) for model in (classifier, loaded)]
+    for number, (before, after) in enumerate(zip(*answers, strict=True)):
+        for one, other in zip(before, after, strict=True):
+            near = abs(one["score"] - other["score"]) < 1e-3
+            if not near or one["label"] != other["label"] and one["score"] > 1e-3:
+                raise RuntimeError(
+                    f"The model loaded from {os.fspath(folder)!r} sees image {number} differently: {other}, not {one}."
+                )
+    print(
+        f"Saved to {os.fspath(folder)}; a fresh model with it predicts the same for {len(some)} test images."
+    )

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from huggingface_hub import HfApi
 from peft import PeftConfig, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -50,6 +51,8 @@ from .training_checks import (
 
 #: The text guidance's share of the text prior, chosen on validation images (RESULTS.md).
 GUIDANCE_SHARE = 0.4
+PUSHED_FILES = ["adapter_*", "README.md", "preprocessor_config.json", "*.png"]
+PUSHED_FILES += ["model.safetensors", "results.json"]
 
 logger = logging.get_logger(__name__)
 
@@ -107,9 +110,9 @@ class SageTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = SageTrainingArguments() if args is None else args
+        check_arguments(model, args, peft_config, compute_loss_func)
         modules = [m for m in model.modules() if isinstance(m, SageClassifier)]
         self.classifier: SageClassifier | None = modules[0] if modules else None
-        check_arguments(model, args, peft_config, compute_loss_func)
         processor = kwargs.pop("processing_class", None)
         processor = processor or getattr(self.classifier, "image_processor", None)
         named = {"train_dataset": train_dataset, **_named(eval_dataset)}
@@ -134,6 +137,7 @@ class SageTrainer(Trainer):
         elif self._makes_loss:
             self.loss = SageLoss(self.class_counts, args.tau, args.compensation)
         args = _fitted(args, len(labels), eval_dataset)
+        set_seed(args.seed)  # for the adapters that are made here
         model = _wrapped(model, peft_config, self.classifier)
         self._settings = run_settings(args, model, fingerprint(labels.tolist()))
         self._sampler = EpochSampler(len(labels), args.data_seed)
@@ -252,6 +256,11 @@ class SageTrainer(Trainer):
         checkpoint = self._find_checkpoint(resume_from_checkpoint)
         if self._makes_loss:
             self._choose_text_terms(checkpoint)
+        if self.args.eval_strategy != IntervalStrategy.NO:
+            # Decoded here, and not below the bar of the training.
+            several = isinstance(self.eval_dataset, dict)
+            for name in self.eval_dataset if several else [None]:
+                self.get_eval_dataloader(name)
         return super().train(checkpoint, *args, **kwargs)
 
     def _find_checkpoint(self, wanted: Any) -> str | None:
@@ -427,6 +436,37 @@ class SageTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         pass
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Upload what `save_model` writes and the model card next to it; nothing that shows images or paths."""
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        folder = Path(self.args.output_dir)
+        card = folder / "README.md"
+        text = card.read_text(encoding="utf-8") if card.is_file() else None
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        if text is not None:  # PEFT changes a card that it finds
+            card.write_text(text, encoding="utf-8")
+        return HfApi().upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            token=token,
+            revision=revision or self.args.hub_revision,
+            run_as_future=not blocking,
+            allow_patterns=PUSHED_FILES,
+        )
 
 
 def _named(eval_dataset: Any) -> dict[str, Any]:

@@ -1,0 +1,503 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SageTrainer in one process, on a tiny CLIP and generated pictures. `test_finetune` runs it in two processes."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from peft import LoraConfig, get_peft_model
+from PIL import Image as PILImage
+from safetensors.torch import load_file
+from torch import nn
+from transformers import CLIPImageProcessorPil, TrainerCallback
+
+from peft_sage import (
+    ImageCollator,
+    SageClassifier,
+    SageConfig,
+    SageLoss,
+    SageTrainer,
+    SageTrainingArguments,
+)
+from peft_sage.run_files import is_complete, latest_checkpoint
+from tests.conftest import tiny_clip
+
+
+NAMES, COUNTS = ["blue", "green", "red"], [12, 6, 3]
+COLOURS = [(30, 40, 220), (40, 200, 60), (220, 30, 40)]
+TEXTS = torch.randn(3, 16, generator=torch.Generator().manual_seed(3))
+LORA = LoraConfig(r=4, target_modules=["q_proj"], exclude_modules=".*text_model.*")
+
+
+def pictures(counts, seed=0, groups=False):
+    """Noisy colours, one per class, as a data set of `datasets`."""
+    rng = np.random.default_rng(seed)
+    labels = [k for k, count in enumerate(counts) for _ in range(count)]
+    images = [
+        PILImage.fromarray(
+            np.clip(rng.normal(COLOURS[k], 30, (20, 16, 3)), 0, 255).astype(np.uint8)
+        )
+        for k in labels
+    ]
+    columns = {"image": images, "label": labels, "file": [f"{n}.png" for n in labels]}
+    features = {
+        "image": Image(),
+        "label": ClassLabel(names=NAMES),
+        "file": Value("string"),
+    }
+    if groups:
+        columns["group"], features["group"] = labels, Value("int64")
+    return Dataset.from_dict(columns, features=Features(features))
+
+
+TRAIN, VALIDATION = pictures(COUNTS), pictures([3, 3, 3], seed=1)
+
+
+def tensors(dataset):
+    """The same images as dictionaries of pixel values."""
+    collator = ImageCollator(processor())
+    return [
+        {"pixel_values": collator([row])["pixel_values"][0], "labels": row["label"]}
+        for row in dataset
+    ]
+
+
+def processor():
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    )
+
+
+def classifier():
+    return SageClassifier(tiny_clip(), TEXTS, NAMES, image_processor=processor())
+
+
+def sage(**kwargs):
+    config = SageConfig(guidance=torch.ones(3, 24).triu(), r=8, dropout=0.1, **kwargs)
+    torch.manual_seed(0)
+    return get_peft_model(classifier(), config)
+
+
+def arguments(folder, **kwargs):
+    defaults = {"num_train_epochs": 2, "per_device_train_batch_size": 4}
+    settings = {"use_cpu": True, "disable_tqdm": True, "learning_rate": 0.01}
+    return SageTrainingArguments(str(folder), **{**defaults, **settings, **kwargs})
+
+
+def trained(trainer):
+    parameters = trainer.model.named_parameters()
+    return {n: p.detach().clone() for n, p in parameters if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (SageConfig(guidance=TEXTS, r=8), "peft_sage_"),
+        (SageConfig(guidance_rows=0, r=8), "peft_sage_"),
+        (LORA, "lora_"),
+        (None, None),
+    ],
+    ids=["sage", "adaptformer", "lora", "head"],
+)
+def test_it_learns_saves_and_comes_back(config, kind, tmp_path):
+    model = classifier()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    args = arguments(tmp_path, num_train_epochs=12, learning_rate=0.02)
+    trainer = SageTrainer(model, args, TRAIN, VALIDATION, peft_config=config)
+    zero_shot = trainer.evaluate(VALIDATION)["eval_macro"]
+    trainer.train()
+    scores = trainer.evaluate(VALIDATION)
+    assert scores["eval_macro"] > max(0.8, zero_shot)
+    assert scores["eval_macro"] == max(
+        entry["eval_macro"]
+        for entry in trainer.state.log_history
+        if "eval_macro" in entry
+    )
+    assert trainer.classifier is model and trainer.class_counts == COUNTS
+    for name, parameter in trainer.classifier.model.named_parameters():
+        original = before.get(f"model.{name.replace('base_layer.', '')}")
+        if original is not None:
+            assert torch.equal(parameter, original)
+
+    trainer.save_model(str(tmp_path / "saved"))
+    names = [*load_file(tmp_path / "saved" / "adapter_model.safetensors")]
+    others = [name for name in names if "class_head" not in name]
+    assert all(kind in name for name in others) if kind else not others
+    loaded = SageClassifier.from_pretrained(tmp_path / "saved", tiny_clip())
+    images = list(VALIDATION["image"])
+    assert loaded.class_names == NAMES
+    assert loaded.predict(images) == trainer.classifier.predict(images)
+
+
+def test_the_text_terms_are_chosen_by_the_data(tmp_path):
+    trainer = SageTrainer(sage(), arguments(tmp_path, num_train_epochs=1), TRAIN)
+    assert trainer.text_prior is None and trainer.loss.text_prior == 0
+    trainer.train()
+    strength = trainer.text_prior.strength
+    assert trainer.loss.text_prior == strength
+    assert trainer.loss.text_guidance == pytest.approx(0.4 * strength)
+    expected = trainer.classifier.embed(list(TRAIN["image"]))
+    torch.testing.assert_close(trainer.base_image_embeds, expected, atol=1e-4, rtol=0)
+
+    head = SageTrainer(classifier(), arguments(tmp_path, num_train_epochs=1), TRAIN)
+    head.train()
+    assert head.loss.text_guidance == 0 and head.text_prior.strength == strength
+    given = {"text_prior": 2, "text_guidance": 0.5, "num_train_epochs": 1}
+    trainer = SageTrainer(sage(), arguments(tmp_path, **given), TRAIN)
+    trainer.train()
+    assert trainer.text_prior is None
+    assert (trainer.loss.text_prior, trainer.loss.text_guidance) == (2, 0.5)
+    # Of one group per class nothing can be held out.
+    grouped = SageTrainer(sage(), arguments(tmp_path), pictures(COUNTS, groups=True))
+    with pytest.raises(ValueError, match="two images"):
+        grouped.train()
+
+
+def test_absent_classes_are_classes(tmp_path):
+    trainer = SageTrainer(
+        sage(), arguments(tmp_path, num_train_epochs=1), pictures([12, 0, 3])
+    )
+    trainer.train()
+    assert trainer.class_counts == [12, 0, 3]
+    assert trainer.loss.absent == trainer.text_prior.absent
+    assert "eval_none" in trainer.evaluate(VALIDATION)
+
+
+def test_guidance_gets_the_embeddings_of_its_own_images(tmp_path):
+    trainer = SageTrainer(sage(), arguments(tmp_path, text_guidance=1.0), TRAIN)
+    trainer._choose_text_terms(None)
+    embeds, seen = trainer.base_image_embeds, []
+    plain = trainer.classifier.embed(list(TRAIN["image"]))
+    for batch in trainer.get_train_dataloader():
+        seen.append(batch["base_image_embeds"])
+        for row, label in zip(seen[-1], batch["labels"], strict=True):
+            index = (embeds - row).abs().sum(dim=1).argmin()
+            assert TRAIN[int(index)]["label"] == label
+    assert len(torch.cat(seen)) == 20 and plain.shape == embeds.shape
+
+
+def test_a_plain_module_gets_the_loss_and_the_groups(tmp_path):
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3 * 16 * 16, 3)
+
+        def forward(self, pixel_values):
+            return self.layer(pixel_values.flatten(1))
+
+    args = arguments(tmp_path, num_train_epochs=4, learning_rate=0.001)
+    trainer = SageTrainer(Linear(), args, tensors(TRAIN), tensors(VALIDATION))
+    trainer.train()
+    scores = trainer.evaluate()
+    assert scores["eval_few"] == scores["eval_macro"] > 0.5
+    assert isinstance(trainer.loss, SageLoss) and trainer.classifier is None
+
+
+def cross_entropy(outputs, labels, num_items_in_batch=None):
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    loss = F.cross_entropy(outputs["logits"], labels, reduction=reduction)
+    return loss / (1 if num_items_in_batch is None else num_items_in_batch)
+
+
+@pytest.mark.parametrize(
+    "loss", [SageLoss(COUNTS, compensation=0), cross_entropy, None]
+)
+@pytest.mark.parametrize("as_tensors", [True, False])
+def test_accumulation_equals_the_whole_batch(loss, as_tensors, tmp_path):
+    """The compensation is left out, which each micro-batch measures for itself."""
+    ends, data = [], pictures([9, 6, 3])
+    data = tensors(data) if as_tensors else data
+    for size, steps in ((6, 1), (3, 2)):
+        own = {"text_prior": 1.0, "compensation": 0.0} if loss is None else {}
+        args = arguments(
+            tmp_path / str(size),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            augment="none",
+            optim="sgd",
+            **own,
+        )
+        model = get_peft_model(classifier(), SageConfig(guidance=TEXTS, r=8))
+        trainer = SageTrainer(model, args, data, compute_loss_func=loss)
+        trainer.train()
+        ends.append((trained(trainer), trainer.state.log_history[-1]["train_loss"]))
+    torch.testing.assert_close(ends[0], ends[1], atol=1e-6, rtol=1e-5)
+
+
+class Interrupt(TrainerCallback):
+    """Stop as a kill does, at a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("augment", "accumulation"), [("crop-flip", 2), ("resized-crop-flip", 1)]
+)
+def test_resumed_within_an_epoch_it_ends_where_an_undisturbed_run_does(
+    augment, accumulation, tmp_path
+):
+    settings = {
+        "augment": augment,
+        "gradient_accumulation_steps": accumulation,
+        "checkpointing_steps": 2,
+        "dataloader_num_workers": 0,
+        "per_device_train_batch_size": 2,
+    }
+    whole = SageTrainer(
+        sage(), arguments(tmp_path / "a", **settings), TRAIN, VALIDATION
+    )
+    whole.train()
+    args = arguments(tmp_path / "b", **settings)
+    stopped = SageTrainer(sage(), args, TRAIN, VALIDATION, callbacks=[Interrupt(9)])
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    half = tmp_path / "b" / "checkpoint-99"
+    shutil.copytree(tmp_path / "b" / "checkpoint-8", half)
+    (half / "trainer_state.json").write_text('{"epoch": 1.')
+    assert not is_complete(half)
+    assert latest_checkpoint(tmp_path / "b").name == "checkpoint-8"
+
+    torch.rand(7)
+    resumed = SageTrainer(sage(), args, TRAIN, VALIDATION)
+    resumed.train(resume_from_checkpoint="latest")
+    torch.testing.assert_close(trained(resumed), trained(whole), atol=0, rtol=0)
+    assert resumed.text_prior.strength == whole.text_prior.strength
+    history = [
+        [e["eval_macro"] for e in t.state.log_history if "eval_macro" in e]
+        for t in (whole, resumed)
+    ]
+    assert history[0] == history[1] and len(history[0]) == 2
+    torch.testing.assert_close(resumed.loss.state_dict(), whole.loss.state_dict())
+
+
+def test_checkpoints_of_other_runs_are_refused(tmp_path):
+    args = arguments(tmp_path, num_train_epochs=1)
+    SageTrainer(sage(), args, TRAIN).train()
+    other = [
+        (
+            sage(),
+            arguments(tmp_path, num_train_epochs=1, tau=2.0),
+            TRAIN,
+            "tau: 1.0 -> 2.0",
+        ),
+        (sage(), args, pictures([12, 6, 2]), "data: "),
+        (sage(num_heads=2), args, TRAIN, r"default.num_heads: 1 -> 2"),
+    ]
+    for model, changed, data, message in other:
+        with pytest.raises(ValueError, match=f"other settings: {message}"):
+            SageTrainer(model, changed, data).train(resume_from_checkpoint=True)
+    again = SageTrainer(sage(), arguments(tmp_path / "new"), TRAIN)
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        again.train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="is not a complete checkpoint"):
+        again.train(resume_from_checkpoint=str(tmp_path / "new"))
+    assert again.train(resume_from_checkpoint="latest").global_step == 10
+
+
+def test_a_full_disk_leaves_earlier_checkpoints_alone(tmp_path, monkeypatch):
+    trainer = SageTrainer(sage(), arguments(tmp_path), TRAIN)
+    save = torch.save
+
+    def full(thing, path, *args, **kwargs):
+        if "checkpoint-10/optimizer" in str(path):
+            raise RuntimeError("No space left on device")
+        save(thing, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="checkpoint-10.*No space left.*Earlier ones are"):
+        trainer.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+    assert latest_checkpoint(tmp_path).name == "checkpoint-5"
+
+
+def test_few_images_get_more_epochs_and_small_batches(tmp_path):
+    args = arguments(
+        tmp_path,
+        num_train_epochs=None,
+        min_steps=40,
+        per_device_train_batch_size=128,
+        save_strategy="no",
+    )
+    trainer = SageTrainer(sage(), args, TRAIN, VALIDATION)
+    trainer.train()
+    assert (
+        trainer.args.per_device_train_batch_size == 21 and args.train_batch_size == 128
+    )
+    assert trainer.state.global_step == trainer.state.num_train_epochs == 40
+    evaluated = [e["epoch"] for e in trainer.state.log_history if "eval_macro" in e]
+    assert evaluated == [4 * n for n in range(1, 11)]
+    rates = [group["initial_lr"] for group in trainer.optimizer.param_groups]
+    assert rates == [0.01, 0.025]
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+def test_of_equal_epochs_the_last_is_kept(tmp_path):
+    scores = iter([0.1, 0.3, 0.3, 0.2])
+    trainer = SageTrainer(
+        sage(),
+        arguments(tmp_path, num_train_epochs=4),
+        TRAIN,
+        VALIDATION,
+        compute_metrics=lambda _: {"macro": next(scores)},
+    )
+    trainer.train()
+    assert trainer.state.best_global_step == 15 and trainer.state.best_metric == 0.3
+
+
+def test_trackers_and_bfloat16(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    args = arguments(tmp_path, report_to=["tensorboard"], bf16=True, test_crops=5)
+    trainer = SageTrainer(sage(), args, TRAIN, VALIDATION)
+    trainer.train()
+    assert [*tmp_path.glob("logs/**/events*")]
+    assert all(p.dtype == torch.float32 for p in trained(trainer).values())
+    # Five crops of test images, averaged in float32, and one of validation images.
+    five = torch.as_tensor(trainer.predict(VALIDATION).predictions)
+    batch = trainer.get_test_dataloader(VALIDATION).dataset.__getitems__([0])
+    pixels = trainer.data_collator.finish(batch["pixels"][0])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = trainer.model(pixel_values=pixels).logits.float()
+    assert batch["pixels"].shape == (1, 5, 3, 16, 16) and five.dtype == torch.float32
+    torch.testing.assert_close(five[0], logits.mean(dim=0), atol=0.2, rtol=0)
+
+
+def test_what_is_given_wins(tmp_path):
+    class Collator:
+        def __call__(self, items):
+            batch = ImageCollator(processor())(items)
+            return {**batch, "labels": batch["labels"]}
+
+    model = sage()
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], lr=0.1
+    )
+    loss = SageLoss(COUNTS, tau=0.5)
+    trainer = SageTrainer(
+        model,
+        arguments(tmp_path, num_train_epochs=1),
+        TRAIN,
+        VALIDATION,
+        data_collator=Collator(),
+        compute_loss_func=loss,
+        compute_metrics=lambda p: {"macro": 0.5},
+        optimizers=(optimizer, None),
+    )
+    trainer.train()
+    assert trainer.loss is loss and trainer.text_prior is None
+    assert trainer.optimizer.optimizer is optimizer
+    assert trainer.evaluate()["eval_macro"] == 0.5
+
+
+class DropsLabels:
+    def __call__(self, items):
+        return {"pixel_values": torch.zeros(len(items), 3, 16, 16)}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"train_dataset": TRAIN.remove_columns("label")},
+            ValueError,
+            "must have a column 'label'",
+        ),
+        (
+            {"train_dataset": [{"pixel_values": 0, "labels": 3}]},
+            ValueError,
+            "class indices below 3 in 'labels', got 3 in row 0",
+        ),
+        (
+            {"train_dataset": [{"pixel_values": 0, "label": 0.5}]},
+            ValueError,
+            "class indices below 3 in 'label', got 0.5",
+        ),
+        (
+            {"train_dataset": TRAIN.select([])},
+            ValueError,
+            "`train_dataset` must have images",
+        ),
+        (
+            {"train_dataset": [(0, 1)]},
+            ValueError,
+            "must have items that are dictionaries",
+        ),
+        (
+            {"eval_dataset": VALIDATION.remove_columns("label")},
+            ValueError,
+            "`eval_dataset` must have a column",
+        ),
+        (
+            {"data_collator": DropsLabels()},
+            ValueError,
+            "`data_collator` must return a dictionary with `labels`",
+        ),
+        (
+            {"compute_loss_func": cross_entropy, "args": {"tau": 2.0}},
+            ValueError,
+            "`tau` is of the loss that",
+        ),
+        (
+            {"peft_config": LORA},
+            ValueError,
+            "`peft_config` needs a `model` that PEFT has not",
+        ),
+        (
+            {"model": nn.Linear(2, 2), "args": {"text_prior": 1.0}},
+            ValueError,
+            "`text_prior` needs a SageClassifier",
+        ),
+        ({"model": "clip"}, TypeError, "`model` must be a module, got str"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_computed(
+    change, error, message, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(SageClassifier, "forward", None)
+    change = {
+        "model": sage(),
+        "train_dataset": TRAIN,
+        "eval_dataset": VALIDATION,
+        **change,
+    }
+    change["args"] = arguments(tmp_path / "out", **change.get("args", {}))
+    with pytest.raises(error, match=message):
+        SageTrainer(**change)
+    assert not (tmp_path / "out").exists()
+
+
+def test_classes_in_another_order_are_refused():
+    model = SageClassifier(
+        tiny_clip(), TEXTS, ["red", "green", "blue"], image_processor=processor()
+    )
+    with pytest.raises(ValueError, match="class 'blue' at index 0, the model at 2"):
+        SageTrainer(model, train_dataset=TRAIN)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("text_prior", "much", "auto or a number"),
+        ("text_guidance", -1, "at least 0"),
+        ("absent", 0, "greater than 0"),
+        ("tau", float("nan"), "finite"),
+        ("learning_rate", 0, "greater than 0"),
+        ("num_train_epochs", -1, "at least 0"),
+        ("min_steps", 0.5, "an integer"),
+        ("per_device_train_batch_size", 0, "at least 1"),
+        ("crop_scale", 1.5, r"lie in \(0, 1\]"),
+        ("augment", "blur", "one of"),
+        ("test_crops", 3, "one of"),
+        ("label_smoothing_factor", 0.1, "compute_loss_func"),
+    ],
+)
+def test_bad_arguments_name_their_field(name, value, message):
+    with pytest.raises(ValueError, match=f"`{name}` .*{message}"):
+        SageTrainingArguments("out", **{name: value})
