@@ -47,11 +47,8 @@ class SageLayer(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = mlp_widths(base_layer)
         self.input_index, self.input_name = mlp_input(base_layer)
         for name in self.adapter_layer_names:
-            setattr(
-                self,
-                name,
-                nn.ParameterDict() if name == "peft_sage_scaling" else nn.ModuleDict(),
-            )
+            setattr(self, name, nn.ModuleDict())
+        self.peft_sage_scaling = nn.ParameterDict()
         self.peft_sage_dropout = nn.ModuleDict()
         self.peft_sage_guidance = BufferDict(persistent=True)
         self.fixed_scaling: dict[str, float] = {}
@@ -144,43 +141,33 @@ class SageLayer(nn.Module, BaseTunerLayer):
 
     def tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return the tokens (..., d) among the arguments of the MLP."""
-        return (
-            args[self.input_index]
-            if len(args) > self.input_index
-            else kwargs[self.input_name]
-        )
+        if len(args) > self.input_index:
+            return args[self.input_index]
+        return kwargs[self.input_name]
 
     def update(self, x: Tensor, adapter_name: str) -> Tensor:
         """Return what an adapter adds to the output of the MLP for its input (..., d), in the adapter's precision."""
         z = self.queries(x, adapter_name)
         if adapter_name in self.shared_guidance:
             z = z + self.attend(z, adapter_name)
-        update = self.peft_sage_up[adapter_name](
-            self.peft_sage_dropout[adapter_name](F.gelu(z))
-        )
-        scaling = (
-            self.peft_sage_scaling
-            if adapter_name in self.peft_sage_scaling
-            else self.fixed_scaling
-        )
-        return update * scaling[adapter_name]
+        z = self.peft_sage_dropout[adapter_name](F.gelu(z))
+        update = self.peft_sage_up[adapter_name](z)
+        if adapter_name in self.fixed_scaling:
+            return update * self.fixed_scaling[adapter_name]
+        return update * self.peft_sage_scaling[adapter_name]
 
     def attend(self, z: Tensor, adapter_name: str) -> Tensor:
         """Return the attention (..., r) of queries (..., r) to the guidance; the weights are never kept."""
         guidance = self.shared_guidance[adapter_name].like(z)
-        keys, values = (
-            self.peft_sage_key[adapter_name](guidance),
-            self.peft_sage_value[adapter_name](guidance),
-        )
+        keys = self.peft_sage_key[adapter_name](guidance)
+        values = self.peft_sage_value[adapter_name](guidance)
         q, k, v = (self.split_heads(t, adapter_name) for t in (z, keys, values))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(z.shape)
 
     def queries(self, x: Tensor, adapter_name: str) -> Tensor:
         """Return the bottleneck (..., r) of tokens (..., d)."""
-        down, norm = (
-            self.peft_sage_down[adapter_name],
-            self.peft_sage_norm[adapter_name],
-        )
+        down = self.peft_sage_down[adapter_name]
+        norm = self.peft_sage_norm[adapter_name]
         if down.weight.is_meta and not x.is_meta:
             raise RuntimeError(
                 f"The weights of the adapter {adapter_name!r} were not loaded."

@@ -133,10 +133,8 @@ class SageModel(BaseTuner):
         current_key: str,
     ) -> None:
         layer = target if isinstance(target, SageLayer) else SageLayer(target)
-        scaling, scale = (
-            float(config.scaling),
-            mlps.layer_scale(self.model, current_key),
-        )
+        scaling = float(config.scaling)
+        scale = mlps.layer_scale(self.model, current_key)
         if config.learnable_scaling and scale is not None and not scale.is_meta:
             scaling /= scale.detach().abs().mean().item() or 1.0
         layer.update_layer(adapter_name, config, config.shared_guidance, scaling)
@@ -154,12 +152,9 @@ class SageModel(BaseTuner):
     ) -> None:
         # PEFT's own version reads `child.weight`, which an MLP does not have. The layer moved itself.
         setattr(parent, child_name, new_module)
-        for key in [
-            k
-            for k, hook in parent._forward_pre_hooks.items()
-            if hook is _start_graph_at_checkpoint
-        ]:
-            del parent._forward_pre_hooks[key]
+        for key, hook in list(parent._forward_pre_hooks.items()):
+            if hook is _start_graph_at_checkpoint:
+                del parent._forward_pre_hooks[key]
         if isinstance(new_module, SageLayer):
             parent.register_forward_pre_hook(_start_graph_at_checkpoint)
 
@@ -183,16 +178,11 @@ class SageModel(BaseTuner):
         def pass_names(_: nn.Module, args: Any, kwargs: Any) -> Any:
             return args, {**kwargs, "adapter_names": names}
 
-        modules = () if names is None else self.modules()
-        takers = [
-            module
-            for module in modules
-            if isinstance(module, (SageLayer, AuxiliaryTrainingWrapper))
-        ]
-        handles = [
-            taker.register_forward_pre_hook(pass_names, with_kwargs=True)
-            for taker in takers
-        ]
+        handles = []
+        for module in () if names is None else self.modules():
+            if isinstance(module, (SageLayer, AuxiliaryTrainingWrapper)):
+                handle = module.register_forward_pre_hook(pass_names, with_kwargs=True)
+                handles.append(handle)
         try:
             yield
         finally:
@@ -225,16 +215,12 @@ class SageModel(BaseTuner):
             state_dict = super()._remap_adapter_state_dict_for_load(
                 model, config, adapter_name, state_dict
             )
-            saved = f".modules_to_save.{adapter_name}."
-            own = {
+            copied = f".modules_to_save.{adapter_name}."
+            expected = {
                 key: value
                 for key, value in model.state_dict().items()
-                if not key.endswith("_extra_state")
-            }
-            expected = {
-                key: own[key]
-                for key in own
-                if is_of_adapter(key, adapter_name) or saved in key
+                if is_of_adapter(key, adapter_name)
+                or (copied in key and not key.endswith("_extra_state"))
             }
             weights.check_complete(state_dict, expected)
         except ValueError:
@@ -267,11 +253,9 @@ def _fill_in(config: SageConfig, model: nn.Module, num_targets: int) -> Tensor |
     if config.saved:
         shape = config.guidance_shape
         return torch.zeros(shape) if shape and shape[0] else None
-    source: Any = config.guidance
-    if source is None:
-        source = config.class_descriptions
-    names = config.class_names
-    rows, config.row_names = make_guidance(model, config, source, names)
+    given = config.guidance
+    source = config.class_descriptions if given is None else given
+    rows, config.row_names = make_guidance(model, config, source, config.class_names)
     config.guidance_shape = [0, 0] if rows is None else list(rows.shape)
     if rows is None and config.guidance_rows and num_targets:
         warnings.warn(

@@ -21,12 +21,12 @@ def align_names(
     Raises:
         ValueError: They do not correspond one to one.
     """
-    in_model = sorted((name.removeprefix(PEFT_ROOT) for name in mlps), key=_natural)
+    in_model = sorted((name.removeprefix(PEFT_ROOT) for name in mlps), key=_natural_key)
     in_file = sorted(
-        {_mlp(key) for key in state_dict if f".{PREFIX}" in key}, key=_natural
+        {_mlp(key) for key in state_dict if f".{PREFIX}" in key}, key=_natural_key
     )
     if len(in_file) != len(in_model) or not all(map(same_module, in_file, in_model)):
-        blocks = f"adapted blocks {_some(in_file)}, the model {_some(in_model)}"
+        blocks = f"adapted blocks {_preview(in_file)}, the model {_preview(in_model)}"
         raise ValueError(
             f"The adapter's weights do not fit the model: the file has {blocks}."
         )
@@ -51,7 +51,7 @@ def check_complete(found: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
         key for key in found.keys() - expected.keys() if f".{PREFIX}" in key
     )
     if missing or unknown:
-        what = f"missing from the file {_some(missing)}, not expected in it {_some(unknown)}"
+        what = f"missing from the file {_preview(missing)}, not expected in it {_preview(unknown)}"
         raise ValueError(f"The adapter's weights do not fit its configuration: {what}.")
     for key, value in expected.items():
         got, sized = found[key], value.numel() or f".{PREFIX}" in key
@@ -70,13 +70,13 @@ def _mlp(key: str) -> str:
     return key[: key.index(f".{PREFIX}")].removeprefix(PEFT_ROOT)
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def _natural_key(name: str) -> list[tuple[int, str]]:
     return [
         (int(part), "") if part.isdigit() else (-1, part)
         for part in re.split(r"(\d+)", name)
     ]
 
 
-def _some(names: list[str]) -> str:
+def _preview(names: list[str]) -> str:
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return f"{names[:4]}{more}"

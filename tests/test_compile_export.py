@@ -55,25 +55,6 @@ def test_compile_without_graph_breaks(model, pixel_values):
     )
 
 
-@pytest.mark.slow
-def test_compile_follows_a_new_guidance_and_another_adapter(pixel_values):
-    peft_model = get_peft_model(
-        SageClassifier(tiny_clip(), torch.randn(6, 16)),
-        SageConfig(guidance=torch.eye(5)),
-    )
-    peft_model.add_adapter("second", SageConfig(guidance=torch.randn(3, 7)))
-    randomise(peft_model)
-    model = Logits(peft_model).eval()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    first = compiled(pixel_values)
-    peft_model.set_guidance(torch.randn(9, 5))
-    torch.testing.assert_close(compiled(pixel_values), model(pixel_values))
-    assert not torch.allclose(compiled(pixel_values), first)
-    peft_model.set_adapter("second")
-    torch.testing.assert_close(compiled(pixel_values), model(pixel_values))
-    assert not torch.allclose(compiled(pixel_values), first)
-
-
 def adapted_classifier():
     torch.manual_seed(0)
     model = get_peft_model(

@@ -66,25 +66,6 @@ def test_random_start_is_no_identity():
     assert not torch.allclose(layer(x), layer.base_layer(x))
 
 
-def test_without_guidance_there_is_no_attention():
-    layer = make()
-    assert not layer.shared_guidance
-    assert not list(layer.peft_sage_key.parameters()) and not list(
-        layer.peft_sage_value.parameters()
-    )
-
-
-def test_guidance_is_a_set():
-    guidance, x = torch.randn(9, 6), torch.randn(2, 5, 12)
-    layer = make(guidance)
-    randomise(layer)
-    before = layer(x)
-    layer.peft_sage_guidance["default"] = layer.peft_sage_guidance["default"][
-        torch.randperm(9)
-    ]
-    torch.testing.assert_close(layer(x), before)
-
-
 def test_guidance_follows_the_device_of_the_block_that_asks(clip):
     """As with `device_map="auto"`: blocks on several devices, of which the first keeps the guidance."""
     model = get_peft_model(clip, SageConfig(guidance=torch.randn(9, 6)))

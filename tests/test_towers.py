@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from torch import nn
 
 from peft_sage import SageClassifier, SageConfig, SageLayer
 from peft_sage.towers.mlps import (
-    candidate_modules,
     find_mlps,
     layer_scale,
     mlp_input,
@@ -25,7 +23,24 @@ from peft_sage.towers.mlps import (
 from tests.tower_models import FAMILIES, LANGUAGE, TEXT, TINY, UNLISTED, VISION, Tiny
 
 
-every_family = pytest.mark.parametrize("tiny", TINY, ids=lambda tiny: tiny.id)
+QUICK = (
+    "clip-CLIPModel",
+    "siglip2",
+    "vit-ViTModel",
+    "swin-SwinModel",
+    "llava",
+    "dinov2-",
+)
+every_family = pytest.mark.parametrize(
+    "tiny",
+    [
+        pytest.param(
+            tiny, marks=[] if tiny.id.startswith(QUICK) else [pytest.mark.slow]
+        )
+        for tiny in TINY
+    ],
+    ids=lambda tiny: tiny.id,
+)
 
 
 def expected(tiny: Tiny) -> list[str]:
@@ -74,78 +89,35 @@ def gradients(
 
 
 @every_family
-def test_expected_blocks_are_adapted_and_nothing_else_is_trainable(tiny: Tiny) -> None:
+def test_blocks_identity_gradients_and_saving(tiny: Tiny, tmp_path: Any) -> None:
     torch.manual_seed(0)
     model = tiny.build().requires_grad_(False)  # what torch computes with depends on it
-    blocks, inputs = expected(tiny), tiny.inputs()
+    other, blocks, inputs = copy.deepcopy(model), expected(tiny), tiny.inputs()
     assert find_mlps(model) == blocks
     before = run(tiny, model, inputs)
-    peft_model = adapted(model)
-    assert find_mlps(peft_model) == [f"base_model.model.{block}" for block in blocks]
-    layers = [
-        name
-        for name, module in peft_model.named_modules()
-        if isinstance(module, SageLayer)
-    ]
-    assert layers == find_mlps(peft_model)
-    trainable = {
-        name for name, weight in peft_model.named_parameters() if weight.requires_grad
-    }
-    assert trainable == {
-        name for name, _ in peft_model.named_parameters() if ".peft_sage_" in name
-    }
-    assert torch.equal(run(tiny, peft_model, inputs), before)
+    model = adapted(model)
+    layers = [n for n, module in model.named_modules() if isinstance(module, SageLayer)]
+    assert layers == find_mlps(model) == [f"base_model.model.{b}" for b in blocks]
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable.keys() == {n for n in model.state_dict() if is_weight(n)}
+    assert torch.equal(run(tiny, model, inputs), before)
 
-
-@every_family
-def test_every_adapter_weight_gets_a_gradient(tiny: Tiny) -> None:
-    torch.manual_seed(0)
-    model, inputs = adapted(tiny.build()), tiny.inputs()
-    optimizer = torch.optim.SGD(
-        [weight for weight in model.parameters() if weight.requires_grad], lr=0.1
-    )
     gradients(tiny, model, inputs)
-    optimizer.step()  # until then the up-projection is zero and hides the rest
+    # Until then the up-projection is zero and hides the rest.
+    torch.optim.SGD(trainable.values(), lr=0.1).step()
     for name, gradient in gradients(tiny, model, inputs).items():
         assert gradient is not None and gradient.isfinite().all() and gradient.any(), (
             name
         )
-
-
-@every_family
-def test_saved_adapter_gives_the_same_output(tiny: Tiny, tmp_path: Any) -> None:
-    torch.manual_seed(0)
-    model = tiny.build()
-    base, inputs = io.BytesIO(), tiny.inputs()
-    torch.save(model.state_dict(), base)
-    before = run(tiny, model, inputs)
-    peft_model = adapted(model, init_weights=False).eval()
-    after = run(tiny, peft_model, inputs)
-    assert not torch.equal(after, before)
-    peft_model.save_pretrained(tmp_path)
-    other = tiny.build()
-    other.load_state_dict(torch.load(io.BytesIO(base.getvalue())))
-    assert torch.equal(
-        run(tiny, PeftModel.from_pretrained(other, tmp_path).eval(), inputs), after
-    )
-
-
-@every_family
-def test_bfloat16(tiny: Tiny) -> None:
-    torch.manual_seed(0)
-    model = tiny.build().requires_grad_(False).to(torch.bfloat16)
-    inputs = {
-        k: v.to(torch.bfloat16) if v.is_floating_point() else v
-        for k, v in tiny.inputs().items()
-    }
-    before = run(tiny, model, inputs)
-    model = adapted(model)
     after = run(tiny, model, inputs)
-    assert after.dtype == torch.bfloat16 and torch.equal(after, before)
-    assert all(
-        gradient is not None and gradient.isfinite().all()
-        for gradient in gradients(tiny, model, inputs).values()
-    )
+    assert not torch.equal(after, before)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(other, tmp_path).eval()
+    assert torch.equal(run(tiny, again, inputs), after)
+
+
+def is_weight(name: str) -> bool:
+    return ".peft_sage_" in name and "guidance" not in name
 
 
 @every_family
@@ -175,13 +147,9 @@ def test_gradient_checkpointing_changes_no_gradient(tiny: Tiny) -> None:
 
 
 def test_every_listed_family_has_a_row_and_is_documented() -> None:
-    tested = {tiny.model_type for tiny in TINY}
-    assert tested <= set(FAMILIES) and len(tested) >= 45
     # The others need timm or open_clip: see tests/matrix.
-    others = set(FAMILIES) - tested
-    assert all(
-        "timm" in name or "clip" in name or name == "perception_lm" for name in others
-    )
+    others = set(FAMILIES) - {tiny.model_type for tiny in TINY}
+    assert all("timm" in name or "clip" in name for name in others)
     documented = (Path(__file__).parents[1] / "docs" / "own_model.md").read_text()
     for family in FAMILIES:
         assert f"`{family}`" in documented
@@ -203,18 +171,10 @@ def test_families_without_an_entry_work_by_the_rule(tiny: Tiny) -> None:
 REFUSED = {
     "reads no images": [
         ("CLIPTextModel", "clip_text_model", TEXT),
-        ("CLIPTextModelWithProjection", "clip_text_model", TEXT),
-        ("SiglipTextModel", "siglip_text_model", TEXT),
-        ("Aimv2TextModel", "aimv2_text_model", TEXT),
         ("BertModel", "bert", TEXT),
         ("LlamaModel", "llama", LANGUAGE),
         ("ViltModel", "vilt", VISION | TEXT),
         ("ClapModel", "clap", {}),
-        (
-            "ASTModel",
-            "audio-spectrogram-transformer",
-            dict(VISION, num_mel_bins=16, max_length=16),
-        ),
     ],
     "has none": [
         (
@@ -222,21 +182,7 @@ REFUSED = {
             "resnet",
             {"hidden_sizes": [8, 8], "depths": [1, 1], "embedding_size": 8},
         ),
-        (
-            "ConvNextModel",
-            "convnext",
-            {"hidden_sizes": [8, 8], "depths": [1, 1], "num_stages": 2},
-        ),
-        ("MobileNetV2Model", "mobilenet_v2", {}),
         ("PoolFormerModel", "poolformer", {"hidden_sizes": [8] * 4, "depths": [1] * 4}),
-        (
-            "AlignModel",
-            "align",
-            {
-                "text_config": TEXT,
-                "vision_config": {"width_coefficient": 0.1, "depth_coefficient": 0.1},
-            },
-        ),
     ],
 }
 
@@ -289,12 +235,6 @@ def test_blocks_are_found_inside_wrappers() -> None:
     assert find_mlps(adapted(vision.module)) == [
         f"base_model.model.layers.{i}.mlp" for i in range(2)
     ]
-
-
-def test_candidates_include_the_blocks_of_every_part() -> None:
-    candidates = candidate_modules(CLIP.build())
-    assert set(BLOCKS) < set(candidates)
-    assert "text_model.encoder.layers.0.mlp" in candidates
 
 
 class PackedLinear(nn.Module):
@@ -386,44 +326,16 @@ def test_layer_scale_is_the_factor_of_the_update(tiny: Tiny) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "tiny",
-    [CLIP, tiny_named("vit-ViTModel"), tiny_named("swin-SwinModel")],
-    ids=lambda t: t.id,
-)
-def test_towers_without_layer_scale(tiny: Tiny) -> None:
-    model = tiny.build()
-    assert all(layer_scale(model, name) is None for name in expected(tiny))
-
-
 @pytest.mark.parametrize("gamma", [1e-5, 0.1])
 def test_layer_scale_does_not_shrink_the_update(gamma: float) -> None:
-    """The change of the residual stream is as large as in the same tower without LayerScale."""
-    sizes = {}
-    for value in (1.0, gamma):
-        torch.manual_seed(0)
-        tiny = Tiny(
-            "dinov2",
-            "Dinov2Model",
-            dict(VISION, num_hidden_layers=1, layerscale_value=value),
-        )
-        model, inputs = (
-            adapted(tiny.build(), init_weights=False).double(),
-            tiny.inputs(),
-        )
-        inputs["pixel_values"] = inputs["pixel_values"].double()
-        hidden = []
-        block = model.get_submodule("base_model.model.encoder.layer.0")
-        block.register_forward_hook(
-            lambda _, __, output, hidden=hidden: hidden.append(first_tensor(output))
-        )
-        gradient = gradients(tiny, model, inputs)
-        with model.disable_adapter():
-            run(tiny, model, inputs)
-        up = next(value for name, value in gradient.items() if "peft_sage_up" in name)
-        sizes[value] = (hidden[0] - hidden[1]).norm().item(), up.norm().item()
-    for plain, scaled in zip(sizes[1.0], sizes[gamma], strict=True):
-        assert 0.5 < scaled / plain < 2.0
+    """The change of the residual stream starts as large as in the same tower without LayerScale."""
+    model = Tiny("dinov2", "Dinov2Model", dict(VISION, layerscale_value=gamma)).build()
+    block = find_mlps(model)[0]
+    scale = layer_scale(model, block)
+    layer = adapted(model).get_base_model().get_submodule(block)
+    torch.testing.assert_close(
+        layer.peft_sage_scaling["default"] * scale, torch.ones(32)
+    )
 
 
 class ReplicaOfOpenAIBlock(nn.Module):
@@ -506,19 +418,6 @@ def test_sequence_first_layout_of_plain_modules() -> None:
     torch.testing.assert_close(
         torch.cat([model.encode_image(image[None]) for image in images]), together
     )
-
-
-def test_videos_and_padding_do_not_mix_rows() -> None:
-    """X-CLIP's blocks see frames as rows, NaFlex ones see padding: neither reaches another row."""
-    for tiny, rows in (
-        (tiny_named("xclip-XCLIPModel"), slice(2, 4)),
-        (tiny_named("siglip2-Siglip2Model"), slice(1, 2)),
-    ):
-        torch.manual_seed(0)
-        model, inputs = adapted(tiny.build(), init_weights=False), tiny.inputs()
-        together = run(tiny, model, inputs)
-        alone = run(tiny, model, {name: value[rows] for name, value in inputs.items()})
-        torch.testing.assert_close(together[rows], alone, atol=1e-5, rtol=1e-5)
 
 
 def test_projectors_in_a_stack_are_no_blocks() -> None:

@@ -21,7 +21,6 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
-from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from transformers import (
     AutoModel,
@@ -37,56 +36,16 @@ from peft_sage import SageClassifier, SageConfig, SageLayer, SageModel
 from tests.conftest import randomise, tiny_clip
 
 
-VISION_CLASSES = [
-    CLIPModel,
-    CLIPVisionModel,
-    CLIPVisionModelWithProjection,
-    CLIPForImageClassification,
-]
-
-
 def features(model, pixel_values):
     return model.get_image_features(pixel_values).pooler_output
 
 
 @torch.no_grad()
 def tower_output(model, pixel_values):
-    """What the last block of the vision tower returns, whatever class holds the tower."""
-    captured = []
-    name = next(
-        n
-        for n, _ in model.named_modules()
-        if n.endswith("encoder.layers.2") and "text_model" not in n
-    )
-    handle = model.get_submodule(name).register_forward_hook(
-        lambda module, args, output: captured.append(output)
-    )
-    try:
-        if any(
-            hasattr(type(module), "get_image_features") for module in model.modules()
-        ):
-            model.get_image_features(pixel_values) if not is_classifier(
-                model
-            ) else model(pixel_values=pixel_values)
-        else:
-            model(pixel_values=pixel_values)
-    finally:
-        handle.remove()
-    return captured[0][0] if isinstance(captured[0], tuple) else captured[0]
-
-
-def is_classifier(model):
-    return any(isinstance(module, SageClassifier) for module in model.modules())
-
-
-def load_class(cls, folder):
-    if cls is SageClassifier:
-        return SageClassifier(
-            CLIPModel.from_pretrained(folder), torch.randn(7, 16)
-        ).eval()
-    # A saved `CLIPModel` says the projection's width only at the top.
-    width = {"projection_dim": 16} if cls is CLIPVisionModelWithProjection else {}
-    return cls.from_pretrained(folder, **width).eval()
+    """What the vision tower pools, whatever class holds it."""
+    holder = model.get_base_model() if isinstance(model, PeftModel) else model
+    named = {name.rpartition(".")[2]: part for name, part in holder.named_modules()}
+    return named.get("vision_model", holder)(pixel_values).pooler_output
 
 
 @pytest.fixture
@@ -109,60 +68,6 @@ def adapter_dir(trained, tmp_path):
 
 
 # Several adapters
-
-
-def two_adapters(clip):
-    model = get_peft_model(
-        clip, SageConfig(guidance=torch.randn(5, 24), r=8), adapter_name="birds"
-    )
-    model.add_adapter(
-        "flowers", SageConfig(guidance=torch.randn(9, 12), r=16, num_heads=4)
-    )
-    randomise(model)
-    return model
-
-
-def test_adapters_with_other_classes_widths_and_ranks(clip, pixel_values, tmp_path):
-    base = features(clip, pixel_values)
-    model = two_adapters(clip)
-    outputs = {}
-    for name in ("birds", "flowers"):
-        model.set_adapter(name)
-        outputs[name] = features(model, pixel_values)
-        assert model.active_adapters == [name]
-    assert not torch.allclose(outputs["birds"], outputs["flowers"])
-    model.save_pretrained(tmp_path)
-
-    again = PeftModel.from_pretrained(
-        tiny_clip(), tmp_path / "birds", adapter_name="birds"
-    )
-    again.load_adapter(tmp_path / "flowers", "flowers")
-    assert again.active_adapters == ["birds"]
-    for name in ("birds", "flowers"):
-        again.set_adapter(name)
-        assert torch.equal(features(again, pixel_values), outputs[name])
-    again.delete_adapter("flowers")
-    assert again.active_adapters == ["birds"] and list(again.peft_config) == ["birds"]
-    assert not any("flowers" in name for name, _ in again.named_modules())
-    assert torch.equal(features(again, pixel_values), outputs["birds"])
-    assert torch.equal(features(again.unload(), pixel_values), base)
-
-
-def test_deleting_the_owner_of_one_guidance_leaves_the_other(clip, pixel_values):
-    model = get_peft_model(
-        clip, SageConfig(guidance=torch.randn(5, 24)), adapter_name="first"
-    )
-    model.add_adapter(
-        "last", SageConfig(guidance=torch.randn(4, 24), layers_to_transform=[1, 2])
-    )
-    randomise(model)
-    model.set_adapter("last")
-    expected = features(model, pixel_values)
-    model.delete_adapter("first")
-    assert torch.equal(features(model, pixel_values), expected)
-    assert {name for name, _ in model.named_buffers() if "guidance" in name} == {
-        "base_model.model.vision_model.encoder.layers.1.mlp.peft_sage_guidance.last"
-    }
 
 
 def test_adapter_names_within_one_batch(clip, pixel_values):
@@ -202,35 +107,6 @@ def test_adapter_names_within_one_batch(clip, pixel_values):
         model(pixel_values=pixel_values, adapter_names=names)
 
 
-def test_statuses(clip, capsys):
-    model = two_adapters(clip)
-    status = model.get_model_status()
-    assert status.peft_types == {"birds": "PEFT_SAGE", "flowers": "PEFT_SAGE"}
-    assert status.num_adapter_layers == 3 and status.available_adapters == [
-        "birds",
-        "flowers",
-    ]
-    assert (
-        status.active_adapters == ["birds"]
-        and status.enabled is True
-        and status.merged_adapters == []
-    )
-    assert status.requires_grad == {"birds": True, "flowers": False}
-    assert status.devices == {"birds": ["cpu"], "flowers": ["cpu"]}
-    layers = model.get_layer_status()
-    assert [layer.module_type for layer in layers] == ["sage"] * 3 or all(
-        layer.module_type for layer in layers
-    )
-    assert all(layer.available_adapters == ["birds", "flowers"] for layer in layers)
-    trainable, total = model.get_nb_trainable_parameters()
-    assert (
-        trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
-        and trainable < total
-    )
-    model.print_trainable_parameters()
-    assert f"trainable params: {trainable:,}" in capsys.readouterr().out
-
-
 def test_merge_and_mixed_types_are_refused_before_anything_happens(
     trained, pixel_values, tmp_path
 ):
@@ -249,20 +125,7 @@ def test_merge_and_mixed_types_are_refused_before_anything_happens(
     assert torch.equal(features(trained, pixel_values), expected)
 
 
-def test_state_dict_round_trip(trained, pixel_values):
-    state = get_peft_model_state_dict(trained)
-    assert all("peft_sage_" in key and "default" not in key for key in state)
-    other = get_peft_model(
-        tiny_clip(), SageConfig(guidance=torch.randn(5, 24), r=8, num_heads=2)
-    )
-    result = set_peft_model_state_dict(other, state)
-    assert not result.unexpected_keys
-    assert torch.equal(features(other, pixel_values), features(trained, pixel_values))
-
-
-@pytest.mark.parametrize(
-    "name", ["mlp", "message_encoder", "layers", "base_layer2", "0"]
-)
+@pytest.mark.parametrize("name", ["mlp", "base_layer2", "0"])
 def test_adapter_names_that_also_occur_in_the_model(name, clip, pixel_values, tmp_path):
     model = get_peft_model(
         clip, SageConfig(guidance=torch.randn(5, 24)), adapter_name=name
@@ -303,16 +166,6 @@ def test_without_the_import_the_error_names_the_package(adapter_dir):
     assert result.returncode == 1 and result.stderr.strip().endswith(
         "KeyError: 'PEFT_SAGE'"
     )
-
-
-def test_hot_swapping_is_refused_and_changes_nothing(
-    trained, adapter_dir, pixel_values
-):
-    randomise(trained, seed=3)
-    expected = features(trained, pixel_values)
-    with pytest.raises(ValueError, match="Hotswapping.*PEFT_SAGE"):
-        hotswap_adapter(trained, adapter_dir, "default")
-    assert torch.equal(features(trained, pixel_values), expected)
 
 
 # The routes by which an adapter comes back
@@ -381,40 +234,44 @@ def test_inject_adapter_in_model(clip, pixel_values, adapter_dir, trained):
     assert torch.equal(features(model, pixel_values), expected)
 
 
-@pytest.mark.parametrize("target", [*VISION_CLASSES, SageClassifier])
-@pytest.mark.parametrize("source", [*VISION_CLASSES, SageClassifier])
+def load_class(cls, folder):
+    if cls is SageClassifier:
+        return SageClassifier(CLIPModel.from_pretrained(folder), torch.randn(7, 16))
+    # A saved `CLIPModel` says the projection's width only at the top.
+    width = {"projection_dim": 16} if cls is CLIPVisionModelWithProjection else {}
+    return cls.from_pretrained(folder, **width)
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        (CLIPModel, CLIPVisionModel),
+        (CLIPVisionModel, CLIPModel),
+        (CLIPForImageClassification, SageClassifier),
+        (SageClassifier, CLIPVisionModelWithProjection),
+    ],
+)
 def test_an_adapter_follows_its_tower_into_every_class(
     source, target, clip_dir, pixel_values, tmp_path, config, recwarn
 ):
-    model = get_peft_model(load_class(source, clip_dir), config)
-    randomise(model)
-    model.save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(
-        load_class(target, clip_dir), tmp_path / "adapter", low_cpu_mem_usage=True
-    )
-    torch.testing.assert_close(
-        tower_output(again, pixel_values), tower_output(model, pixel_values)
-    )
-    assert not [warning for warning in recwarn if "missing" in str(warning.message)]
-
-
-@pytest.mark.parametrize("target", VISION_CLASSES)
-@pytest.mark.parametrize("source", VISION_CLASSES)
-def test_transformers_loads_it_into_every_class_or_refuses(
-    source, target, clip_dir, pixel_values, tmp_path, config
-):
-    model = get_peft_model(load_class(source, clip_dir), config)
+    model = get_peft_model(load_class(source, clip_dir).eval(), config)
     randomise(model)
     expected = tower_output(model, pixel_values)
     model.save_pretrained(tmp_path / "adapter")
-    again = load_class(target, clip_dir)
-    again.load_adapter(str(tmp_path / "adapter"))
-    try:
-        output = tower_output(again, pixel_values)
-    except RuntimeError as error:
-        assert "were not loaded" in str(error) and source is not target
-    else:
-        torch.testing.assert_close(output, expected)
+    other = load_class(target, clip_dir).eval()
+    again = PeftModel.from_pretrained(
+        other, tmp_path / "adapter", low_cpu_mem_usage=True
+    )
+    torch.testing.assert_close(tower_output(again, pixel_values), expected)
+    assert not [warning for warning in recwarn if "missing" in str(warning.message)]
+    # transformers' own loader matches names: it loads, or the adapter refuses to run.
+    if target is not SageClassifier:
+        other = load_class(target, clip_dir).eval()
+        other.load_adapter(str(tmp_path / "adapter"))
+        try:
+            torch.testing.assert_close(tower_output(other, pixel_values), expected)
+        except RuntimeError as error:
+            assert "were not loaded" in str(error)
 
 
 def test_lora_beside_sage(clip, pixel_values, tmp_path):
@@ -531,18 +388,6 @@ def test_low_precision_base(
     assert all(p.grad is not None and p.grad.isfinite().all() for p in adapter.values())
 
 
-@pytest.mark.parametrize(
-    "cast", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double()]
-)
-def test_casting_the_wrapped_model(cast, trained, pixel_values):
-    expected = features(trained, pixel_values)
-    model = cast(trained)
-    dtype = next(model.parameters()).dtype
-    output = features(model, pixel_values.to(dtype))
-    assert output.dtype == dtype
-    torch.testing.assert_close(output.float(), expected, atol=0.1, rtol=0.1)
-
-
 def test_autocast(trained, pixel_values):
     expected = features(trained, pixel_values)
     with torch.autocast("cpu", torch.bfloat16):
@@ -581,70 +426,6 @@ def test_copies_are_independent(clone, trained, pixel_values):
     )
 
 
-def test_whole_state_dict_round_trip(trained, pixel_values, config):
-    assert sum("guidance" in key for key in trained.state_dict()) == 1
-    other = get_peft_model(tiny_clip(seed=3), config)
-    other.load_state_dict(trained.state_dict())
-    assert torch.equal(features(other, pixel_values), features(trained, pixel_values))
-
-
-def test_int8_base_weights(clip, pixel_values, adapter_dir, trained):
-    torchao = pytest.importorskip("torchao.quantization")
-    quantised = tiny_clip()
-    torchao.quantize_(quantised, torchao.Int8WeightOnlyConfig())
-    base = features(quantised, pixel_values)
-    model = PeftModel.from_pretrained(quantised, adapter_dir, is_trainable=True)
-    output = features(model, pixel_values)
-    torch.testing.assert_close(
-        output, features(trained, pixel_values), atol=0.1, rtol=0.1
-    )
-    output.square().sum().backward()
-    assert all(
-        p.grad is not None for n, p in model.named_parameters() if "peft_sage_" in n
-    )
-    assert all(
-        p.dtype == torch.float32
-        for n, p in model.named_parameters()
-        if "peft_sage_" in n
-    )
-    assert torch.equal(features(model.unload(), pixel_values), base)
-
-
-class QuantisedLinear(torch.nn.Module):
-    """As bitsandbytes does: integers in a parameter, a scale beside it, and the widths as attributes."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.scale = torch.nn.Parameter(
-            linear.weight.detach().abs().amax() / 127, requires_grad=False
-        )
-        self.weight = torch.nn.Parameter(
-            (linear.weight.detach() / self.scale).round().char(), requires_grad=False
-        )
-        self.bias = linear.bias
-
-    def forward(self, x):
-        return torch.nn.functional.linear(
-            x, self.weight.to(x.dtype) * self.scale, self.bias
-        )
-
-
-def test_a_block_with_integer_weights(clip, pixel_values, config):
-    for layer in clip.vision_model.encoder.layers:
-        layer.mlp.fc1, layer.mlp.fc2 = (
-            QuantisedLinear(layer.mlp.fc1),
-            QuantisedLinear(layer.mlp.fc2),
-        )
-    base = features(clip, pixel_values)
-    model = get_peft_model(clip, config)
-    assert torch.equal(features(model, pixel_values), base)
-    randomise(model)
-    features(model, pixel_values).square().sum().backward()
-    adapter = [p for n, p in model.named_parameters() if "peft_sage_" in n]
-    assert all(p.dtype == torch.float32 and p.grad is not None for p in adapter)
-
-
 def wide_clip():
     """bitsandbytes packs 4-bit weights in blocks of 64."""
     tower = {
@@ -661,28 +442,6 @@ def wide_clip():
             projection_dim=64,
         )
     )
-
-
-def dequantised(model):
-    """The same model with plain layers that hold the quantised numbers."""
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, bitsandbytes.nn.Linear4bit):
-            weight = bitsandbytes.functional.dequantize_4bit(
-                layer.weight.data, layer.weight.quant_state
-            )
-        elif isinstance(layer, bitsandbytes.nn.Linear8bitLt):
-            weight = layer.weight.data * layer.weight.SCB[:, None] / 127
-        else:
-            continue
-        plain = torch.nn.Linear(
-            layer.in_features, layer.out_features, bias=layer.bias is not None
-        )
-        plain.load_state_dict(
-            {"weight": weight, **({} if layer.bias is None else {"bias": layer.bias})}
-        )
-        model.set_submodule(name, plain)
-    return model
 
 
 @pytest.mark.parametrize(
@@ -712,22 +471,6 @@ def test_bitsandbytes_base(precision, pixel_values, tmp_path):
     def evaluate(model):
         return features(model.eval(), pixel_values)
 
-    def step(model):
-        """The gradients of the adapters, after a step with them."""
-        model = get_peft_model(
-            model, SageConfig(guidance=torch.eye(5, 24), r=8, num_heads=2)
-        )
-        randomise(model)
-        model.train()
-        adapters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        assert all(
-            "peft_sage_" in name and p.dtype == torch.float32
-            for name, p in adapters.items()
-        )
-        features(model, pixel_values).square().sum().backward()
-        torch.optim.SGD(adapters.values(), lr=1e-3).step()
-        return model, {name: p.grad for name, p in adapters.items()}
-
     assert load().vision_model.encoder.layers[0].mlp.fc1.weight.dtype in (
         torch.int8,
         torch.uint8,
@@ -737,10 +480,13 @@ def test_bitsandbytes_base(precision, pixel_values, tmp_path):
         evaluate(get_peft_model(load(), SageConfig(guidance=torch.eye(5, 24)))), base
     )
     # Trained before the first evaluation: on some CPUs bitsandbytes packs 4-bit weights for it, and then refuses.
-    model, gradients = step(load())
-    _, expected = step(dequantised(load()))
-    for name, gradient in gradients.items():
-        assert (gradient - expected[name]).norm() <= 0.02 * expected[name].norm(), name
+    model = get_peft_model(load(), SageConfig(guidance=torch.eye(5, 24), r=8))
+    randomise(model)
+    features(model.train(), pixel_values).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert "peft_sage_" in name and parameter.dtype == torch.float32
+            assert parameter.grad.isfinite().all() and parameter.grad.any()
     model.save_pretrained(tmp_path / "adapter")
     output = evaluate(model)
     assert not torch.allclose(output, base)
@@ -794,8 +540,3 @@ def test_gradient_checkpointing_gives_the_same_gradients(through, layers, pixel_
     for order in ("before", "after"):
         for use_reentrant in (False, True):
             torch.testing.assert_close(gradients(order, use_reentrant), expected)
-
-
-def test_unload_leaves_no_hook(trained):
-    model = trained.unload()
-    assert not any(module._forward_pre_hooks for module in model.modules())
