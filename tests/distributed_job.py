@@ -8,6 +8,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
@@ -17,11 +18,22 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    Trainer,
+    TrainingArguments,
+)
 
-from peft_sage import SageClassifier, SageConfig, SageLoss
+from peft_sage import (
+    LongTailAccuracy,
+    LongTailCallback,
+    SageClassifier,
+    SageConfig,
+    SageLoss,
+    parameter_groups,
+)
 from tests.conftest import VISION, tiny_clip
 
 
@@ -106,43 +118,46 @@ def train(folder: Path) -> None:
     )
 
 
-def accumulate(folder: Path) -> None:
-    """Two steps, each of two micro-batches that the processes cannot share evenly, in float64; resumed at half time
-    where another run, of any number of processes, left its state."""
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("gloo")
-    rank, processes = (
-        (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def train_by_trainer(folder: Path) -> None:
+    """Four steps of two micro-batches in float64, resumed where the folder holds a checkpoint."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    model, data = make_model().double(), make_data(64)
+    embeds = torch.randn(64, 16, generator=torch.Generator().manual_seed(6))
+    for k, (item, embed) in enumerate(zip(data, embeds.double(), strict=True)):
+        # Whole shares of a process too.
+        ignored = k % 5 == 0 or 16 <= k < 21
+        item["labels"] = -100 if ignored else item["labels"]
+        item["pixel_values"] = item["pixel_values"].double()
+        item["base_image_embeds"] = embed
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=4,
+        per_device_train_batch_size=GLOBAL_BATCH // processes,
+        gradient_accumulation_steps=2,
+        train_sampling_strategy="sequential",
+        max_grad_norm=0,
+        logging_steps=1,
+        save_steps=2,
+        use_cpu=True,
+        report_to=[],
     )
-    model = make_model().double()
-    wrapped = DistributedDataParallel(model) if processes > 1 else model
-    optimizer = torch.optim.SGD(
-        [p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9
+    loss = SageLoss(COUNTS, text_prior=0.5, text_guidance=0.3)
+    callback = LongTailCallback(loss, COUNTS)
+    optimizer = torch.optim.SGD(parameter_groups(model, 0.05), momentum=0.9)
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=data,
+        compute_loss_func=loss,
+        callbacks=[callback],
+        optimizers=(optimizer, None),
     )
-    data, loss = make_data(52), SageLoss(COUNTS, text_prior=0.5, reduction="none")
-    parts, half = [model, optimizer, loss], folder / "half.pt"
-    resumed = half.exists()
-    for part, state in zip(parts, torch.load(half) if resumed else [], strict=False):
-        part.load_state_dict(state)
-    for step in (data[26:],) if resumed else (data[:26], data[26:]):
-        for micro in (step[:13], step[13:]):
-            mine = micro[rank::processes]
-            images = torch.stack([item["pixel_values"] for item in mine]).double()
-            losses = loss(
-                wrapped(pixel_values=images),
-                torch.tensor([item["labels"] for item in mine]),
-            )
-            # The mean over the images of all processes, which DDP's mean over processes takes apart.
-            (losses.sum() * processes / len(step)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if rank == 0 and step[0]["index"] == 0:
-            torch.save([part.state_dict() for part in parts], half)
-    if rank == 0:
-        torch.save(
-            (get_peft_model_state_dict(model), loss.state_dict()),
-            folder / "accumulated.pt",
-        )
+    half = folder / "checkpoint-2"
+    trainer.train(resume_from_checkpoint=str(half) if half.exists() else None)
+    if trainer.is_world_process_zero():
+        logged = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        result = get_peft_model_state_dict(model), loss.state_dict(), logged
+        torch.save(result, folder / "run.pt")
 
 
 def gather(folder: Path) -> None:
@@ -181,18 +196,29 @@ def loss_outputs(step: int) -> tuple[dict, torch.Tensor]:
 
 
 def loss_of_parts(folder: Path) -> None:
-    """The losses of each image, with 7 images in one process and 6 in the other."""
+    """The losses of each image, with 7 images in one process and 6 in the other; then 13 in the other alone."""
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     rank, processes = dist.get_rank(), dist.get_world_size()
     function, losses = SageLoss(COUNTS, reduction="none"), []
-    for step in range(3):
+    accuracy = LongTailAccuracy(COUNTS)
+    for step, kind in enumerate(["shared"] * 3 + ["soft", "ignored", "empty"]):
         outputs, labels = loss_outputs(step)
-        part = {
-            name: outputs[name][rank::processes] for name in ("logits", "image_embeds")
-        }
-        losses.append(function(outputs | part, labels[rank::processes]))
-    torch.save((losses, function.state_dict()), folder / f"loss{rank}.pt")
+        part = slice(None)
+        if kind == "shared":
+            part = slice(rank, None, processes)
+            accuracy.update(outputs["logits"][part], labels[part])
+        elif kind == "empty" and rank == 0:
+            part = slice(0)
+        mine = {name: outputs[name][part] for name in ("logits", "image_embeds")}
+        labels = labels[part]
+        if kind == "soft" and rank == 0:
+            labels = F.one_hot(labels, 3).double()
+        if kind == "ignored" and rank == 0:
+            labels = torch.full_like(labels, -100)
+        losses.append(function(outputs | mine, labels))
+    result = losses, function.state_dict(), accuracy.compute()
+    torch.save(result, folder / f"loss{rank}.pt")
 
 
 def fsdp2(folder: Path) -> None:
@@ -287,7 +313,7 @@ def deepspeed(folder: Path) -> None:
 if __name__ == "__main__":
     jobs = {
         "train": train,
-        "accumulate": accumulate,
+        "trainer": train_by_trainer,
         "gather": gather,
         "loss": loss_of_parts,
         "fsdp2": fsdp2,

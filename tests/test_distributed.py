@@ -12,7 +12,7 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from peft_sage import SageLoss
+from peft_sage import LongTailAccuracy, SageLoss
 from tests.distributed_job import COUNTS, loss_outputs, make_data, make_model
 
 
@@ -66,7 +66,7 @@ def test_one_and_two_processes_give_the_same_weights(tmp_path):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    run(folder, 1, "accumulate")
+    run(folder, 1, "trainer")
     return folder
 
 
@@ -74,24 +74,20 @@ def alone(tmp_path_factory):
     ("processes", "resumed"),
     [(2, False), (2, True), pytest.param(4, False, marks=pytest.mark.slow)],
 )
-def test_accumulation_and_uneven_batches_give_the_weights_of_one_process(
+def test_trainer_gives_the_weights_and_losses_of_one_process(
     alone, processes, resumed, tmp_path
 ):
-    if resumed:  # from the state that one process left after its first step
-        shutil.copy(alone / "half.pt", tmp_path)
-    run(tmp_path, processes, "accumulate")
-    expected, found = (
-        torch.load(folder / "accumulated.pt") for folder in (alone, tmp_path)
-    )
-    torch.testing.assert_close(
-        found, expected, atol=1e-12, rtol=1e-12
-    )  # the moving average of the loss too
-    start, weights = get_peft_model_state_dict(make_model().double()), found[0]
-    assert all(
-        (weights[name] - start[name]).abs().max() > 1e-4
-        for name in start
-        if "up.weight" in name
-    )
+    """With accumulation, ignored images and text terms; resumed from where one process was after its second step."""
+    if resumed:
+        shutil.copytree(alone / "checkpoint-2", tmp_path / "checkpoint-2")
+    run(tmp_path, processes, "trainer")
+    expected, found = (torch.load(folder / "run.pt") for folder in (alone, tmp_path))
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
+    weights, start = expected[0], get_peft_model_state_dict(make_model().double())
+    moved = [
+        (weights[name] - start[name]).abs().max() for name in start if "up.w" in name
+    ]
+    assert min(moved) > 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +107,18 @@ def test_uneven_last_batch_counts_each_image_once(folder):
 
 
 def test_the_loss_of_two_processes_is_that_of_one(folder):
-    one = SageLoss(COUNTS, reduction="none")
-    whole = [one(*loss_outputs(step)) for step in range(3)]
+    """Also where the other process has soft labels, ignored images only, or no images."""
+    one, accuracy = SageLoss(COUNTS, reduction="none"), LongTailAccuracy(COUNTS)
+    whole = [one(*loss_outputs(step)) for step in range(6)]
+    for step in range(3):
+        outputs, labels = loss_outputs(step)
+        accuracy.update(outputs["logits"], labels)
     for rank in range(2):
-        losses, state = torch.load(folder / f"loss{rank}.pt")
+        losses, state, scores = torch.load(folder / f"loss{rank}.pt")
         torch.testing.assert_close(state, dict(one.state_dict()))
-        torch.testing.assert_close(losses, [part[rank::2] for part in whole])
+        torch.testing.assert_close(losses[:3], [part[rank::2] for part in whole[:3]])
+        torch.testing.assert_close(scores, accuracy.compute(), equal_nan=True)
+    torch.testing.assert_close(losses[3:], whole[3:])
 
 
 def test_fsdp2_gives_the_weights_of_one_process(folder):

@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
-import sys
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 
 pytest.importorskip("torchmetrics")
@@ -77,30 +74,6 @@ def test_empty_group_is_nan():
     assert got["macro"] == got["few"] == got["many"] == 1
     nothing = result([500, 5], torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))
     assert math.isnan(nothing["overall"]) and math.isnan(nothing["worst"])
-
-
-def _evaluate_half(rank: int, store: str, results) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
-    )
-    accuracy = LongTailAccuracy(COUNTS)
-    part = (
-        slice(0, 7) if rank == 0 else slice(7, 12)
-    )  # parts of unequal size and of other classes
-    accuracy.update(PREDS[part], LABELS[part])
-    results[rank] = {name: value.tolist() for name, value in accuracy.compute().items()}
-    dist.destroy_process_group()
-
-
-@pytest.mark.skipif(
-    not dist.is_available() or sys.platform == "win32", reason="needs gloo"
-)
-def test_two_processes_see_all_images(tmp_path):
-    with mp.get_context("spawn").Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_evaluate_half, args=(tmp_path / "store", results), nprocs=2)
-        for rank in range(2):
-            check({name: torch.tensor(value) for name, value in results[rank].items()})
 
 
 @pytest.mark.parametrize(

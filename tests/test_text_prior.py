@@ -5,8 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from peft_sage import choose_text_prior, fitting
-from peft_sage.text_prior import _folds
+from peft_sage import SageLoss, choose_text_prior, fit_head, fitting
 
 
 WIDTH = 16
@@ -20,9 +19,8 @@ def few_steps(monkeypatch):
 def make_bed(counts: list[int], texts: str, noise: float = 0.5):
     """Features around class means; `texts` are those means, or have nothing to do with them."""
     generator = torch.Generator().manual_seed(0)
-    means, other = F.normalize(
-        torch.randn(2, len(counts), WIDTH, generator=generator), dim=-1
-    )
+    shape = (2, len(counts), WIDTH)
+    means, other = F.normalize(torch.randn(shape, generator=generator), dim=-1)
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     features = means[labels] + noise * torch.randn(
         len(labels), WIDTH, generator=generator
@@ -51,43 +49,93 @@ def test_it_is_seeded_and_leaves_the_random_state_alone():
     assert choose_text_prior(*bed, strengths=(0, 1), seed=4).scores != once.scores
 
 
-def test_label_errors_have_a_low_probability():
-    features, labels, texts = make_bed([30] * 5, "true", noise=0.2)
-    labels[::30] = (labels[::30] + 1) % 5
-    probability = choose_text_prior(
-        features, labels, texts, strengths=(0, 1)
-    ).label_probability
-    assert set(range(0, 150, 30)) <= set(probability.argsort()[:8].tolist())
+def test_label_errors_have_a_low_probability_and_another_likeliest_class():
+    features, true, texts = make_bed([30] * 5, "true", noise=0.2)
+    labels, wrong = true.clone(), torch.arange(0, 150, 30)
+    labels[wrong] = (labels[wrong] + 1) % 5
+    prior = choose_text_prior(features, labels, texts, strengths=(0, 1))
+    assert set(wrong.tolist()) <= set(prior.label_probability.argsort()[:8].tolist())
+    assert torch.equal(prior.predicted_label[wrong], true[wrong])
 
 
-def test_each_image_is_held_out_once_but_for_classes_that_it_is_alone_in():
+def held_out(prior):
+    assert torch.equal(prior.predicted_label < 0, prior.label_probability.isnan())
+    return prior.predicted_label >= 0
+
+
+def test_each_image_is_held_out_but_for_classes_that_it_is_alone_in():
     features, labels, texts = make_bed([9, 2, 1, 0, 5], "true")
     prior = choose_text_prior(features, labels, texts, strengths=(0, 1))
-    assert prior.label_probability.isnan().tolist() == (labels == 2).tolist()
-    fold = _folds(labels, None, 3, torch.Generator().manual_seed(0))
-    assert torch.bincount(fold[labels == 0]).tolist() == [3, 3, 3]  # stratified
-    assert len(fold[labels == 1].unique()) == 2
+    assert torch.equal(held_out(prior), labels != 2)
 
 
 def test_groups_stay_together():
-    features, labels, texts = make_bed([12, 12, 6], "true")
-    groups = torch.arange(len(labels)) // 3
-    fold = _folds(labels, groups, 3, torch.Generator().manual_seed(0))
-    for group in groups.unique():
-        assert len(fold[groups == group].unique()) == 1
-    assert len(fold[labels == 0].unique()) == 3
+    """Copies of an image are held out from the same head, and get the same answer."""
+    features, labels, texts = make_bed([12, 12], "true")
+    groups = torch.arange(24) // 3
+    bed = (features[::3].repeat_interleave(3, dim=0), labels, texts)
+    settings = {"strengths": (0,), "folds": 4}
+
+    def copies(**given):
+        prior = choose_text_prior(*bed, **settings, **given)
+        return prior.label_probability.view(8, 3).std(dim=1)
+
+    assert (copies(groups=groups) < 1e-6).all() and (copies() > 1e-6).any()
     # Each class is one group: nothing can be held out.
     with pytest.raises(ValueError, match="two images .or groups."):
-        choose_text_prior(features, labels, texts, groups=labels)
-    # The third class is one group, and stays.
-    prior = choose_text_prior(
-        features,
-        labels,
-        texts,
-        groups=torch.where(labels == 2, 99, groups),
-        strengths=(0, 1),
+        choose_text_prior(*bed, groups=labels)
+    # The second class is one group, and stays.
+    prior = choose_text_prior(*bed, groups=groups.where(labels == 0, 99), **settings)
+    assert torch.equal(held_out(prior), labels == 0)
+
+
+def test_absent_classes_are_given_a_place_by_the_data():
+    """True texts answer for classes without images, false ones do not, and cost the others."""
+    counts = [0 if k % 3 == 0 else 25 for k in range(24)]
+    true, false = (
+        choose_text_prior(*make_bed(counts, texts)) for texts in ("true", "false")
     )
-    assert prior.label_probability.isnan().tolist() == (labels == 2).tolist()
+    assert true.absent is None or true.absent < 1
+    assert false.absent == 1
+    # Without such classes there is nothing to choose.
+    assert choose_text_prior(*make_bed(COUNTS, "true")).absent == 1
+    # Left out of the softmax, with no prior, they stay at their texts.
+    features, labels, texts = make_bed(counts, "true")
+    loss = SageLoss.from_labels(labels, 24, absent=None)
+    rows = fit_head(features, labels, texts, loss)
+    torch.testing.assert_close(rows[::3], texts[::3])
+    assert ((rows * texts).sum(dim=1)[1::3] < 0.99).all()
+
+
+def test_a_fitted_head_ends_where_training_with_the_loss_ends():
+    """The gradient of a head on frozen features is that of `SageLoss` through its own steps."""
+    features, labels, texts = make_bed(COUNTS, "true")
+    features = F.normalize(features, dim=-1)
+    loss = SageLoss.from_labels(labels, len(COUNTS), text_prior=0.3)
+    fitted = fit_head(features, labels, texts, loss)
+    torch.testing.assert_close(fitted.norm(dim=-1), torch.ones(len(COUNTS)))
+    assert not loss.covariance.scatter.numel()
+    weight = texts.clone().requires_grad_()
+    optimizer = torch.optim.AdamW([weight], lr=fitting.LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, fitting.STEPS)
+    for _ in range(fitting.STEPS):  # batches of all images, as there are few
+        rows = F.normalize(weight, dim=-1)
+        outputs = {
+            "logits": fitting.SCALE * features @ rows.T,
+            "image_embeds": features,
+            "class_embeds": rows,
+            "text_embeds": texts,
+            "logit_scale": fitting.SCALE,
+        }
+        optimizer.zero_grad()
+        loss(outputs, labels).backward()
+        optimizer.step()
+        schedule.step()
+    torch.testing.assert_close(
+        fitted, F.normalize(weight.detach(), dim=-1), atol=1e-3, rtol=1e-3
+    )
+    with pytest.raises(ValueError, match="`loss` must be of the 10 classes"):
+        fit_head(features, labels, texts, SageLoss([1, 2]))
 
 
 def test_a_sample_stands_for_the_training_set_by_its_counts():
