@@ -379,11 +379,7 @@ def test_layouts_that_say_too_little(layout, message, tmp_path):
         load_images(folders(tmp_path, **layout))
 
 
-def test_what_is_no_data_set(tmp_path, monkeypatch):
-    def missing(name):
-        raise datasets.exceptions.DatasetNotFoundError(f"'{name}' doesn't exist")
-
-    monkeypatch.setattr(hub, "load_dataset", missing)
+def test_what_is_no_data_set(tmp_path):
     folders(tmp_path, train={"cow": 1, "owl": 1}, test={"cow": 1})
     (tmp_path / "x.txt").write_text("")
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
@@ -418,6 +414,7 @@ def test_data_sets_of_datasets(monkeypatch, tmp_path):
     data = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
     splits = datasets.DatasetDict(train=data, valid=data, test=data)
     monkeypatch.setattr(hub, "load_dataset", lambda name: splits)
+    monkeypatch.setattr(hub.HfApi, "dataset_info", lambda *_, **__: None)
     splits.save_to_disk(tmp_path / "both")
     data.save_to_disk(tmp_path / "one")
     expected = Counter(("ba"[i % 2], colour(i)) for i in range(4))

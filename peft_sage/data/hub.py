@@ -2,9 +2,12 @@
 """Data sets of `datasets`: from the Hub, from a folder of `save_to_disk`, or at hand."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import datasets.config
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
+from huggingface_hub import HfApi
 
 from .table import Request, Table, encoded
 
@@ -14,7 +17,15 @@ SAVED = {"dataset_dict.json", "state.json"}
 
 
 def read_hub(request: Request) -> dict[str, Table]:
-    return _load(request, load_dataset, "is neither a folder nor on the Hub")
+    """Read a data set of the Hub; a mistyped folder is refused at once, which `load_dataset` offline is slow to do."""
+    source, fault = request.source, "is neither a folder nor on the Hub"
+    try:
+        HfApi().dataset_info(source, timeout=5)
+    except Exception as error:
+        cached = Path(datasets.config.HF_DATASETS_CACHE, source.replace("/", "___"))
+        if not cached.is_dir():
+            raise ValueError(f"`source` {source!r} {fault}: {error}") from error
+    return _load(request, load_dataset, fault)
 
 
 def read_saved(request: Request) -> dict[str, Table]:

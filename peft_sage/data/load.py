@@ -98,8 +98,8 @@ def _load(request: Request, descriptions: Any, seed: int) -> ImageData:
             f"`source` {request.source!r} has no split {request.splits['test']!r}, only {found}; `test_split` names "
             "another. A folder of class folders without splits is split for you."
         )
-    skipped = _drop_unreadable(request, tables)
     names, texts = _number_classes(request, tables, descriptions)
+    skipped = _drop_unreadable(request, tables)
     grouped_by = _group(request, tables)
     if "" in tables:
         tables = _draw(request, tables[""], seed)
