@@ -6,7 +6,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_sage import SageConfig, SageLayer
-from tests.conftest import randomise, tiny_clip
+from tests.conftest import randomise
 
 
 def make(guidance=None, **kwargs) -> SageLayer:
@@ -111,19 +111,3 @@ def test_attributes_of_the_block_show_through():
     assert (layer.in_features, layer.out_features) == (12, 12)
     with pytest.raises(AttributeError):
         _ = layer.nothing
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_base_keeps_its_dtype_and_float32_adapters(dtype):
-    model = get_peft_model(
-        tiny_clip().to(dtype), SageConfig(guidance=torch.randn(5, 16))
-    )
-    adapter = [p for n, p in model.named_parameters() if "peft_sage_" in n]
-    guidance = [b for n, b in model.named_buffers() if "peft_sage_guidance" in n]
-    assert {p.dtype for p in adapter} == {torch.float32} and len(guidance) == 1
-    # Not once rounded to half precision on the way.
-    assert guidance[0].dtype == torch.float32 and not torch.equal(
-        guidance[0], guidance[0].to(dtype).float()
-    )
-    images = torch.randn(2, 3, 16, 16, dtype=dtype)
-    assert model.get_image_features(images).pooler_output.dtype == dtype

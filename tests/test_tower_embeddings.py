@@ -75,18 +75,8 @@ def test_embeddings_give_the_logits_of_the_model(tiny: Tiny) -> None:
     )
     cosines = F.normalize(image, dim=-1) @ F.normalize(words, dim=-1).T
     torch.testing.assert_close(scaled(model, cosines), logits, atol=1e-5, rtol=1e-5)
-
-
-@every_model_with_text
-@torch.no_grad()
-def test_classifier_starts_as_the_zero_shot_model(tiny: Tiny) -> None:
-    model, pixels, text = build(tiny), tiny.text(), tokens()
-    logits = own_logits(tiny, model, pixels, text)
-    classifier = SageClassifier(
-        model, F.normalize(encode_text(model, text), dim=-1), scale=1.0
-    )
-    cosines = classifier(**pixels).logits
-    torch.testing.assert_close(scaled(model, cosines), logits, atol=1e-5, rtol=1e-5)
+    classifier = SageClassifier(model, words, scale=1.0)
+    torch.testing.assert_close(classifier(**pixels).logits, cosines)
 
 
 @torch.no_grad()

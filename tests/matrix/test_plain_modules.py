@@ -236,14 +236,6 @@ def test_saved_adapter_gives_the_same_output(name: str, tmp_path: Any) -> None:
     )
 
 
-@every_model
-@torch.no_grad()
-def test_bfloat16(name: str) -> None:
-    model, images = build(name).to(torch.bfloat16), pixels(name).to(torch.bfloat16)
-    before = encode_image(model, images)
-    assert torch.equal(encode_image(adapted(model), images), before)
-
-
 @pytest.mark.parametrize(
     "name", [name for name in MODELS if name.startswith("open_clip")]
 )
