@@ -109,11 +109,11 @@ class ImageCollator:
         first = items[0]
         if not isinstance(first, Mapping) or set(first) == {"bytes", "path"}:
             return self._inputs(items, None)
-        label = next((key for key in (self.label_column, "labels") if key in first), "")
         others = [key for key in first if key == "index" or key.startswith("base_")]
         batch = {key: _stack(items, key) for key in others}
-        if label:
-            batch["labels"] = _stack(items, label)
+        for label in ("labels", self.label_column):
+            if first.get(label) is not None:
+                batch["labels"] = _stack(items, label)
         indices = batch["index"].tolist() if "index" in batch else None
         if "pixel_values" in first:
             return {key: _stack(items, key) for key in INPUTS if key in first} | batch
@@ -122,7 +122,7 @@ class ImageCollator:
                 raise ValueError(
                     "`augment` needs the original pictures, but the items hold their `pixels`."
                 )
-            pixels = self._finish(_stack(items, "pixels"), indices)
+            pixels = self.finish(_stack(items, "pixels"), indices)
             return {"pixel_values": pixels} | batch
         if self.image_column not in first:
             raise ValueError(
@@ -147,38 +147,16 @@ class ImageCollator:
         side = decoding_side(self.image_processor)
         return torch.cat(_in_threads(lambda part: make(_read(part, side)), pictures))
 
-    def finish(self, pixels: Tensor) -> Tensor:
-        """Scale and normalise (..., 3, H, W) uint8 to float32, on their device; with "crop-flip", augment before."""
-        return self._finish(pixels, None)
+    def finish(self, pixels: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+        """Scale and normalise pixels on their device; with "crop-flip" in training, augment them before.
 
-    @cached_property
-    def _geometry(self) -> "_Geometry":
-        return _Geometry(self.image_processor)
+        Args:
+            pixels: (..., 3, H, W) uint8.
+            indices: The positions of the images, for [`set_epoch`].
 
-    def _inputs(
-        self, pictures: list[Any], indices: list[int] | None
-    ) -> dict[str, Tensor]:
-        if self.image_processor is None:
-            raise ValueError("`image_processor` is needed for pictures, got None.")
-        if self.training and self.augment == "crop-flip":
-            return {"pixel_values": self._finish(self.prepare(pictures), indices)}
-        side = decoding_side(self.image_processor)
-        if self.training and self.augment == "resized-crop-flip" and side:
-            # The smallest crop is to be as sharp as the whole picture.
-            side = math.ceil(side / math.sqrt(self.crop_scale))
-        if self.training and callable(self.augment):
-            side = None
-        parts = _in_threads(lambda part: _read(part, side), pictures)
-        images = [image for part in parts for image in part]
-        if self.training and callable(self.augment):
-            images = [self.augment(image) for image in images]
-        elif self.training:
-            return {"pixel_values": self._geometry.finish(self._crops(images, indices))}
-        if _is_compose(self.image_processor):
-            return {"pixel_values": torch.stack([*map(self.image_processor, images)])}
-        return dict(self.image_processor(images=images, return_tensors="pt"))
-
-    def _finish(self, pixels: Tensor, indices: list[int] | None) -> Tensor:
+        Returns:
+            (..., 3, H, W) float32.
+        """
         images = pixels.flatten(0, -4).float()
         if self.training and self.augment == "crop-flip":
             kornia = _import_kornia()
@@ -190,6 +168,35 @@ class ImageCollator:
             with self._seeded(indices):
                 images = kornia.RandomHorizontalFlip()(crop(images))
         return self._geometry.finish(images).unflatten(0, pixels.shape[:-3])
+
+    @cached_property
+    def _geometry(self) -> "_Geometry":
+        return _Geometry(self.image_processor)
+
+    def _inputs(
+        self, pictures: list[Any], indices: list[int] | None
+    ) -> dict[str, Tensor]:
+        if self.image_processor is None:
+            raise ValueError("`image_processor` is needed for pictures, got None.")
+        augment = self.augment if self.training else None
+        if augment == "crop-flip":
+            return {"pixel_values": self.finish(self.prepare(pictures), indices)}
+        side = decoding_side(self.image_processor)
+        if callable(augment):
+            side = None
+        elif (
+            augment and side
+        ):  # the smallest crop is to be as sharp as the whole picture
+            side = math.ceil(side / math.sqrt(self.crop_scale))
+        parts = _in_threads(lambda part: _read(part, side), pictures)
+        images = [image for part in parts for image in part]
+        if callable(augment):
+            images = [augment(image) for image in images]
+        elif augment:
+            return {"pixel_values": self._geometry.finish(self._crops(images, indices))}
+        if _is_compose(self.image_processor):
+            return {"pixel_values": torch.stack([*map(self.image_processor, images)])}
+        return dict(self.image_processor(images=images, return_tensors="pt"))
 
     def _crops(
         self, images: list[PIL.Image.Image], indices: list[int] | None
@@ -212,7 +219,7 @@ class ImageCollator:
         return torch.stack(cut)
 
     @contextmanager
-    def _seeded(self, indices: list[int] | None) -> Iterator[None]:
+    def _seeded(self, indices: Sequence[int] | None) -> Iterator[None]:
         """Seed what kornia draws, which it does on the CPU, by the images and the epoch where both are known."""
         if self.epoch is None or not indices:
             yield

@@ -195,6 +195,7 @@ def _group(request: Request, tables: dict[str, Table]) -> str | None:
     more_than = 0 if request.group_column else classes
     if request.grouped_by and _number_groups(tables, values, more_than):
         return f"column {request.grouped_by!r}"
+    request.grouped_by = None
     objects = {key: _objects(table) for key, table in tables.items()}
     return "file names" if _number_groups(tables, objects, 0) else None
 
@@ -261,11 +262,12 @@ def _check_splits(request: Request, tables: dict[str, Table], names: list[str]) 
                 f"Split {request.splits[key]!r} has no image of a class of the training split, but of {classes[:10]}."
             )
     for key, what in (("train", "training"), ("test", "test")):
-        lacking = sorted(set(names) - set(found[key]), key=names.index)
+        present = set(found[key])
+        lacking = [name for name in names if name not in present]
         have = "1 class has" if len(lacking) == 1 else f"{len(lacking)} classes have"
         if lacking:
             request.notes.append(f"{have} no {what} images: {preview(lacking)}.")
-    if request.grouped_by and tables["train"].groups:
+    if request.grouped_by:
         train, test = (
             set(np.array(tables[key].groups)[tables[key].rows].tolist())
             for key in ("train", "test")
