@@ -12,21 +12,19 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import EvalPrediction, Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
-from transformers.utils import logging
 
 from .arguments import SageTrainingArguments
 from .cached_images import EpochSampler, ImageBatches, derived_seed, embed_images
 from .callbacks import LongTailCallback
 from .classifier import SageClassifier
 from .collator import ImageCollator
-from .config import SageConfig
 from .loss import SageLoss
 from .optimization import parameter_groups
 from .run_files import (
@@ -44,17 +42,17 @@ from .training_checks import (
     check_arguments,
     check_collator,
     is_map_style,
+    map_style_data,
     read_groups,
     read_training_labels,
 )
+from .training_defaults import default_collator, fitted_arguments, wrapped_model
 
 
 #: The text guidance's share of the text prior, chosen on validation images (RESULTS.md).
 GUIDANCE_SHARE = 0.4
 PUSHED_FILES = ["adapter_*", "README.md", "preprocessor_config.json", "*.png"]
 PUSHED_FILES += ["model.safetensors", "results.json"]
-
-logger = logging.get_logger(__name__)
 
 
 class SageTrainer(Trainer):
@@ -115,65 +113,71 @@ class SageTrainer(Trainer):
         self.classifier: SageClassifier | None = modules[0] if modules else None
         processor = kwargs.pop("processing_class", None)
         processor = processor or getattr(self.classifier, "image_processor", None)
-        named = {"train_dataset": train_dataset, **_named(eval_dataset)}
-        data = {name: given for name, given in named.items() if is_map_style(given)}
-        collator = data_collator or _default_collator(args, processor, data)
-        # The plain view of images: for evaluation, and for the frozen tower.
-        self._plain: Any = collator
-        if isinstance(collator, ImageCollator):
-            self._plain = copy.copy(collator).eval()
-        self.class_counts, labels = read_training_labels(
-            model, data, collator, compute_loss_func
-        )
-        if not args.remove_unused_columns:
-            check_collator(self._plain, data)
-        self._labels = labels
-        self.text_prior: TextPrior | None = None
-        self.base_image_embeds: Tensor | None = None
-        self.loss: SageLoss | None = None
-        self._makes_loss = compute_loss_func is None and self.class_counts is not None
-        if isinstance(compute_loss_func, SageLoss):
-            self.loss = compute_loss_func
-        elif self._makes_loss:
-            self.loss = SageLoss(self.class_counts, args.tau, args.compensation)
-        args = _fitted(args, len(labels), eval_dataset)
+        data = map_style_data(train_dataset, eval_dataset)
+        collator = data_collator or default_collator(args, processor, data)
+        self._read_data(model, args, data, collator, compute_loss_func)
+        self._set_loss(args, compute_loss_func)
+        args = fitted_arguments(args, len(self._labels), eval_dataset)
         set_seed(args.seed)  # for the adapters that are made here
-        model = _wrapped(model, peft_config, self.classifier)
-        self._settings = run_settings(args, model, fingerprint(labels.tolist()))
-        self._sampler = EpochSampler(len(labels), args.data_seed)
+        model = wrapped_model(model, peft_config, self.classifier)
+        data_of_run = fingerprint(self._labels.tolist())
+        self._settings = run_settings(args, model, data_of_run)
+        self._sampler = EpochSampler(len(self._labels), args.data_seed)
         self._prepared: dict[str, tuple[Any, ImageBatches]] = {}
         self._micro_batch = 0
-        self._long_tail = self._metrics()
-        callbacks = [*(callbacks or []), ScheduleCallback(self._sampler, collator)]
-        if self.loss is not None:
-            callbacks.append(self._long_tail)
+        schedule = ScheduleCallback(self._sampler, collator)
+        metrics = None if self._long_tail is None else self._long_tail.compute_metrics
         super().__init__(
             model=model,
             args=args,
             data_collator=collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=processor
-            if hasattr(processor, "save_pretrained")
-            else None,
+            processing_class=processor if hasattr(processor, "to_dict") else None,
             compute_loss_func=compute_loss_func or self.loss,
-            compute_metrics=compute_metrics
-            or getattr(self._long_tail, "compute_metrics", None),
-            callbacks=callbacks,
+            compute_metrics=compute_metrics or metrics,
+            callbacks=[*(callbacks or []), schedule],
             optimizers=optimizers,
             **kwargs,
         )
+        if self.loss is not None:
+            self.add_callback(self._long_tail)
         # The loss divides by the images, also where a model's forward takes any keyword.
         self.model_accepts_loss_kwargs &= self.compute_loss_func is None
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(TrainingBar(self._describe))
 
-    def _metrics(self) -> LongTailCallback | None:
-        if self.class_counts is None:
-            return None
-        return LongTailCallback(
-            self.loss or SageLoss(self.class_counts), self.class_counts
+    def _read_data(
+        self,
+        model: nn.Module,
+        args: SageTrainingArguments,
+        data: dict[str, Any],
+        collator: Any,
+        compute_loss_func: Any,
+    ) -> None:
+        # The plain view of images: for evaluation, and for the frozen tower.
+        self._plain: Any = collator
+        if isinstance(collator, ImageCollator):
+            self._plain = copy.copy(collator).eval()
+        self.class_counts, self._labels = read_training_labels(
+            model, data, collator, compute_loss_func
         )
+        if not args.remove_unused_columns:
+            check_collator(self._plain, data)
+
+    def _set_loss(self, args: SageTrainingArguments, compute_loss_func: Any) -> None:
+        self.text_prior: TextPrior | None = None
+        self.base_image_embeds: Tensor | None = None
+        self.loss: SageLoss | None = None
+        self._long_tail: LongTailCallback | None = None
+        self._makes_loss = compute_loss_func is None and self.class_counts is not None
+        if self._makes_loss:
+            self.loss = SageLoss(self.class_counts, args.tau, args.compensation)
+        elif isinstance(compute_loss_func, SageLoss):
+            self.loss = compute_loss_func
+        if self.class_counts is not None:
+            loss = self.loss or SageLoss(self.class_counts)
+            self._long_tail = LongTailCallback(loss, self.class_counts)
 
     def _describe(self) -> str:
         """What is about to be trained."""
@@ -467,55 +471,6 @@ class SageTrainer(Trainer):
             run_as_future=not blocking,
             allow_patterns=PUSHED_FILES,
         )
-
-
-def _named(eval_dataset: Any) -> dict[str, Any]:
-    if isinstance(eval_dataset, dict):
-        return {f"eval_dataset[{name!r}]": x for name, x in eval_dataset.items()}
-    return {} if eval_dataset is None else {"eval_dataset": eval_dataset}
-
-
-def _default_collator(
-    args: SageTrainingArguments, processor: Any, data: dict[str, Any]
-) -> ImageCollator:
-    items = [dataset[0] for dataset in data.values() if len(dataset)]
-    has_pixels = all("pixel_values" in item for item in items) and bool(items)
-    if processor is None and not has_pixels:
-        raise ValueError(
-            "`data_collator` is needed, as the model has no image processor and the data have no `pixel_values`; "
-            "`processing_class` takes an image processor too."
-        )
-    augment = None if args.augment == "none" or has_pixels else args.augment
-    return ImageCollator(processor, augment, crop_scale=args.crop_scale, seed=args.seed)
-
-
-def _fitted(
-    args: SageTrainingArguments, num_images: int, eval_dataset: Any
-) -> SageTrainingArguments:
-    """The arguments for these data: batches no larger than the data, evaluation only of validation images."""
-    args = copy.copy(args)
-    most = max(1, num_images // args.world_size)
-    if num_images and args.per_device_train_batch_size > most:
-        logger.info(f"Batches of {most} images, as there are only {num_images}")
-        args.per_device_train_batch_size = most
-    if eval_dataset is None:
-        args.eval_strategy, args.do_eval = IntervalStrategy.NO, False
-        args.load_best_model_at_end = False
-    return args
-
-
-def _wrapped(
-    model: nn.Module, peft_config: PeftConfig | None, classifier: SageClassifier | None
-) -> nn.Module:
-    if peft_config is None and model is classifier:
-        # The head alone: PEFT freezes all else, and saves and loads it as it does an adapter.
-        peft_config = SageConfig(target_modules=[], modules_to_save=["class_head"])
-    if peft_config is None:
-        return model
-    if classifier is not None and getattr(peft_config, "modules_to_save", ()) is None:
-        peft_config = copy.copy(peft_config)
-        peft_config.modules_to_save = ["class_head"]
-    return get_peft_model(model, peft_config)
 
 
 def _logits(outputs: Any) -> Tensor:

@@ -49,6 +49,15 @@ def is_map_style(dataset: Any) -> bool:
     return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
 
 
+def map_style_data(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
+    """The data sets whose items can be had by position, by the names that errors call them."""
+    data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+    if isinstance(eval_dataset, dict):
+        del data["eval_dataset"]
+        data |= {f"eval_dataset[{name!r}]": x for name, x in eval_dataset.items()}
+    return {name: given for name, given in data.items() if is_map_style(given)}
+
+
 def is_table_of_datasets(dataset: Any) -> bool:
     """Whether it is a `datasets.Dataset`, without asking for that library."""
     return hasattr(dataset, "column_names") and hasattr(dataset, "with_format")
