@@ -38,7 +38,7 @@ def bed(tmp_path_factory):
     CLIPVisionModelWithProjection(config).save_pretrained(
         work / "towers" / f"A-{SHAPE}"
     )
-    np.savez(work / "towers" / f"A-{SHAPE}" / "beside.npz", log_scale=np.float32(3))
+    np.savez(work / "towers" / f"A-{SHAPE}" / "text_map.npz", log_scale=np.float32(3))
     folder, generator = work / "tasks" / f"A-{SHAPE}", np.random.default_rng(0)
     folder.mkdir(parents=True)
     for split, images, views in (

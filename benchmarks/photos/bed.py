@@ -18,6 +18,7 @@ TASKS = {"A": "A", "B": "B", "tiny": "A"}  # The regime of each task's tower.
 
 # In bfloat16 on a CPU the gradient of torch's fused attention takes ten times as long as that of plain products.
 ATTENTION = "eager"
+TEXT_MAP = "text_map.npz"  # In a tower's folder.
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ def load_tower(
     embeddings to the tower's, `log_scale` is the temperature.
     """
     folder = Path(work) / "towers" / name
-    with np.load(folder / "beside.npz") as beside:
-        numbers = {key: torch.from_numpy(beside[key]) for key in beside.files}
+    with np.load(folder / TEXT_MAP) as arrays:
+        numbers = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
     tower = CLIPVisionModelWithProjection.from_pretrained(
         folder, attn_implementation=ATTENTION
     )

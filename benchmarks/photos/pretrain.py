@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Second step of the photograph test bed: its CLIP-like models, and what the runs on them read.
 
 OMP_WAIT_POLICY=PASSIVE python -m benchmarks.photos.pretrain DATA WORK --depth 12 --width 192
@@ -22,20 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from .bed import ATTENTION, TASKS, keep_memory, load_tower
-from .captions import (
-    Concepts,
-    Encoder,
-    add_cifar100,
-    class_captions,
-    pretraining_concepts,
-    read_imagenet,
-    read_wordnet,
-    spoken,
-)
-from .prepare import SEED, read_names
+from .bed import ATTENTION, TASKS, TEXT_MAP, keep_memory, load_tower
+from .captions import Encoder, add_cifar100, class_captions, pretraining_concepts
+from .prepare import SEED
+from .pretraining_data import Images, cifar100_source, pretraining_sources
 from .stem import CHANNELS, SIDE, device, has_fast_bfloat16
-from .tasks import read_guesses, read_labels, read_maps, write_task
+from .tasks import read_labels, read_maps, write_task
 
 
 @dataclass(frozen=True)
@@ -45,9 +38,8 @@ class Regime:
     seed: int
     steps: dict[int, int]  # By the depth of the tower.
     lr: float
-    shares: tuple[
-        float, ...
-    ]  # Of Tiny ImageNet, CIFAR-10 and, in B, CIFAR-100 in each batch.
+    # Of Tiny ImageNet, CIFAR-10 and, in B, CIFAR-100 in each batch.
+    shares: tuple[float, ...]
     weight_decay: float = 0.1
     warmup: int = 50
 
@@ -64,99 +56,11 @@ REGIMES = {
     ),
 }
 BATCH = 512
-TOKENS, KEPT, DROPPING = (
-    SIDE * SIDE,
-    5,
-    0.85,
-)  # Tokens of a map, those kept, and the share of the steps with dropping.
-GUESS, HYPERNYM = (
-    0.4,
-    0.2,
-)  # Shares of captions from the stem's guesses and from above the class.
-GUESSES, HYPERNYMS = 3, 4
-WRONG = 0.3  # Share of CIFAR-100's images whose caption is another class's.
+# Tokens of a map, those kept, and the share of the steps with dropping.
+TOKENS, KEPT, DROPPING = SIDE * SIDE, 5, 0.85
 TEXT_LR = 0.1  # The text map's learning rate, as a share of the tower's.
 CHECKPOINT = 100  # Steps between checkpoints.
 EMBED_WIDTH, HEAD_WIDTH = 192, 48
-
-
-@dataclass(frozen=True)
-class Source:
-    """Images of one split for pretraining, and what is true of them."""
-
-    maps: Tensor  # (n, views, 320, 3, 3) float16
-    own: Tensor  # (n,) concept of the class
-    broader: (
-        Tensor  # (n, 4) concepts above the class, the class itself where there are none
-    )
-    guessed: Tensor  # (n, 3) concepts of the stem's guesses
-
-    def draw(
-        self, count: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Maps, the concepts that are true of each, and one of these to name in its caption."""
-        image = torch.randint(len(self.own), (count,), generator=generator)
-        view = torch.randint(self.maps.shape[1], (count,), generator=generator)
-        own, broader, guessed = (
-            self.own[image, None],
-            self.broader[image],
-            self.guessed[image],
-        )
-        chance = torch.rand(count, 1, generator=generator)
-        kind = (chance < GUESS + HYPERNYM).long() + (chance < GUESS).long()
-        named = [
-            concepts.gather(1, column(concepts, generator))
-            for concepts in (own, broader, guessed)
-        ]
-        return (
-            self.maps[image, view],
-            torch.cat([own, broader, guessed], 1),
-            torch.cat(named, 1).gather(1, kind)[:, 0],
-        )
-
-
-def column(table: Tensor, generator: torch.Generator) -> Tensor:
-    """A random column for each row (B, 1)."""
-    return torch.randint(table.shape[1], (len(table), 1), generator=generator)
-
-
-def standardization(sources: list[Source]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel over plain views."""
-    maps = torch.cat([source.maps[::10, 0] for source in sources]).float()
-    return maps.mean((0, 2, 3)), maps.std((0, 2, 3))
-
-
-class Images:
-    """Batches of the images of all sources, with captions."""
-
-    def __init__(
-        self,
-        sources: list[Source],
-        counts: list[int],
-        concepts: Concepts,
-        encoder: Encoder,
-    ) -> None:
-        self.sources, self.counts = sources, counts
-        captions, self.first, self.captions_of = concepts.flat()
-        self.captions = encoder(captions)
-        self.mean, self.std = standardization(sources)
-
-    def standardized(self, maps: Tensor) -> Tensor:
-        """The maps as the tower is given them."""
-        return (maps.float() - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
-
-    def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Maps (B, 320, 3, 3), captions (B, 384), and which of the captions are true of which image (B, B)."""
-        drawn = [
-            source.draw(count, generator)
-            for source, count in zip(self.sources, self.counts, strict=True)
-        ]
-        maps, concepts, named = (torch.cat(part) for part in zip(*drawn, strict=True))
-        number = (
-            torch.rand(len(named), generator=generator) * self.captions_of[named]
-        ).long()
-        captions = self.captions[self.first[named] + number]
-        return self.standardized(maps), captions, (concepts[:, :, None] == named).any(1)
 
 
 def random_tokens(count: int, generator: torch.Generator) -> Tensor:
@@ -256,19 +160,15 @@ class Trainer:
     def train_step(self) -> float:
         """One step of the optimizer; returns the loss."""
         progress = min(self.step / self.steps, 1)
-        rate = min(
-            (self.step + 1) / self.regime.warmup,
-            0.5 + 0.5 * math.cos(math.pi * progress),
-        )
+        falling = 0.5 + 0.5 * math.cos(math.pi * progress)
+        rate = min((self.step + 1) / self.regime.warmup, falling)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base"] * rate
-        # All of a step is drawn by its number, so a run that was stopped goes on as if it had not been.
-        generator = torch.Generator().manual_seed(
-            1_000_000 * self.regime.seed + self.step
-        )
-        maps, captions, true = (
-            part.to(device()) for part in self.images.batch(generator)
-        )
+        # All of a step is drawn by its number, so a run that was stopped continues as if it had not been.
+        seed = 1_000_000 * self.regime.seed + self.step
+        generator = torch.Generator().manual_seed(seed)
+        drawn = self.images.batch(generator)
+        maps, captions, true = (part.to(device()) for part in drawn)
         dropping = self.step < DROPPING * self.steps
         kept = random_tokens(len(maps), generator).to(device()) if dropping else None
         with torch.autocast(device().type, torch.bfloat16, enabled=has_fast_bfloat16()):
@@ -293,83 +193,29 @@ class Trainer:
             self.step = state["step"]
             for name, part in parts.items():
                 part.load_state_dict(state[name])
-        began, losses = time.time(), []
+        start, losses = time.time(), []
         while self.step < self.steps:
             losses.append(self.train_step())
-            if self.step % CHECKPOINT == 0 or self.step == self.steps:
-                state = {
-                    "step": self.step,
-                    **{name: part.state_dict() for name, part in parts.items()},
-                }
-                torch.save(state, checkpoint.with_suffix(".partial"))
-                os.replace(checkpoint.with_suffix(".partial"), checkpoint)
-                pace = (time.time() - began) / len(losses)
-                message = f"step {self.step} of {self.steps}, {pace:.2f} s/step"
-                print(
-                    f"{message}, loss {np.mean(losses[-CHECKPOINT:]):.3f}, {report()}",
-                    flush=True,
-                )
-
-
-def pretraining_sources(data: Path, work: Path, ids: dict[str, int]) -> list[Source]:
-    """Tiny ImageNet and CIFAR-10, with the stem's guesses as concepts."""
-    wordnet, imagenet = read_wordnet(data), read_imagenet(data)
-    guess_ids = torch.tensor([ids[label] for label in imagenet])
-    tiny = [
-        wordnet["tiny-imagenet"][key] for key in read_names(data, "tiny-imagenet-half")
-    ]
-    cifar10 = [wordnet["cifar10"][key] for key in read_names(data, "cifar10-part")]
-    named = {
-        "tiny-pretrain": [
-            (", ".join(entry["names"]), entry["hypernyms"]) for entry in tiny
-        ],
-        "cifar10-pretrain": [(entry["names"][0], []) for entry in cifar10],
-    }
-    sources = []
-    for split, classes in named.items():
-        labels = read_labels(work, split)
-        own = torch.tensor([ids[name] for name, _ in classes])
-        # As many above each class: the class stands for those that it lacks.
-        above = [
-            (hypernyms + [name] * HYPERNYMS)[:HYPERNYMS] for name, hypernyms in classes
-        ]
-        broader = torch.tensor([[ids[name] for name in names] for names in above])
-        guessed = guess_ids[read_guesses(work, split)[:, :GUESSES]]
-        sources.append(
-            Source(read_maps(work, split), own[labels], broader[labels], guessed)
-        )
-    return sources
-
-
-def cifar100_source(data: Path, work: Path, ids: dict[str, int]) -> Source:
-    """CIFAR-100 captioned by class alone, for a share of the images by a wrong one."""
-    generator = torch.Generator().manual_seed(SEED)
-    labels = read_labels(work, "cifar100-pretrain")
-    names = read_names(data, "cifar100-train")
-    wrong = torch.rand(len(labels), generator=generator) < WRONG
-    shift = torch.randint(1, len(names), labels.shape, generator=generator)
-    labels = torch.where(wrong, (labels + shift) % len(names), labels)
-    own = torch.tensor([ids[spoken(name)] for name in names])[labels]
-    broader, guessed = (
-        own[:, None].expand(-1, HYPERNYMS),
-        own[:, None].expand(-1, GUESSES),
-    )
-    return Source(read_maps(work, "cifar100-pretrain"), own, broader, guessed)
+            if self.step % CHECKPOINT and self.step < self.steps:
+                continue
+            state = {name: part.state_dict() for name, part in parts.items()}
+            torch.save(state | {"step": self.step}, checkpoint.with_suffix(".partial"))
+            os.replace(checkpoint.with_suffix(".partial"), checkpoint)
+            pace = (time.time() - start) / len(losses)
+            print(
+                f"step {self.step} of {self.steps}, {pace:.2f} s/step, "
+                f"loss {np.mean(losses[-CHECKPOINT:]):.3f}, {report()}",
+                flush=True,
+            )
 
 
 def save_tower(folder: Path, trainer: Trainer) -> None:
     """Write the tower, its standardisation and its text map."""
     trainer.tower.save_pretrained(folder)
-    beside = {
-        name: weight.detach().cpu().numpy()
-        for name, weight in trainer.text_map.named_parameters()
-    }
-    np.savez(
-        folder / "beside.npz",
-        mean=trainer.images.mean.numpy(),
-        std=trainer.images.std.numpy(),
-        **beside,
-    )
+    arrays = dict(trainer.text_map.named_parameters())
+    arrays |= {"mean": trainer.images.mean, "std": trainer.images.std}
+    arrays = {name: array.detach().cpu().numpy() for name, array in arrays.items()}
+    np.savez(folder / TEXT_MAP, **arrays)
 
 
 class Report:
@@ -378,48 +224,27 @@ class Report:
     def __init__(
         self, data: Path, work: Path, encoder: Encoder, trainer: Trainer
     ) -> None:
-        self.trainer = trainer
-        self.tasks = []
+        self.trainer, self.splits = trainer, {}
         for task, split in (("A", "cifar100-validation"), ("tiny", "tiny-validation")):
             captions = [encoder(texts) for texts in class_captions(data, task)[1]]
-            self.tasks.append(
-                (
-                    split,
-                    captions,
-                    read_maps(work, split)[:, 0],
-                    read_labels(work, split),
-                )
-            )
+            maps, labels = read_maps(work, split)[:, 0], read_labels(work, split)
+            self.splits[split] = captions, maps, labels
 
     @torch.inference_mode()
     def __call__(self) -> str:
         """The accuracies, in words."""
-        return ", ".join(
-            f"{split} {self.accuracy(*images):.1f} %" for split, *images in self.tasks
-        )
+        accuracies = {split: self.accuracy(*one) for split, one in self.splits.items()}
+        return ", ".join(f"{split} {100 * a:.1f}%" for split, a in accuracies.items())
 
     def accuracy(self, captions: list[Tensor], maps: Tensor, labels: Tensor) -> float:
-        """Per cent of the images that are nearest to the captions of their class."""
-        tower, text_map, images = (
-            self.trainer.tower,
-            self.trainer.text_map,
-            self.trainer.images,
-        )
-        texts = F.normalize(
-            torch.stack([text_map(texts.to(device())).mean(0) for texts in captions]),
-            dim=1,
-        )
-        embeds = [
-            embed(tower, images.standardized(part).to(device()), None)
-            for part in maps.split(BATCH)
-        ]
-        return (
-            100
-            * ((torch.cat(embeds) @ texts.T).argmax(1).cpu() == labels)
-            .float()
-            .mean()
-            .item()
-        )
+        """Share of the images that are nearest to the captions of their class."""
+        tower, text_map = self.trainer.tower, self.trainer.text_map
+        means = [text_map(texts.to(device())).mean(0) for texts in captions]
+        texts = F.normalize(torch.stack(means), dim=1)
+        maps = self.trainer.images.standardized(maps)
+        embeds = [embed(tower, part.to(device()), None) for part in maps.split(BATCH)]
+        predicted = (torch.cat(embeds) @ texts.T).argmax(1).cpu()
+        return (predicted == labels).float().mean().item()
 
 
 def pretrain(
@@ -460,16 +285,13 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_memory()
     torch.set_num_threads(arguments.threads)
-    data, work, sizes = (
-        arguments.data,
-        arguments.work,
-        (arguments.depth, arguments.width),
-    )
+    data, work = arguments.data, arguments.work
+    sizes = arguments.depth, arguments.width
     (work / "towers").mkdir(parents=True, exist_ok=True)
     encoder = Encoder(work / "captions.pt")
     shape = "x".join(map(str, sizes))
     for name in REGIMES:
-        if not (work / "towers" / f"{name}-{shape}" / "beside.npz").exists():
+        if not (work / "towers" / f"{name}-{shape}" / TEXT_MAP).exists():
             pretrain(data, work, name, *sizes, encoder)
         for task in (task for task in arguments.tasks if TASKS[task] == name):
             folder = work / "tasks" / f"{task}-{shape}"

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Iterable, Iterator
 
@@ -91,32 +90,30 @@ def tip_adapter(settings: Settings, data: Data, seed: int) -> dict[str, Tensor]:
     values = SHOTS * F.one_hot(data.labels, len(texts)) / data.counts[data.labels, None]
     loss = SageLoss(data.counts, tau=settings.tau, compensation=0)
 
-    def logits(features: Tensor, alpha: float = 1.0, beta: float = 5.5) -> Tensor:
-        return (
-            scale * features @ texts.T
-            + alpha * (beta * (features @ keys.T - 1)).exp() @ values
-        )
+    def cache(features: Tensor, beta: float) -> Tensor:
+        return (beta * (features @ keys.T - 1)).exp() @ values
 
     steps = CACHE_EPOCHS * math.ceil(len(data.labels) / HEAD_BATCH_SIZE)
     order = batches(*data.embeds.shape[:2], HEAD_BATCH_SIZE, steps, seed)
-    losses = (
-        loss(logits(data.embeds[images, views]), data.labels[images])
-        for images, views in order
-    )
-    fit(
-        torch.optim.AdamW([keys], lr=settings.rates[1], eps=1e-4, weight_decay=0),
-        losses,
-        steps,
-    )
-    tried = itertools.product((0.3, 1.0, 3.0), (1.0, 5.5, 20.0))
-    with torch.no_grad():
-        return best_on_validation(
-            data,
-            (
-                each_split(data, functools.partial(logits, alpha=alpha, beta=beta))
-                for alpha, beta in tried
-            ),
-        )
+
+    def losses() -> Iterator[Tensor]:
+        for images, views in order:
+            features = data.embeds[images, views]
+            logits = scale * features @ texts.T + cache(features, 5.5)
+            yield loss(logits, data.labels[images])
+
+    optimizer = torch.optim.AdamW([keys], settings.rates[1], eps=1e-4, weight_decay=0)
+    fit(optimizer, losses(), steps)
+
+    @torch.no_grad()
+    def candidates() -> Iterator[dict[str, Tensor]]:
+        zero_shot = each_split(data, lambda features: scale * features @ texts.T)
+        for beta in (1.0, 5.5, 20.0):
+            cached = each_split(data, functools.partial(cache, beta=beta))
+            for alpha in (0.3, 1.0, 3.0):
+                yield {k: zero_shot[k] + alpha * cached[k] for k in zero_shot}
+
+    return best_on_validation(data, candidates())
 
 
 def gda(settings: Settings, data: Data, seed: int) -> dict[str, Tensor]:
