@@ -59,8 +59,8 @@ def load_images(
             `descriptions.json` or `descriptions.csv` in the folder, if there is one.
         seed: Draws the splits where there are none.
         group_column: Column of tables that tells which images show one object. Default: the first of `group`,
-            `group_id`, `object`, `object_id`, `concept`, `individual`, `individual_id`, `patient_id`, `sequence_id`;
-            without it, files called `rex_1`, `rex_2` are a group.
+            `group_id`, `object`, `object_id`, `concept`, `individual`, `individual_id`, `patient_id`, `sequence_id`,
+            if it has more values than there are classes; or else files called `rex_1`, `rex_2` are a group.
 
     Raises:
         ValueError: If there is no such data set, split or column, if labels or images cannot be read, or if training
