@@ -23,6 +23,7 @@ from PIL import Image
 
 from peft_sage import read_image
 from peft_sage.data import hub, load_images
+from peft_sage.data.splits import long_tailed_subset
 
 
 DEMO = Path(__file__).parents[1] / "examples" / "emoji_lt"
@@ -342,6 +343,20 @@ def test_what_is_no_class_is_listed(tmp_path):
         load_images(tmp_path)
     skipped = load_images(tmp_path, on_bad_image="skip").skipped["train"]
     assert skipped["outside the class folders"] == ["train/stray.png"]
+
+
+@pytest.mark.parametrize(("ratio", "images"), [(10, 19573), (50, 12608), (100, 10847)])
+def test_imbalance_gives_the_published_subset_of_cifar_100_lt(ratio, images):
+    """Class by class, in order, NumPy's global generator shuffles the images and the first ones stay."""
+    labels = np.random.default_rng(0).permutation(np.tile(np.arange(100), 500))
+    np.random.seed(0)
+    expected = []
+    for label in range(100):
+        own = np.where(labels == label)[0]
+        np.random.shuffle(own)
+        expected.extend(own[: int(500 * (1 / ratio) ** (label / 99))])
+    kept = long_tailed_subset(labels, 100, ratio, seed=0)
+    assert len(kept) == images and kept.tolist() == sorted(expected)
 
 
 def test_a_thinned_training_set(tmp_path):
