@@ -40,27 +40,29 @@ def attention_maps(
         ValueError: There is no such adapter with guidance or no such layer, or its tokens do not form a grid.
     """
     layers = [module for module in model.modules() if isinstance(module, SageLayer)]
-    name = adapter_name or next(
-        (name for module in layers for name in module.active_adapters), "default"
-    )
+    active = [name for module in layers for name in module.active_adapters]
+    name = adapter_name or next(iter(active), "default")
     layers = [module for module in layers if name in module.shared_guidance]
     if not layers:
         raise ValueError(
-            f"`adapter_name`={name!r} is no Sage adapter with guidance in `model`."
+            f"`adapter_name` must be a Sage adapter with guidance in `model`, got {name!r}."
         )
     if not -len(layers) <= layer < len(layers):
         raise ValueError(
             f"`layer` must lie in [{-len(layers)}, {len(layers)}), got {layer}."
         )
-    block, seen = layers[layer], list[Tensor]()
-    handle = block.register_forward_pre_hook(
-        lambda _, args, kw: seen.append(block.tokens(args, kw)), with_kwargs=True
-    )
+    block = layers[layer]
+    tokens: list[Tensor] = []
+
+    def keep_tokens(_: nn.Module, args: Any, kwargs: Any) -> None:
+        tokens.append(block.tokens(args, kwargs))
+
+    handle = block.register_forward_pre_hook(keep_tokens, with_kwargs=True)
     try:
         encode_image(model, pixel_values)
     finally:
         handle.remove()
-    weights = attention_weights(block, seen[0], name).mean(dim=0).float()
+    weights = attention_weights(block, tokens[0], name).mean(dim=0).float()
     return _on_grid(weights, pixel_values, _patch_size(model)).permute(0, 3, 1, 2)
 
 
@@ -70,7 +72,8 @@ def attention_weights(layer: SageLayer, x: Tensor, adapter_name: str) -> Tensor:
     keys = layer.peft_sage_key[adapter_name](
         layer.shared_guidance[adapter_name].like(z)
     )
-    q, k = layer.split_heads(z, adapter_name), layer.split_heads(keys, adapter_name)
+    q = layer.split_heads(z, adapter_name)
+    k = layer.split_heads(keys, adapter_name)
     weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1)
     return weights[0].reshape(-1, *x.shape[:-1], len(keys))
 
@@ -98,11 +101,9 @@ def plot_attention(
         raise ValueError(
             f"`attention` must have the shape (M, h, w) of one image, got {tuple(attention.shape)}."
         )
-    names = (
-        [f"class {index}" for index in range(len(attention))]
-        if class_names is None
-        else class_names
-    )
+    names = class_names
+    if names is None:
+        names = [f"class {index}" for index in range(len(attention))]
     if len(names) != len(attention):
         raise ValueError(
             f"`class_names` must have {len(attention)} entries, got {len(names)}."
@@ -129,15 +130,14 @@ def plot_attention(
 def _on_grid(weights: Tensor, pixel_values: Tensor, patch_size: int | None) -> Tensor:
     """Bring weights (.., M) of the tokens of a batch into the shape (B, h, w, M)."""
     batch, shape = len(pixel_values), tuple(weights.shape[:-1])
-    if len(shape) == 3 and shape[0] == batch:  # hierarchical towers with channels last
-        return weights
+    if len(shape) == 3 and shape[0] == batch:
+        return weights  # hierarchical towers with channels last
     if len(shape) != 2 or batch not in shape:
         raise ValueError(
             f"`layer` must have tokens that form one grid per image, got {shape} for {batch} images."
         )
-    weights = (
-        weights if shape[0] == batch else weights.transpose(0, 1)
-    )  # sequence first
+    if shape[0] != batch:
+        weights = weights.transpose(0, 1)  # sequence first
     # Deeper stages of a hierarchical tower have larger patches than its configuration says.
     height, width = pixel_values.shape[-2:]
     sizes = filter(None, (patch_size, *range(1, max(height, width) + 1)))

@@ -199,7 +199,7 @@ class SageLayer(nn.Module, BaseTunerLayer):
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
     ) -> tuple[Any, Any]:
-        # An MLP has no `weight` of its own; quantised ones hold integers beside the floats that tell the precision.
+        # An MLP has no `weight` of its own; quantised ones hold integers next to the floats that tell the precision.
         tensors = [*base_layer.parameters(), *base_layer.buffers()]
         # Weights that were loaded must not follow a base that is still to be loaded.
         device = tensors[0].device if tensors and not tensors[0].is_meta else None

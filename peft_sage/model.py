@@ -191,7 +191,7 @@ class SageModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        # PEFT collects every tuner layer, those of a LoRA beside Sage as well.
+        # PEFT collects every tuner layer, also those of a LoRA next to Sage.
         state_dict = super()._get_adapter_state_dict(**kwargs)
         return {
             key: value for key, value in state_dict.items() if f".{cls.prefix}" in key
@@ -316,15 +316,9 @@ def _start_graph_at_checkpoint(
     In that mode PyTorch builds no graph for a block whose inputs need no gradient, which is so for the first adapted
     block of a frozen tower: its adapter would not be trained, in silence.
     """
-    first, checkpointed = (
-        args[0] if args else None,
-        getattr(module, "gradient_checkpointing", False),
-    )
-    if not (
-        checkpointed
-        and module.training
-        and torch.is_grad_enabled()
-        and isinstance(first, Tensor)
-    ):
+    first = args[0] if args else None
+    checkpointed = getattr(module, "gradient_checkpointing", False)
+    building = checkpointed and module.training and torch.is_grad_enabled()
+    if not building or not isinstance(first, Tensor) or first.requires_grad:
         return None
-    return None if first.requires_grad else (first.detach().requires_grad_(), *args[1:])
+    return (first.detach().requires_grad_(), *args[1:])

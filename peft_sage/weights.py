@@ -22,19 +22,17 @@ def align_names(
         ValueError: They do not correspond one to one.
     """
     in_model = sorted((name.removeprefix(PEFT_ROOT) for name in mlps), key=_natural_key)
-    in_file = sorted(
-        {_mlp(key) for key in state_dict if f".{PREFIX}" in key}, key=_natural_key
-    )
+    ours = [key for key in state_dict if f".{PREFIX}" in key]
+    in_file = sorted({_mlp(key) for key in ours}, key=_natural_key)
     if len(in_file) != len(in_model) or not all(map(same_module, in_file, in_model)):
-        blocks = f"adapted blocks {_preview(in_file)}, the model {_preview(in_model)}"
         raise ValueError(
-            f"The adapter's weights do not fit the model: the file has {blocks}."
+            "The adapter's weights do not fit the model: the file has adapted blocks "
+            f"{_preview(in_file)}, the model {_preview(in_model)}."
         )
     renamed = dict(zip(in_file, in_model, strict=True))
     keys = {
-        k: PEFT_ROOT + renamed[_mlp(k)] + k[k.index(f".{PREFIX}") :]
-        for k in state_dict
-        if f".{PREFIX}" in k
+        key: PEFT_ROOT + renamed[_mlp(key)] + key[key.index(f".{PREFIX}") :]
+        for key in ours
     }
     return {keys.get(key, key): value for key, value in state_dict.items()}
 
@@ -47,19 +45,22 @@ def check_complete(found: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
             as in a blank head), or holds NaN or infinity.
     """
     missing = sorted(expected.keys() - found.keys())
-    unknown = sorted(
-        key for key in found.keys() - expected.keys() if f".{PREFIX}" in key
-    )
+    surplus = found.keys() - expected.keys()
+    unknown = sorted(key for key in surplus if f".{PREFIX}" in key)
     if missing or unknown:
-        what = f"missing from the file {_preview(missing)}, not expected in it {_preview(unknown)}"
-        raise ValueError(f"The adapter's weights do not fit its configuration: {what}.")
+        raise ValueError(
+            "The adapter's weights do not fit its configuration: missing from the file "
+            f"{_preview(missing)}, not expected in it {_preview(unknown)}."
+        )
     for key, value in expected.items():
-        got, sized = found[key], value.numel() or f".{PREFIX}" in key
-        if (
-            sized and value.shape != got.shape
-        ) or got.is_floating_point() != value.is_floating_point():
-            kinds = f"{got.dtype} {tuple(got.shape)} in the file, expected {value.dtype} {tuple(value.shape)}"
-            raise ValueError(f"The adapter's weights do not fit: {key!r} is {kinds}.")
+        got = found[key]
+        has_shape = value.numel() > 0 or f".{PREFIX}" in key
+        same_shape = value.shape == got.shape or not has_shape
+        if not same_shape or got.is_floating_point() != value.is_floating_point():
+            raise ValueError(
+                f"The adapter's weights do not fit: {key!r} is {got.dtype} {tuple(got.shape)} in the file, "
+                f"expected {value.dtype} {tuple(value.shape)}."
+            )
         if not got.is_meta and not got.isfinite().all():
             raise ValueError(
                 f"The adapter's weights are damaged: {key!r} holds NaN or infinity."

@@ -24,7 +24,7 @@ TOWER_NAMES = {
     "visual",
 }
 MLP_NAMES = frozenset({"mlp", "ffn", "feed_forward"})
-# Words in the names of sub-trees beside the encoder of a model that reads images.
+# Words in the names of sub-trees next to the encoder of a model that reads images.
 NOT_ENCODER = frozenset({"decoder", "text", "language", "qformer", "predictor", "aifi"})
 # The LayerScale of the MLP branch, by the name that it has in a block.
 LAYER_SCALE_NAMES = (
