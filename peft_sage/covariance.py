@@ -133,18 +133,17 @@ class _Compensation(torch.autograd.Function):
         if features is not None:
             shifted = shifted + features
         ctx.save_for_backward(projected, shifted, gamma, labels)
-        variance = (rows * projected).sum(dim=-1)
-        return torch.addcmul(
-            shifted @ rows.mT, gamma[:, None], variance[..., None, :], value=0.5
-        )
+        variance = (rows * projected).sum(dim=-1)[..., None, :]
+        return (shifted @ rows.mT).addcmul_(gamma[:, None], variance, value=0.5)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         projected, shifted, gamma, labels = ctx.saved_tensors
-        rows = grad.mT @ shifted + (gamma @ grad)[..., None] * projected
-        of_labels = -gamma[:, None] * (grad @ projected)
-        return rows.index_add(-2, labels, of_labels), None, None, None, None
+        rows = (grad.mT @ shifted).addcmul_((gamma @ grad)[..., None], projected)
+        of_labels = gamma[:, None] * (grad @ projected)
+        rows.index_add_(-2, labels, of_labels, alpha=-1)
+        return rows, None, None, None, None
 
 
 def _gather(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
