@@ -88,11 +88,6 @@ def test_tensor_is_not_serialised_and_stays_on_the_object(tmp_path):
         ({"class_descriptions": "cat"}, TypeError, "got str"),
         ({"class_descriptions": {"cat": []}}, ValueError, "'cat' must not be empty"),
         (
-            {"class_descriptions": {"cat": ["fur", "  "]}},
-            ValueError,
-            "'cat' must not be empty or have an empty text",
-        ),
-        (
             {"class_descriptions": ["cat", ""]},
             ValueError,
             "1 must not be empty or have an empty text",
@@ -135,7 +130,6 @@ def test_tensor_is_not_serialised_and_stays_on_the_object(tmp_path):
             "2 entries, .* 1 classes",
         ),
         ({"text_templates": ["no place"]}, ValueError, "exactly one `{}`"),
-        ({"text_templates": []}, ValueError, "`text_templates` must be texts"),
         (
             {"r": 0},
             ValueError,
@@ -159,7 +153,6 @@ def test_tensor_is_not_serialised_and_stays_on_the_object(tmp_path):
             ValueError,
             "2 rows, but there are 1 classes",
         ),
-        ({"r": 2**63}, ValueError, "`r` must be an integer, at least 1, at most 65536"),
         (
             {"target_modules": "("},
             ValueError,

@@ -56,16 +56,6 @@ def test_forward_follows_the_equations(heads, classes, shape):
     )
 
 
-def test_identity_at_the_start_bit_for_bit():
-    layer, x = make(torch.randn(5, 6)), torch.randn(3, 7, 12)
-    assert torch.equal(layer(x), layer.base_layer(x))
-
-
-def test_random_start_is_no_identity():
-    layer, x = make(torch.randn(5, 6), init_weights=False), torch.randn(3, 7, 12)
-    assert not torch.allclose(layer(x), layer.base_layer(x))
-
-
 def test_guidance_follows_the_device_of_the_block_that_asks(clip):
     """As with `device_map="auto"`: blocks on several devices, of which the first keeps the guidance."""
     model = get_peft_model(clip, SageConfig(guidance=torch.randn(9, 6)))
