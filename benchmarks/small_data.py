@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sage's defaults against LIFT's recipe on small data sets, by `examples/finetune.py` itself.
 
-    python benchmarks/small_data.py emoji --output-dir small-data
-    python benchmarks/small_data.py digits --output-dir small-data
-    python benchmarks/small_data.py drawings --styles FOLDER --output-dir small-data
+    python -m benchmarks.small_data emoji --output-dir small-data
+    python -m benchmarks.small_data digits --output-dir small-data
+    python -m benchmarks.small_data drawings --styles FOLDER --output-dir small-data
 
 `emoji` is the embedded demo; `digits` are the handwritten digits of scikit-learn, with a long tail; `drawings` are
 those of Emoji-LT's test concepts by makers that no training image is of, rendered by
 `examples/emoji_lt/build/build_dataset.py --styles`, predicted by the models of `emoji`.
-LIFT's recipe (AdaptFormer, logit adjustment) gets the learning
-rate and the tau that are best on the validation split with seed 0: of three learning rates at tau 1, then of three
-taus. Sage has nothing to choose. Finished runs are kept, so the command can be stopped and given again.
+LIFT's recipe (AdaptFormer, logit adjustment) gets the learning rate and the tau that are best on the validation split
+with seed 0: of three learning rates at tau 1, then of three taus. Sage has nothing to choose. Finished runs are kept,
+so the command can be stopped and given again.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,37 +32,38 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from peft_sage import LongTailAccuracy, SageClassifier
+from peft_sage import SageClassifier
+from peft_sage.report import Evaluation, RunResults
+
+from .markdown import markdown_table
 
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "finetune.py"
 SCORES = ("overall", "macro", "many", "medium", "few")
 LIFT = ["--method", "adaptformer", "--loss", "la"]
 LEARNING_RATES, TAUS = ("0.0005", "0.002", "0.005"), ("0.75", "1", "1.25")
+DIGITS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+]
 
 
 def write_digits(folder: Path) -> Path:
     """Write the digits of scikit-learn (UCI, 1,797 images) as parquet: half train, a quarter each the others."""
     from sklearn.datasets import load_digits
 
-    digits, names = (
-        load_digits(),
-        [
-            "zero",
-            "one",
-            "two",
-            "three",
-            "four",
-            "five",
-            "six",
-            "seven",
-            "eight",
-            "nine",
-        ],
-    )
+    digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))
     features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=DIGITS)}
     )
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows in zip(
@@ -74,121 +77,95 @@ def write_digits(folder: Path) -> Path:
         datasets.Dataset.from_dict(data, features).to_parquet(
             folder / f"{split}.parquet"
         )
-    (folder / "descriptions.json").write_text(
-        json.dumps(
-            {
-                name: [f"the digit {name}", f"the number {i}"]
-                for i, name in enumerate(names)
-            }
-        )
-    )
+    texts = {
+        name: [f"the digit {name}", f"the number {i}"] for i, name in enumerate(DIGITS)
+    }
+    (folder / "descriptions.json").write_text(json.dumps(texts))
     return folder
 
 
 def _png(pixels: np.ndarray) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(pixels.round().astype(np.uint8)).resize(
-        (48, 48), Image.Resampling.BICUBIC
-    ).save(file, "png")
+    image = Image.fromarray(pixels.round().astype(np.uint8))
+    image.resize((48, 48), Image.Resampling.BICUBIC).save(file, "png")
     return file.getvalue()
 
 
-def run(data: list[str], folder: Path, flags: list[str], seed: int) -> dict:
-    """Return the results of a run of the example, and do it first if it was not done."""
-    output = folder / "_".join([*(flag.lstrip("-") for flag in flags), f"seed_{seed}"])
+def output_folder(folder: Path, flags: list[str], seed: int) -> Path:
+    """Where a run's results are kept."""
+    return folder / "_".join([*(flag.lstrip("-") for flag in flags), f"seed_{seed}"])
+
+
+def run(data: list[str], folder: Path, flags: list[str], seed: int) -> RunResults:
+    """Return the results of a run of the example, after doing it if they are not there."""
+    output = output_folder(folder, flags, seed)
     if not (output / "results.json").exists():
-        command = [
-            sys.executable,
-            str(EXAMPLE),
-            *data,
-            *flags,
-            "--seed",
-            str(seed),
-            "--output-dir",
-            str(output),
-        ]
-        subprocess.run(
-            [*command, "--cpu-threads", "1"], check=True, stdout=subprocess.DEVNULL
-        )
-    return json.loads((output / "results.json").read_text()) | {"folder": output}
-
-
-def validation_macro(results: dict) -> float:
-    """The best one."""
-    return max(scores["macro"] for scores in results["validation"])
+        command = [sys.executable, str(EXAMPLE), *data, *flags]
+        command += ["--seed", str(seed), "--output-dir", str(output)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+    return RunResults.load(output)
 
 
 def choose(data: list[str], folder: Path, pool: ThreadPoolExecutor) -> list[str]:
     """Return LIFT's recipe with the learning rate and the tau that are best on the validation split."""
+
+    def best_macro(flags: list[str]) -> float:
+        validation = run(data, folder, flags, 0).validation
+        return max(scores["macro"] for scores in validation)
+
     chosen: list[str] = []
     for flag, values in (("--lr", LEARNING_RATES), ("--tau", TAUS)):
         tried = [[*LIFT, *chosen, flag, value] for value in values]
-        scores = list(
-            pool.map(lambda flags: validation_macro(run(data, folder, flags, 0)), tried)
-        )
+        scores = list(pool.map(best_macro, tried))
         chosen += [flag, values[int(np.argmax(scores))]]
-        told = ", ".join(
-            f"{value}: {score:.1f}" for value, score in zip(values, scores, strict=True)
-        )
-        print(f"LIFT's recipe, validation macro by {flag}: {told}")
+        pairs = zip(values, scores, strict=True)
+        message = ", ".join(f"{value}: {score:.1f}" for value, score in pairs)
+        print(f"LIFT's recipe, validation macro by {flag}: {message}")
     return [*LIFT, *chosen]
 
 
 @torch.no_grad()
-def on_other_images(results: dict, parquet: Path) -> dict:
+def on_other_images(results: RunResults, folder: Path, parquet: Path) -> RunResults:
     """Return the results with the test accuracies on other images of the same classes."""
     table = datasets.load_dataset("parquet", data_files=str(parquet), split="train")
-    scores = {}
-    texts = dict(
-        zip(results["class_names"], results["class_descriptions"], strict=True)
-    )
-    base = SageClassifier.from_texts(results["settings"]["model"], texts)
-    for key, model in (
-        ("zero_shot", base),
-        ("trained", SageClassifier.from_pretrained(results["folder"])),
-    ):
-        answers = model.predict(table["image"], batch_size=256)
-        predicted = torch.tensor(
-            [results["class_names"].index(answer[0]["label"]) for answer in answers]
-        )
-        accuracy = LongTailAccuracy(results["class_counts"])
-        accuracy.update(predicted, torch.tensor(table["label"]))
-        scores[key] = {name: 100 * accuracy.compute()[name].item() for name in SCORES}
-    return results | scores
+    names, labels = results.class_names, list(table["label"])
+    base = SageClassifier.from_texts(results.settings["model"], results.texts)
+    evaluations = []
+    for model in (base, SageClassifier.from_pretrained(folder)):
+        answers = model.predict(table["image"], top_k=1, batch_size=256)
+        predicted = torch.tensor([names.index(best["label"]) for best, *_ in answers])
+        logits = torch.nn.functional.one_hot(predicted, len(names)).float()
+        evaluations.append(Evaluation.from_logits(logits, labels, results.class_counts))
+    return replace(results, zero_shot=evaluations[0], trained=evaluations[1])
 
 
-def table(sage: list[dict], lift: list[dict]) -> str:
+def table(sage: list[RunResults], lift: list[RunResults]) -> str:
     """Return the accuracies, mean and standard error over seeds, and the paired differences."""
-    names = [
-        name for name in SCORES if sage[0]["trained"][name] is not None
-    ]  # a group may have no class
-    zero_shot, *arms = (
-        np.array([[r[key][name] for name in names] for r in runs])
-        for key, runs in (("zero_shot", sage[:1]), ("trained", lift), ("trained", sage))
-    )
-    rows = {"zero-shot": [f"{value:.1f}" for value in zero_shot[0]]}
-    for title, scores in zip(
-        ("LIFT's recipe, at its best", "**Sage, defaults**"), arms, strict=True
+    # A group may have no class.
+    names = [name for name in SCORES if getattr(sage[0].trained, name) is not None]
+
+    def scores(evaluations: list[Evaluation]) -> np.ndarray:
+        return np.array([[getattr(one, name) for name in names] for one in evaluations])
+
+    zero_shot = scores([sage[0].zero_shot])
+    theirs, ours = (scores([run.trained for run in runs]) for runs in (lift, sage))
+    rows = [["zero-shot", *(f"{value:.1f}" for value in zero_shot[0])]]
+    for title, values in (
+        ("LIFT's recipe, at its best", theirs),
+        ("**Sage, defaults**", ours),
     ):
-        rows[title] = [
-            f"{m:.1f} ± {e:.1f}"
-            for m, e in zip(scores.mean(0), stats.sem(scores), strict=True)
-        ]
+        cells = zip(values.mean(0), stats.sem(values), strict=True)
+        rows.append([title, *(f"{m:.1f} ± {e:.1f}" for m, e in cells)])
     for title, against in (
-        ("Sage - LIFT's recipe", arms[0]),
+        ("Sage - LIFT's recipe", theirs),
         ("Sage - zero-shot", zero_shot),
     ):
-        difference = arms[1] - against
-        p = stats.ttest_1samp(difference, 0).pvalue
-        values = zip(difference.mean(0), stats.sem(difference), p, strict=True)
-        rows[title] = [f"{m:+.1f} ± {e:.1f} (p {p:.2g})" for m, e, p in values]
-    lines = [
-        f"| test accuracy, %, {len(sage)} seeds | {' | '.join(names)} |",
-        "|---|" + "---|" * len(names),
-    ]
-    return "\n".join(
-        lines + [f"| {title} | {' | '.join(cells)} |" for title, cells in rows.items()]
-    )
+        gap = ours - against
+        p = stats.ttest_1samp(gap, 0).pvalue
+        cells = zip(gap.mean(0), stats.sem(gap), p, strict=True)
+        rows.append([title, *(f"{m:+.1f} ± {e:.1f} (p {p:.2g})" for m, e, p in cells)])
+    return markdown_table([f"test accuracy, %, {len(sage)} seeds", *names], rows)
 
 
 def main() -> None:
@@ -223,9 +200,15 @@ def main() -> None:
         ]
     if args.data == "drawings":
         other = args.styles / "unseen_styles.parquet"
-        runs = [[on_other_images(results, other) for results in arm] for arm in runs]
+        runs = [
+            [
+                on_other_images(one, output_folder(folder, flags, seed), other)
+                for seed, one in enumerate(arm)
+            ]
+            for flags, arm in zip(arms, runs, strict=True)
+        ]
     lift, sage = runs
-    print(f"text prior chosen: {[r['text_prior'] for r in sage]}\n")
+    print(f"text prior chosen: {[run.text_prior for run in sage]}\n")
     print(table(sage, lift))
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recipes of `benchmarks/paper`: a dry run of each on generated images, and what surrounds them."""
 
+import importlib.util
 import io
 import json
 import shutil
@@ -11,27 +12,44 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState
+import torch
+from peft import get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPImageProcessorPil
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
+from benchmarks.paper import prepare
+from benchmarks.paper.recipes import (
+    DATA,
+    RECIPES,
+    REPORTED_PARAMETERS,
+    Recipe,
+    commands,
+    table,
+)
+from peft_sage import SageClassifier, SageConfig
+from peft_sage.command_line import CommandLineParser
 from tests.conftest import byte_tokenizer, tiny_clip
 
 
 ROOT = Path(__file__).parents[1]
 PAPER = ROOT / "benchmarks" / "paper"
-sys.path[:0] = [str(ROOT / "examples"), str(PAPER)]
+OVERRIDES = [
+    "--epochs",
+    "1",
+    "--batch-size",
+    "4",
+    "--fp16",
+    "False",
+    "--use_cpu",
+    "True",
+]
 
-import estimate  # noqa: E402
-import finetune  # noqa: E402
-import prepare  # noqa: E402
-from recipes import DATA, RECIPES, REPORTED_PARAMETERS, Recipe, commands, table  # noqa: E402
 
-
-OVERRIDES = (
-    "--epochs 1 --batch-size 4 --mixed-precision no --num-workers 0 --cpu-threads 1"
-)
 #: As they stand in the files, with the second and the third class of one name.
 WORDNET = """  1 This software and database is being provided to you
 01440764 05 n 02 tench 0 Tinca_tinca 0 002 @ 01439121 n 0000 #m 01440655 n 0000 | freshwater dace-like game fish  \n\
@@ -168,122 +186,81 @@ def project(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _own_state(tmp_path_factory, monkeypatch):
-    cache = str(tmp_path_factory.getbasetemp() / "datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+@pytest.fixture(scope="module")
+def example():
+    """`examples/finetune.py` as a module."""
+    path = ROOT / "examples" / "finetune.py"
+    spec = importlib.util.spec_from_file_location("paper_finetune", path)
+    # Trainer pickles its arguments, and their class has to be found.
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [recipe for recipe in RECIPES if recipe.model == "b16"],
-    ids=lambda recipe: recipe.name,
-)
-def test_dry_run(recipe, project, monkeypatch):
+def parse(example, flags):
+    kinds = example.DataArguments, example.ModelArguments, example.RunArguments
+    return CommandLineParser(kinds, "").parse(flags)
+
+
+@pytest.mark.parametrize("name", ["imagenet_lt_b16_sage", "cifar100_lt_10_b16_lift"])
+def test_dry_run(name, project, example, monkeypatch, tmp_path):
     """The recipe's own flags, but for the model, the length, and what only a GPU can do."""
     monkeypatch.chdir(project)
-    milder = (
-        ["--imbalance-ratio", "10"] if "cifar" in recipe.data else []
-    )  # the test data hold no more
-    results = finetune.main(
-        [*recipe.flags, "--model", str(project / "clip"), *OVERRIDES.split(), *milder]
-    )
-    counts = {"imagenet_lt": [6, 3, 1], "places_lt": [6, 3], "inat2018": [3, 1]}
-    assert results["class_counts"] == counts.get(recipe.data, [10, 3, 1])
-    assert results["trained"]["macro"] is not None and results["kept_epoch"] == 1
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    recipe = next(recipe for recipe in RECIPES if recipe.name == name)
+    flags = [*recipe.flags, "--model", str(project / "clip"), *OVERRIDES]
+    results = example.finetune(*parse(example, flags))
+    counts = {"imagenet_lt": [6, 3, 1], "cifar100_lt_10": [10, 3, 1]}[recipe.data]
+    assert results.class_counts == counts
+    assert results.trained.macro is not None and results.kept_epoch is None
 
-    weights = load_file(project / "runs" / recipe.name / "adapter_model.safetensors")
-    guidance = [tensor.shape for name, tensor in weights.items() if "guidance" in name]
-    assert guidance == (
-        [(len(results["class_names"]), 16)] if recipe.method == "sage" else []
-    )
-    assert {
-        len(weights[name]) for name in weights if name.endswith("peft_sage_down.weight")
-    } == {recipe.r}
-    assert (project / "runs" / recipe.name / "README.md").is_file()
+    weights = load_file(project / "runs" / name / "adapter_model.safetensors")
+    guidance = [tensor.shape for key, tensor in weights.items() if "guidance" in key]
+    assert guidance == ([(3, 16)] if recipe.method == "sage" else [])
+    down = [w for key, w in weights.items() if key.endswith("peft_sage_down.weight")]
+    assert {len(weight) for weight in down} == {recipe.r}
 
 
-def test_all_rows_have_the_same_budget_and_commands_that_parse(monkeypatch):
+def test_all_rows_have_the_same_budget_and_commands_that_parse(example, monkeypatch):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(example, "check_source", lambda *arguments: None)
+    monkeypatch.setattr(
+        Path, "is_file", lambda path: path.name != "adapter_config.json"
+    )
     for recipe in RECIPES:
-        args = finetune.parse_args(recipe.flags)
-        assert (args.optimizer, args.lr, args.momentum, args.weight_decay) == (
-            "sgd",
-            0.01,
-            0.9,
-            5e-4,
-        )
-        assert (args.batch_size, args.epochs) == (
-            128,
-            20 if recipe.data == "inat2018" else 10,
-        )
-        assert (args.lr_decay, args.augmentation, args.crop_scale) == (
-            "epoch",
-            "resized-crop-flip",
-            0.08,
-        )
-        assert (
-            args.test_crops,
-            args.model_selection,
-            args.mixed_precision,
-            args.seed,
-        ) == (5, "last", "fp16", 0)
-        expected = (
-            ("adaptformer", "la") if recipe.method == "lift" else ("sage", "sage")
-        )
-        assert (args.method, args.loss) == expected
-        assert args.output_dir == f"runs/{recipe.name}"
+        _, model, run = parse(example, [*recipe.flags, "--fp16", "False"])
+        epochs = 20 if recipe.data == "inat2018" else 10
+        assert (run.per_device_train_batch_size, run.num_train_epochs) == (128, epochs)
+        assert (run.augment, run.crop_scale) == ("resized-crop-flip", 0.08)
+        assert (run.test_crops, run.load_best_model_at_end, run.seed) == (5, False, 0)
+        lift = recipe.method == "lift"
+        expected = ("adaptformer", "la") if lift else ("sage", "sage")
+        assert (model.method, model.loss, model.last_blocks) == (*expected, None)
+        rates = run.optim, run.learning_rate, run.head_learning_rate
+        assert not lift or rates == ("sgd", 0.01, 0.01)
+        assert run.output_dir == f"runs/{recipe.name}"
     assert len({recipe.name for recipe in RECIPES}) == len(RECIPES) == 24
 
 
 def test_the_readme_has_the_table_and_the_commands():
     readme = (PAPER / "README.md").read_text()
     assert table() in readme and commands() in readme, (
-        "copy the output of: python benchmarks/paper/recipes.py"
+        "copy the output of: python -m benchmarks.paper.recipes"
     )
 
 
 @pytest.mark.parametrize("data", REPORTED_PARAMETERS)
 def test_adapters_have_as_many_parameters_as_lift_reports(data):
-    model = estimate.build(Recipe(data, "b16", "lift"))
+    with torch.device("meta"):
+        config = CLIPVisionConfig(patch_size=16, projection_dim=512)
+        clip = CLIPVisionModelWithProjection(config)
+    classifier = SageClassifier(clip, torch.ones(DATA[data].classes, 512))
+    config = SageConfig(r=Recipe(data, "b16", "lift").r, guidance_rows=0)
+    model = get_peft_model(classifier, config)
     counts = {
-        name: p.numel() for name, p in model.named_parameters() if p.requires_grad
+        name: p.numel() for name, p in model.named_parameters() if "peft_sage_" in name
     }
-    assert (
-        sum(count for name, count in counts.items() if "peft_sage_" in name)
-        == REPORTED_PARAMETERS[data]
-    )
-    assert (
-        sum(count for name, count in counts.items() if "head" in name)
-        == 512 * DATA[data].classes
-    )
-
-
-def test_the_estimate_agrees_with_counting_by_hand():
-    needs = estimate.cost(Recipe("cifar100_lt_100", "b16", "lift"))
-    n, d, blocks, r = 197, 768, 12, 4
-    tower = 196 * 768 * d + blocks * (12 * n * d**2 + 2 * n**2 * d) + d * 512
-    adapters, head = blocks * n * 2 * d * r, 512 * 100
-    assert needs.prediction == pytest.approx(2 * (tower + adapters + head), rel=0.01)
-    # Backward: to the tower's activations once more (attention twice), to adapter and head also their weights.
-    assert 1.9 < needs.step / needs.prediction < 2.2
-    assert (
-        needs.frozen == 149_620_737 + 512 * 100
-    )  # OpenAI's ViT-B/16, and the head as it was before training
-    # At the least a block keeps for its backward pass: attention's q, k, v and result, and what QuickGELU came from.
-    assert (
-        128 * n * blocks * (4 * d + 4 * d) * 2
-        < needs.activations
-        < 128 * n * blocks * 24 * d * 2
-    )
-    hours = estimate.hours(Recipe("cifar100_lt_100", "b16", "lift"), 100, 0.5, 1e9)
-    images = 10 * 10_847 * needs.step + 3 * 5 * 10_000 * needs.prediction
-    assert hours == pytest.approx(images / 50e12 / 3600)
-    slow = estimate.hours(Recipe("cifar100_lt_100", "b16", "lift"), 1e9, 0.5, 100)
-    assert slow == pytest.approx((10 * 10_847 + 3 * 10_000) / 100 / 3600)
+    assert sum(counts.values()) == REPORTED_PARAMETERS[data]
 
 
 def test_what_prepare_writes(project):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bring ImageNet-LT, Places-LT or iNaturalist 2018 into the form that `examples/finetune.py` reads.
 
-    python benchmarks/paper/prepare.py imagenet_lt --images /data/imagenet
+    python -m benchmarks.paper.prepare imagenet_lt --images /data/imagenet
 
 The images are yours to get, in the folders of the official archives; they stay where they are. The lists of images
 and classes are downloaded, and are not part of this repository. What is left in `data/NAME`: `train.parquet` and

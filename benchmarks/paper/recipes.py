@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rows of the table, and for each the one command that makes it.
 
-python benchmarks/paper/recipes.py
+python -m benchmarks.paper.recipes
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+
+from ..markdown import markdown_table
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Data:
         classes: Number of classes.
         train_images: Size of the long-tailed training set.
         test_images: Size of the balanced test set.
-        flags: Where `finetune.py` finds it, and what it needs beside the YAML file.
+        flags: Where `finetune.py` finds it, and what it needs in addition to the YAML file.
         texts: Class descriptions by method, flags as well. Without any, the class names go into "a photo of a {}.".
     """
 
@@ -160,27 +162,26 @@ RECIPES = [
 
 def table() -> str:
     """Return the rows with the figures that others report for them, in Markdown."""
-    lines = [
-        "| data | CLIP | method | r | reported by LIFT, overall % |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for recipe in RECIPES:
         reported = str(REPORTED.get((recipe.data, recipe.model), ""))
         if recipe.data in REPORTED_WITHOUT_MODEL:
             reported = f"{REPORTED_WITHOUT_MODEL[recipe.data]} (model not stated)"
-        cells = [
-            DATA[recipe.data].title,
-            MODELS[recipe.model].title,
-            METHODS[recipe.method],
-        ]
-        lines.append(
-            f"| {' | '.join(cells)} | {recipe.r} | {reported if recipe.method == 'lift' else ''} |"
+        rows.append(
+            [
+                DATA[recipe.data].title,
+                MODELS[recipe.model].title,
+                METHODS[recipe.method],
+                recipe.r,
+                reported if recipe.method == "lift" else "",
+            ]
         )
-    return "\n".join(lines)
+    heads = ["data", "CLIP", "method", "r", "reported by LIFT, overall %"]
+    return markdown_table(heads, rows)
 
 
 def commands() -> str:
-    """Return all commands, one a line."""
+    """Return all commands, one per line."""
     return "\n".join(recipe.command for recipe in RECIPES)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Last step of the photograph test bed: the picture of the README, accuracy over class frequency.
 
-python picture.py WORK ../../docs/photos.png
+python -m benchmarks.photos.picture WORK docs/photos.png
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import torch
 from matplotlib.figure import Figure
 
 from .bed import keep_memory
-from .methods import LARGEST, Settings, load_data, train_tower
+from .data import LARGEST, load_data
+from .methods import Settings, train_tower
+from .results import HERE, best_arm, read_results
 from .rivals import zero_shot
-from .tables import best_arm, read_results
 
 
+SHAPE = "4x192"
 TITLES = {
     "A": "A: classes that the model hardly knows by name",
     "B": "B: classes that it knows by name",
@@ -29,11 +31,11 @@ def by_frequency(work: Path, task: str, settings: Settings, seeds: range) -> np.
     """Test accuracy (K,) of the classes from the most to the least frequent, mean over seeds."""
     curves = []
     for seed in seeds:
-        data = load_data(work, task, 100, seed)
+        data = load_data(work, task, SHAPE, 100, seed, 0)
         if settings.method == "zero-shot":
             logits = zero_shot(settings, data, seed)["test"]
         else:
-            logits = train_tower(settings, data, work, task, seed)["test"]
+            logits = train_tower(settings, data, seed)["test"]
         labels = torch.as_tensor(data.task.test.labels)
         right = (logits.argmax(dim=1) == labels).double()
         accuracy = torch.bincount(labels, right) / torch.bincount(labels)
@@ -54,7 +56,7 @@ def main() -> None:
     keep_memory()
     grid = [
         line
-        for file in Path(__file__).parent.glob("results/grid-tau*.jsonl")
+        for file in HERE.glob("results/grid-tau*.jsonl")
         for line in read_results(file)
     ]
     grid = [line for line in grid if line["ratio"] == 100]

@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 
 
+HERE = Path(__file__).parent
+
 Line = dict[str, Any]
+
+
+def find(name: str) -> Path:
+    """A file by its path, or by its path in the folder of the test bed."""
+    return Path(name) if Path(name).exists() else HERE / name
 
 
 def read_results(file: Path) -> list[Line]:

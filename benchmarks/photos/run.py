@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Third step of the photograph test bed: the runs of an experiment.
 
-python -m benchmarks.photos.run WORK benchmarks/photos/experiments/methods.yaml --jobs 2
+python -m benchmarks.photos.run WORK experiments/methods.yaml --jobs 2
 
 WORK is where `prepare` and `pretrain` have been. Each run adds a line to `results/EXPERIMENT.jsonl`. A run whose line
 exists is not repeated, so the command can be stopped and given again; a run of another experiment with the same
@@ -36,10 +36,9 @@ from .methods import (
     train_head,
     train_tower,
 )
-from .results import best_arm, read_results
+from .results import HERE, best_arm, find, read_results
 
 
-HERE = Path(__file__).parent
 FROZEN = {
     "zero-shot": rivals.zero_shot,
     "head": train_head,
@@ -171,7 +170,7 @@ def main() -> None:
     """Do the runs that are missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path, help="folder of the towers and tasks")
-    parser.add_argument("experiment", type=Path, help="YAML file of the runs")
+    parser.add_argument("experiment", type=find, help="YAML file of the runs")
     parser.add_argument(
         "--results", type=Path, default=HERE / "results", help="folder of the results"
     )

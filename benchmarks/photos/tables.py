@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fourth step of the photograph test bed: tables of results, in Markdown.
 
-python -m benchmarks.photos.tables benchmarks/photos/results/methods.jsonl --baseline "Sage"
+python -m benchmarks.photos.tables results/methods.jsonl --baseline "Sage"
 
 Of an arm in which something varies, the variant with the best macro accuracy on the validation split is shown, task by
 task. Differences to the baseline are paired over seeds: mean, standard error, and p of a two-sided t test.
@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
 from ..markdown import markdown_table
-from .results import Line, best_arm, by_factor, mean_score, of_arm, read_results
+from .results import Line, best_arm, by_factor, find, mean_score, of_arm, read_results
 
 
 COLUMNS = ("macro", "many", "medium", "few", "none")
@@ -73,7 +72,7 @@ def table(lines: Sequence[Line], baseline: str, split: str, every: bool) -> str:
 def main() -> None:
     """Print a table for each task and ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, nargs="+", help="files of the results")
+    parser.add_argument("results", type=find, nargs="+", help="files of the results")
     parser.add_argument(
         "--baseline", required=True, help="arm that differences are taken to"
     )
