@@ -172,9 +172,11 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         if len(set(columns)) < len(columns):
             raise ValueError(f"{str(path)!r} names a column twice: {columns}.")
         for row in rows:
-            if None in row or None in row.values():
+            more = len(row.pop(None, []))  # type: ignore[call-overload]
+            fields = more + sum(value is not None for value in row.values())
+            if fields != len(columns):
                 raise ValueError(
-                    f"{str(path)!r} has fields beside {columns} in line {rows.line_num}, or too few."
+                    f"{str(path)!r}: line {rows.line_num} has {fields} fields, expected {len(columns)}: {columns}."
                 )
             yield rows.line_num, row
     except csv.Error as error:
