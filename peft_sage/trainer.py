@@ -223,12 +223,12 @@ class SageTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """The batches of the validation images, or of the given ones, which are seen in `test_crops`."""
-        role, crops, dataset = "test", self.args.test_crops, eval_dataset
-        if eval_dataset is None or isinstance(eval_dataset, str):
-            role, crops = f"validation {eval_dataset or ''}", 1
-            dataset = self.eval_dataset
-        if isinstance(eval_dataset, str):
-            dataset = self.eval_dataset[eval_dataset]
+        name = eval_dataset if isinstance(eval_dataset, str) else None
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = dataset if name is None else self.eval_dataset[name]
+        role, crops = "test", self.args.test_crops
+        if name is not None or dataset is self.eval_dataset:  # Trainer hands it over
+            role, crops = f"validation {name}", 1
         if not is_map_style(dataset) or isinstance(dataset, dict):
             return super().get_eval_dataloader(eval_dataset)
         batches = self._batches(role, dataset, self._plain, crops)

@@ -363,8 +363,11 @@ def test_trackers_and_bfloat16(tmp_path, monkeypatch):
     assert [*tmp_path.glob("logs/**/events*")]
     assert all(p.dtype == torch.float32 for p in trained(trainer).values())
     # Five crops of test images, averaged in float32, and one of validation images.
-    five = torch.as_tensor(trainer.predict(VALIDATION).predictions)
-    batch = trainer.get_test_dataloader(VALIDATION).dataset.__getitems__([0])
+    one = trainer.get_eval_dataloader(VALIDATION).dataset.__getitems__([0])
+    assert one["pixels"].shape == (1, 3, 16, 16)
+    test = pictures([3, 3, 3], seed=1)
+    five = torch.as_tensor(trainer.predict(test).predictions)
+    batch = trainer.get_test_dataloader(test).dataset.__getitems__([0])
     pixels = trainer.data_collator.finish(batch["pixels"][0])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         logits = trainer.model(pixel_values=pixels).logits.float()
