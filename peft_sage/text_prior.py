@@ -121,8 +121,8 @@ def choose_text_prior(
     scores = _class_means(correct, own).nanmean(dim=1)
     chosen, absent, missing = int(scores.argmax()), 1.0, int((counts == 0).sum())
     if missing and len(classes) > 1:
-        tried = range(len(strengths))
-        near = [strengths[k] for k in (chosen, chosen - 1, chosen + 1) if k in tried]
+        # Where only texts can answer for some classes, a stronger prior may be better, but not a weaker one.
+        near = strengths[chosen : chosen + 2]
         strength, absent = _choose_absent(sample, near, missing / len(counts), rng)
         chosen = strengths.index(strength)
     label_probability = torch.full(labels.shape, torch.nan)
