@@ -5,7 +5,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import templates
-from .attention import attention_maps, plot_attention
 from .classifier import SageClassifier, SageClassifierOutput
 from .collator import ImageCollator
 from .config import SageConfig
@@ -46,13 +45,11 @@ __all__ = [
     "SageTrainingArguments",
     "TextPrior",
     "__version__",
-    "attention_maps",
     "choose_text_prior",
     "encode_class_descriptions",
     "find_images",
     "fit_head",
     "parameter_groups",
-    "plot_attention",
     "pool_guidance",
     "read_class_descriptions",
     "read_image",
