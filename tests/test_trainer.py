@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from huggingface_hub import HfApi, RepoUrl
+from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, get_peft_model
 from PIL import Image as PILImage
 from safetensors.torch import load_file
@@ -400,6 +402,26 @@ def test_what_is_given_wins(tmp_path):
     assert trainer.loss is loss and trainer.text_prior is None
     assert trainer.optimizer.optimizer is optimizer
     assert trainer.evaluate()["eval_macro"] == 0.5
+
+
+def test_what_is_pushed_shows_no_images_and_no_paths(tmp_path, monkeypatch):
+    pushed = {}
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: RepoUrl("me/birds"))
+    monkeypatch.setattr(
+        HfApi, "upload_folder", lambda self, **kwargs: pushed.update(kwargs)
+    )
+    args = arguments(tmp_path, num_train_epochs=1, hub_model_id="me/birds")
+    trainer = SageTrainer(sage(), args, TRAIN)
+    trainer.train()
+    for name in ("report.html", "arguments.json", "README.md"):
+        (tmp_path / name).write_text("a card")
+    trainer.push_to_hub()
+    files = [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()]
+    sent = {*filter_repo_objects(files, allow_patterns=pushed["allow_patterns"])}
+    weights = {"adapter_config.json", "adapter_model.safetensors"}
+    assert sent == {*weights, "README.md", "preprocessor_config.json"}
+    assert pushed["repo_id"] == "me/birds"
+    assert (tmp_path / "README.md").read_text() == "a card"
 
 
 class DropsLabels:
