@@ -87,7 +87,8 @@ class ImageBatches(Dataset[Any]):
         first = self._collated([0])["pixels"]
         if first.numel() * len(self) > max_bytes:
             return
-        pixels, labels = first.new_empty(len(self), *first.shape[1:]), []
+        pixels = first.new_empty(len(self), *first.shape[1:])
+        labels: list[Any] = []
         bar = tqdm(
             total=len(self),
             desc="decoding images",
@@ -170,7 +171,7 @@ def undecoded(source: Any, image_column: str) -> Any:
     """A data set whose images come as bytes and paths, which `read_image` takes, if it is one of `datasets`."""
     if not hasattr(source, "features") or not hasattr(source, "cast_column"):
         return source
-    from datasets import Image
+    from datasets import Image  # type: ignore[import-untyped]
 
     if not isinstance(source.features.get(image_column), Image):
         return source

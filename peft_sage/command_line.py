@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 import torch
-import yaml
+import yaml  # type: ignore[import-untyped]
 from huggingface_hub import HfApi
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import HfArgumentParser, TrainingArguments
 
 from .arguments import SageTrainingArguments, available_cores
@@ -31,7 +31,7 @@ MIN_FREE_BYTES = 50 * 2**20
 class CommandLineParser(HfArgumentParser):
     """`HfArgumentParser` with `--config FILE.yaml`, and sections in which what transformers adds comes last."""
 
-    def __init__(self, dataclass_types: Sequence[type], description: str) -> None:
+    def __init__(self, dataclass_types: Any, description: str) -> None:
         super().__init__(
             dataclass_types,
             description=description,
@@ -58,7 +58,7 @@ class CommandLineParser(HfArgumentParser):
         ):
             fields = [f for f in dataclasses.fields(dtype) if f.init]
             fields = [f for f in fields if (f.name in own) == is_own]
-            section = self.add_argument_group(title) if fields else None
+            section: Any = self.add_argument_group(title) if fields else None
             for f in fields:
                 f.type = hints[f.name]
                 self._parse_dataclass_field(section, f)
@@ -174,7 +174,7 @@ def _use_all_cores() -> None:
 
 def check_output_dir(args: SageTrainingArguments) -> None:
     """Raise ValueError or OSError unless there is room to write and, for a push, a login and a name."""
-    folder = Path(args.output_dir).absolute()
+    folder = Path(str(args.output_dir)).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"`output_dir` {args.output_dir!r} cannot be written to.")
@@ -213,10 +213,11 @@ def claim_output_dir(
     """
     settings = {name: getattr(args, name) for name in RESULT_ARGUMENTS} | settings
     settings = json.loads(json.dumps(settings, default=str))
-    file = Path(args.output_dir, ARGUMENTS_FILE)
+    folder = Path(str(args.output_dir))
+    file = folder / ARGUMENTS_FILE
     has_results = file.with_name("results.json").is_file()
     saved = {}
-    if file.is_file() and (has_results or latest_checkpoint(args.output_dir)):
+    if file.is_file() and (has_results or latest_checkpoint(folder)):
         saved = json.loads(file.read_text(encoding="utf-8"))
     common = {name: saved[name] for name in settings if name in saved}
     changed = changed_settings(common, {name: settings[name] for name in common})
@@ -228,7 +229,7 @@ def claim_output_dir(
     if not write or not is_first_process():
         return
     if changed:
-        for checkpoint in Path(args.output_dir).glob("checkpoint-*"):
+        for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
     file.parent.mkdir(parents=True, exist_ok=True)
     kept = {} if changed else saved

@@ -7,7 +7,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -90,7 +90,11 @@ class SageTrainer(Trainer):
         TypeError, ValueError: An argument, or the data set, does not fit; before anything is computed or changed.
     """
 
-    args: SageTrainingArguments
+    args: Any
+    model: Any
+    train_dataset: Any
+    eval_dataset: Any
+    class_counts: Any
 
     def __init__(
         self,
@@ -110,7 +114,7 @@ class SageTrainer(Trainer):
         args = SageTrainingArguments() if args is None else args
         check_arguments(model, args, peft_config, compute_loss_func)
         modules = [m for m in model.modules() if isinstance(m, SageClassifier)]
-        self.classifier: SageClassifier | None = modules[0] if modules else None
+        self.classifier: Any = modules[0] if modules else None
         processor = kwargs.pop("processing_class", None)
         processor = processor or getattr(self.classifier, "image_processor", None)
         data = map_style_data(train_dataset, eval_dataset)
@@ -122,7 +126,7 @@ class SageTrainer(Trainer):
         model = wrapped_model(model, peft_config, self.classifier)
         data_of_run = fingerprint(self._labels.tolist())
         self._settings = run_settings(args, model, data_of_run)
-        self._sampler = EpochSampler(len(self._labels), args.data_seed)
+        self._sampler = EpochSampler(len(self._labels), args.data_seed or 0)
         self._prepared: dict[str, tuple[Any, ImageBatches]] = {}
         self._micro_batch = 0
         schedule = ScheduleCallback(self._sampler, collator)
@@ -166,10 +170,10 @@ class SageTrainer(Trainer):
             check_collator(self._plain, data)
 
     def _set_loss(self, args: SageTrainingArguments, compute_loss_func: Any) -> None:
-        self.text_prior: TextPrior | None = None
-        self.base_image_embeds: Tensor | None = None
+        self.text_prior: Any = None
+        self.base_image_embeds: Any = None
         self.loss: SageLoss | None = None
-        self._long_tail: LongTailCallback | None = None
+        self._long_tail: Any = None
         self._makes_loss = compute_loss_func is None and self.class_counts is not None
         if self._makes_loss:
             self.loss = SageLoss(self.class_counts, args.tau, args.compensation)
@@ -318,7 +322,7 @@ class SageTrainer(Trainer):
             self.accelerator,
             self.classifier,
             batches,
-            getattr(self._plain, "finish", None),
+            getattr(self._plain, "finish", lambda pixels: pixels),
             self.args.per_device_eval_batch_size,
             self.args.dataloader_num_workers,
         )
@@ -351,7 +355,7 @@ class SageTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of `optim`, with a learning rate of its own for the head."""
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
-            args, trained = self.args, self.model if model is None else model
+            args, trained = self.args, cast(Any, self.model if model is None else model)
             kind, settings = self.get_optimizer_cls_and_kwargs(args, trained)
             # Others choose the parameters themselves.
             if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
@@ -462,7 +466,8 @@ class SageTrainer(Trainer):
             return None
         if text is not None:  # PEFT changes a card that it finds
             card.write_text(text, encoding="utf-8")
-        return HfApi().upload_folder(
+        upload: Any = HfApi().upload_folder
+        return upload(
             repo_id=self.hub_model_id,
             folder_path=folder,
             commit_message=commit_message,

@@ -8,7 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from .arguments import EPOCHS, SageTrainingArguments
+from .arguments import EPOCHS
 
 
 class ScheduleCallback(TrainerCallback):
@@ -33,7 +33,7 @@ class ScheduleCallback(TrainerCallback):
 
     def on_step_end(
         self,
-        args: SageTrainingArguments,
+        args: Any,
         state: TrainerState,
         control: TrainerControl,
         **kwargs: Any,
@@ -44,7 +44,7 @@ class ScheduleCallback(TrainerCallback):
 
     def on_epoch_end(
         self,
-        args: SageTrainingArguments,
+        args: Any,
         state: TrainerState,
         control: TrainerControl,
         **kwargs: Any,

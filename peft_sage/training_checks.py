@@ -132,13 +132,12 @@ def check_order(
     names: Sequence[str] | None, class_names: Sequence[str] | None, argument: str
 ) -> None:
     """Raise ValueError if the data set and the model number the same classes differently."""
+    known = list(class_names or ())
     for index, name in enumerate(names or ()):
-        if name in (class_names or ()) and (
-            index >= len(class_names) or class_names[index] != name
-        ):
+        if name in known and known.index(name) != index:
             raise ValueError(
-                f"`{argument}` has the class {name!r} at index {index}, the model at {list(class_names).index(name)}: "
-                "make the classifier from the texts of this data set, in its order."
+                f"`{argument}` has the class {name!r} at index {index}, the model at {known.index(name)}: make the "
+                "classifier from the texts of this data set, in its order."
             )
 
 

