@@ -13,7 +13,6 @@ import argparse
 import math
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +23,11 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from .bed import ATTENTION, TASKS, TEXT_MAP, keep_memory, load_tower
-from .captions import Encoder, add_cifar100, class_captions, pretraining_concepts
+from .captions import Encoder, add_cifar100, pretraining_concepts
 from .prepare import SEED
 from .pretraining_data import Images, cifar100_source, pretraining_sources
 from .stem import CHANNELS, SIDE, device, has_fast_bfloat16
-from .tasks import read_labels, read_maps, write_task
+from .tasks import write_task
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ class Trainer:
         self.step += 1
         return loss.item()
 
-    def run(self, checkpoint: Path, report: Callable[[], str]) -> None:
+    def run(self, checkpoint: Path) -> None:
         """Train to the end, from the checkpoint where there is one."""
         parts = {
             "tower": self.tower,
@@ -204,7 +203,7 @@ class Trainer:
             pace = (time.time() - start) / len(losses)
             print(
                 f"step {self.step} of {self.steps}, {pace:.2f} s/step, "
-                f"loss {np.mean(losses[-CHECKPOINT:]):.3f}, {report()}",
+                f"loss {np.mean(losses[-CHECKPOINT:]):.3f}",
                 flush=True,
             )
 
@@ -216,35 +215,6 @@ def save_tower(folder: Path, trainer: Trainer) -> None:
     arrays |= {"mean": trainer.images.mean, "std": trainer.images.std}
     arrays = {name: array.detach().cpu().numpy() for name, array in arrays.items()}
     np.savez(folder / TEXT_MAP, **arrays)
-
-
-class Report:
-    """Tells the zero-shot accuracy on validation images."""
-
-    def __init__(
-        self, data: Path, work: Path, encoder: Encoder, trainer: Trainer
-    ) -> None:
-        self.trainer, self.splits = trainer, {}
-        for task, split in (("A", "cifar100-validation"), ("tiny", "tiny-validation")):
-            captions = [encoder(texts) for texts in class_captions(data, task)[1]]
-            maps, labels = read_maps(work, split)[:, 0], read_labels(work, split)
-            self.splits[split] = captions, maps, labels
-
-    @torch.inference_mode()
-    def __call__(self) -> str:
-        """The accuracies, in words."""
-        accuracies = {split: self.accuracy(*one) for split, one in self.splits.items()}
-        return ", ".join(f"{split} {100 * a:.1f}%" for split, a in accuracies.items())
-
-    def accuracy(self, captions: list[Tensor], maps: Tensor, labels: Tensor) -> float:
-        """Share of the images that are nearest to the captions of their class."""
-        tower, text_map = self.trainer.tower, self.trainer.text_map
-        means = [text_map(texts.to(device())).mean(0) for texts in captions]
-        texts = F.normalize(torch.stack(means), dim=1)
-        maps = self.trainer.images.standardized(maps)
-        embeds = [embed(tower, part.to(device()), None) for part in maps.split(BATCH)]
-        predicted = (torch.cat(embeds) @ texts.T).argmax(1).cpu()
-        return (predicted == labels).float().mean().item()
 
 
 def pretrain(
@@ -269,7 +239,7 @@ def pretrain(
     trainer = Trainer(regime, tower, text_map, images)
     folder = work / "towers" / f"{name}-{depth}x{width}"
     checkpoint = folder.with_suffix(".pt")
-    trainer.run(checkpoint, Report(data, work, encoder, trainer))
+    trainer.run(checkpoint)
     save_tower(folder, trainer)
 
 

@@ -27,10 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoTokenizer,
-    CLIPConfig,
     CLIPImageProcessor,
-    CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
     TrainerCallback,
@@ -43,23 +40,11 @@ from peft_sage import (
     SageLoss,
     SageTrainer,
     SageTrainingArguments,
-    encode_class_descriptions,
 )
 from peft_sage.layer import SageLayer
 
 
 ROOT = Path(__file__).resolve().parents[2]
-TOKENIZER = ROOT / "examples" / "emoji_lt" / "tiny-clip"
-TEMPLATES = [
-    "a photo of a {}.",
-    "a bad photo of the {}.",
-    "a close-up of a {}.",
-    "a {} in the wild.",
-    "a drawing of a {}.",
-    "a photo of the small {}.",
-    "a photo of many {}.",
-    "a {} at night.",
-]
 #: A run: timed if it returns nothing; otherwise it returns what is measured.
 Run = Callable[[], float | None]
 
@@ -142,24 +127,14 @@ class Step:
         self.function = loss_function(run)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5)
-        if getattr(run, "compile", False):
-            self.loss = torch.compile(
-                self.loss, fullgraph=True, backend=getattr(run, "backend", "inductor")
-            )
-            # The moving average of the loss gets its shape in the first step: compiled twice.
-            for _ in range(3):
-                self()
 
-    def loss(self, dtype: str | None = None) -> torch.Tensor:
-        dtype = getattr(torch, dtype or self.run.dtype)
+    def __call__(self) -> None:
+        dtype = getattr(torch, self.run.dtype)
         with torch.autocast(
             self.run.device, dtype=dtype, enabled=dtype != torch.float32
         ):
             outputs = self.model(**self.batch)
-        return self.function(outputs, self.labels)
-
-    def __call__(self) -> None:
-        self.loss().backward()
+        self.function(outputs, self.labels).backward()
         if getattr(self.run, "optimise", True):
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -262,26 +237,6 @@ def peak(run: SimpleNamespace) -> Run:
     return measure
 
 
-def agreement(run: SimpleNamespace) -> Run:
-    """1 less the cosine between the gradients in bf16 and in float32, of all trained parameters as one vector."""
-
-    def measure() -> float:
-        step = Step(run)
-        gradients = []
-        for dtype in ("float32", "bfloat16"):
-            parts = torch.autograd.grad(
-                step.loss(dtype), step.trained, allow_unused=True
-            )
-            gradients.append(
-                torch.cat(
-                    [part.flatten().double() for part in parts if part is not None]
-                )
-            )
-        return 1 - F.cosine_similarity(*gradients, dim=0).item()
-
-    return measure
-
-
 def importing(run: SimpleNamespace) -> Run:
     """Milliseconds of the processor for `import peft_sage` in a fresh process that has imported peft."""
     code = "import time, peft; start = time.process_time(); import peft_sage; print(time.process_time() - start)"
@@ -299,76 +254,9 @@ def importing(run: SimpleNamespace) -> Run:
     return measure
 
 
-def clip_model(run: SimpleNamespace) -> CLIPModel:
-    """Return a whole CLIP with random weights; its text tower is two thirds as wide as the image tower."""
-    torch.manual_seed(0)
-    width, tokenizer = (
-        max(32, run.sizes["width"] * 2 // 3),
-        AutoTokenizer.from_pretrained(TOKENIZER),
-    )
-    text = {
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_attention_heads": max(1, width // 64),
-    }
-    text |= {"num_hidden_layers": run.sizes["blocks"], "vocab_size": 49408}
-    text |= {
-        name: getattr(tokenizer, name)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-    }
-    vision, projection = vision_config(run.sizes), run.sizes["embedding"]
-    return CLIPModel(
-        CLIPConfig(text_config=text, vision_config=vision, projection_dim=projection)
-    ).eval()
-
-
 @cache
 def _folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory()
-
-
-def text(run: SimpleNamespace) -> Run:
-    """Encode 8 texts for each of `texts` classes; the same by the tower alone; or from the disk."""
-    tokenizer, clip = (
-        AutoTokenizer.from_pretrained(TOKENIZER),
-        clip_model(run).to(run.device),
-    )
-    rng = np.random.default_rng(0)
-    syllables = [a + b for a in "bcdfglmnprstv" for b in "aeiou"]
-    words = [
-        [
-            "".join(rng.choice(syllables, rng.integers(2, 5)))
-            for _ in range(rng.integers(1, 5))
-        ]
-        for _ in range(run.texts)
-    ]
-    names = [f"{' '.join(parts)} {i}" for i, parts in enumerate(words)]
-    if run.path != "tower":
-        kept = (
-            {"cache_dir": Path(_folder().name, "texts")} if run.path == "cached" else {}
-        )
-
-        def encode() -> None:
-            encode_class_descriptions(clip, tokenizer, names, TEMPLATES, **kept)
-
-        return encode
-    ids = sorted(
-        tokenizer([template.format(name) for name in names for template in TEMPLATES])[
-            "input_ids"
-        ],
-        key=len,
-    )
-    batches = [
-        tokenizer.pad({"input_ids": ids[i : i + 256]}, return_tensors="pt")
-        for i in range(0, len(ids), 256)
-    ]
-
-    @torch.no_grad()
-    def tower_alone() -> None:
-        for batch in batches:
-            clip.get_text_features(**batch.to(run.device))
-
-    return tower_alone
 
 
 def _photograph(path: Path, rng: np.random.Generator) -> None:
@@ -493,9 +381,7 @@ MEASURES: dict[str, Callable[[SimpleNamespace], Run]] = {
     "inference": inference,
     "adapters": adapters,
     "peak": peak,
-    "agreement": agreement,
     "importing": importing,
-    "text": text,
     "photos": photos,
     "trainer": trainer,
 }

@@ -8,5 +8,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PYTHONPATH="$PWD" HF_HUB_OFFLINE=1
-rows=(precision gpu_loss_step loss loss_memory gpu_training gpu_memory gpu_trainer gpu_text compile)
+rows=(gpu_loss_step loss loss_memory gpu_training gpu_memory gpu_trainer)
 exec timeout 480 python -m benchmarks.speed.run --device cuda --rows "${rows[@]}" "$@"

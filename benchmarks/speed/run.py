@@ -155,7 +155,6 @@ def measure(
                 flush=True,
             )
         del runs
-        torch._dynamo.reset()
     return rows
 
 
