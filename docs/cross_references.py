@@ -8,12 +8,15 @@ from typing import Any
 import griffe
 
 
-PUBLIC = re.findall(
-    r'^    "(\w+)",$',
-    Path("peft_sage/__init__.py").read_text(encoding="utf-8"),
-    re.MULTILINE,
-)
-NAME = re.compile(rf"\[`(({'|'.join(PUBLIC)})(\.\w+)?)`\]")
+MODULES = {
+    name: module
+    for module in ("peft_sage.report", "peft_sage.data", "peft_sage")
+    for name in re.findall(
+        r'"(\w+)"[,\]]',
+        Path(*module.split("."), "__init__.py").read_text(encoding="utf-8"),
+    )
+}
+NAME = re.compile(rf"\[`(({'|'.join(MODULES)})(\.\w+)?)`\]")
 
 
 class CrossReferences(griffe.Extension):
@@ -22,5 +25,8 @@ class CrossReferences(griffe.Extension):
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Is called for every object of the package."""
         if obj.docstring:
-            text = NAME.sub(r"[`\1`][peft_sage.\1]", obj.docstring.value)
+            text = NAME.sub(
+                lambda match: f"[`{match[1]}`][{MODULES[match[2]]}.{match[1]}]",
+                obj.docstring.value,
+            )
             obj.docstring.value = text.replace("\nExample:\n", "\nExamples:\n")

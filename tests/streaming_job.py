@@ -19,7 +19,11 @@ SCRIPT = Path(__file__).parents[1] / "examples" / "by_feature" / "streaming.py"
 seen: list[list] = []
 
 
-def watch(owner: type, method: str, note) -> None:
+def watch(
+    owner: type,
+    method: str,
+    note,
+) -> None:
     original = getattr(owner, method)
 
     def watched(self, *args, **kwargs):
@@ -37,7 +41,11 @@ def note_images(classifier, pixel_values):
         seen[-1].append((red * 255).round().int().tolist())
 
 
-def note_labels(loss, outputs, labels):
+def note_labels(
+    loss,
+    outputs,
+    labels,
+):
     pairs = zip(seen[-1].pop(), labels.tolist(), strict=True)
     seen[-1].append([list(pair) for pair in pairs])
 

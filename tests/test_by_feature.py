@@ -29,9 +29,26 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = EXAMPLES / "by_feature"
 CLIP = EXAMPLES / "emoji_lt" / "tiny-clip"
-DEMO = ["--model", str(CLIP), "--dataset", str(EXAMPLES / "emoji_lt")]
-QUICK = [*DEMO, "--max-images", "48", "--epochs", "1", "--batch-size"]
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+DEMO = [
+    "--model",
+    str(CLIP),
+    "--dataset",
+    str(EXAMPLES / "emoji_lt"),
+]
+QUICK = [
+    *DEMO,
+    "--max-images",
+    "48",
+    "--epochs",
+    "1",
+    "--batch-size",
+]
+LAUNCH = [
+    sys.executable,
+    "-m",
+    "accelerate.commands.launch",
+    "--config_file",
+]
 LAUNCH += [str(EXAMPLES / "accelerate_configs" / "ddp.yaml"), "--mixed_precision", "no"]
 TWO_PROCESSES = {
     **os.environ,
@@ -79,13 +96,25 @@ def test_lora_and_sage(run, capsys):
 
 
 @pytest.mark.parametrize("ending", ["csv", "json", "parquet"])
-def test_predict(run, saved, tmp_path, capsys, ending):
+def test_predict(
+    run,
+    saved,
+    tmp_path,
+    capsys,
+    ending,
+):
     """Folders in folders, a broken file that does not end the others, and the answers as a table."""
     (tmp_path / "new" / "deep").mkdir(parents=True)
     for name, colour in {"b.png": "red", "deep/a.jpg": "blue"}.items():
         Image.new("RGB", (60, 40), colour).save(tmp_path / "new" / name)
     (tmp_path / "new" / "broken.jpg").write_bytes(b"no image")
-    arguments = ["new", "--top-k", 2, "--output", f"answers.{ending}"]
+    arguments = [
+        "new",
+        "--top-k",
+        2,
+        "--output",
+        f"answers.{ending}",
+    ]
     with pytest.warns(UserWarning, match="1 of 3 images .* 'new/broken.jpg'"):
         run("predict", saved, *arguments)
     lines = capsys.readouterr().out.splitlines()
@@ -102,7 +131,11 @@ def test_predict(run, saved, tmp_path, capsys, ending):
         assert row["score"] == pytest.approx(best["score"], abs=1e-5)
 
 
-def test_predict_refuses_an_unknown_kind_of_table(run, saved, capsys):
+def test_predict_refuses_an_unknown_kind_of_table(
+    run,
+    saved,
+    capsys,
+):
     with pytest.raises(SystemExit):
         run("predict", saved, "new", "--output", "answers.txt")
     assert (
@@ -115,8 +148,18 @@ def test_predict_refuses_an_unknown_kind_of_table(run, saved, capsys):
 def test_several_gpus(run):
     """Two CPU processes, which `accelerate launch` starts as its configuration says; and one."""
     run("several_gpus", *QUICK, 16)
-    script = [str(SCRIPTS / "several_gpus.py"), *QUICK, "8", "--output-dir", "two"]
-    pipes = {"capture_output": True, "text": True, "timeout": 300}
+    script = [
+        str(SCRIPTS / "several_gpus.py"),
+        *QUICK,
+        "8",
+        "--output-dir",
+        "two",
+    ]
+    pipes = {
+        "capture_output": True,
+        "text": True,
+        "timeout": 300,
+    }
     done = subprocess.run([*LAUNCH, *script], env=TWO_PROCESSES, **pipes)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 processes, MULTI_CPU: macro" in done.stdout
@@ -149,12 +192,34 @@ def launch_on_two_machines(*arguments):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    command = [*LAUNCH, "--num_machines", "2", "--num_processes", "2"]
-    command += ["--main_process_ip", "localhost", "--main_process_port", port]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = [
+        *LAUNCH,
+        "--num_machines",
+        "2",
+        "--num_processes",
+        "2",
+    ]
+    command += [
+        "--main_process_ip",
+        "localhost",
+        "--main_process_port",
+        port,
+    ]
+    pipes = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+    }
     machines = [
         subprocess.Popen(
-            [*command, "--machine_rank", rank, *arguments], env=TWO_PROCESSES, **pipes
+            [
+                *command,
+                "--machine_rank",
+                rank,
+                *arguments,
+            ],
+            env=TWO_PROCESSES,
+            **pipes,
         )
         for rank in "01"
     ]
@@ -168,17 +233,54 @@ def launch_on_two_machines(*arguments):
 
 
 @pytest.mark.slow
-def test_streaming(run, tmp_path, monkeypatch):
+def test_streaming(
+    run,
+    tmp_path,
+    monkeypatch,
+):
     """Each image of an epoch is trained on once, by one process, whatever the files and the batches; both processes
     end with the same weights, which are those of one process on the same batches, also after a break."""
     write_stream(tmp_path / "uneven", 9, 4)
     write_stream(tmp_path / "three", 5, 5, 3)
-    common = ["--model", CLIP, "--buffer-size", 6, "--lr", 0.01, "--dataset"]
-    files = [*common, "uneven", "--batch-size", 2, "--num-workers", 0, "--epochs", 2]
-    whole = [*common, "uneven", "--batch-size", 9, "--num-workers", 0, "--epochs", 3]
+    common = [
+        "--model",
+        CLIP,
+        "--buffer-size",
+        6,
+        "--lr",
+        0.01,
+        "--dataset",
+    ]
+    files = [
+        *common,
+        "uneven",
+        "--batch-size",
+        2,
+        "--num-workers",
+        0,
+        "--epochs",
+        2,
+    ]
+    whole = [
+        *common,
+        "uneven",
+        "--batch-size",
+        9,
+        "--num-workers",
+        0,
+        "--epochs",
+        3,
+    ]
     runs = {
         "files": files,
-        "images": [*common, "three", "--batch-size", 2, "--epochs", 1],
+        "images": [
+            *common,
+            "three",
+            "--batch-size",
+            2,
+            "--epochs",
+            1,
+        ],
         "whole": whole,
         "resumed": [*files, "--resume", "files/epoch-1"],
     }
@@ -186,7 +288,12 @@ def test_streaming(run, tmp_path, monkeypatch):
     job = Path(__file__).with_name("streaming_job.py")
     launch_on_two_machines(str(job), json.dumps(runs))
     ended = {}
-    for name, epochs in {"files": 2, "images": 1, "whole": 3, "resumed": 1}.items():
+    for name, epochs in {
+        "files": 2,
+        "images": 1,
+        "whole": 3,
+        "resumed": 1,
+    }.items():
         (seen, ended[name], counts, prior), (others, same, *_) = (
             torch.load(f"{name}/seen{rank}.pt") for rank in range(2)
         )

@@ -17,7 +17,7 @@ import peft_sage
 ROOT = Path(__file__).parents[1]
 
 
-EXTRAS = ("matplotlib", "torchmetrics", "datasets")
+EXTRAS = ("matplotlib", "torchmetrics", "datasets", "kornia", "sklearn")
 IMPORT = f"""
 import sys, peft
 before = [name for name in {EXTRAS} if name in sys.modules]
@@ -34,13 +34,13 @@ def test_the_import_needs_no_extra():
 
 
 @pytest.mark.slow
-def test_the_import_costs_less_than_100_ms_beyond_peft():
+def test_the_import_costs_less_than_60_ms_beyond_peft():
     code = "import peft, time; start = time.perf_counter(); import peft_sage; print(time.perf_counter() - start)"
     run = [sys.executable, "-c", code]
     # The least of several, which other work on the machine disturbs least.
     assert (
         min(float(subprocess.check_output(run, cwd=ROOT, text=True)) for _ in range(5))
-        < 0.1
+        < 0.06
     )
 
 
@@ -61,7 +61,9 @@ def test_types():
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("build") is None, reason="needs build")
-def test_the_wheel_works_where_the_repository_is_not(tmp_path):
+def test_the_wheel_works_where_the_repository_is_not(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+
     def run(*command, cwd=ROOT):
         done = subprocess.run(
             [str(part) for part in command], cwd=cwd, capture_output=True, text=True
@@ -81,9 +83,9 @@ def test_the_wheel_works_where_the_repository_is_not(tmp_path):
     )
     wheel = next((tmp_path / "dist").glob("*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
-    assert "peft_sage/py.typed" in names and {
-        name.split("/")[0].split("-")[0] for name in names
-    } == {"peft_sage"}
+    data = {"py.typed", "report/card.md.jinja", "report/page.html.jinja"}
+    assert {f"peft_sage/{name}" for name in data} <= set(names)
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"peft_sage"}
     modules = {
         path.relative_to(ROOT).as_posix() for path in (ROOT / "peft_sage").rglob("*.py")
     }
@@ -98,5 +100,5 @@ def test_the_wheel_works_where_the_repository_is_not(tmp_path):
     ).strip()
     Path(site, "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     code = "import peft_sage; print(peft_sage.__file__, peft_sage.__version__, peft_sage.SageLoss([3, 1]).adjustment)"
-    printed = run(python, "-c", code, cwd=tmp_path)
+    printed = run(python, "-I", "-c", code, cwd=tmp_path)
     assert str(tmp_path / "env") in printed and peft_sage.__version__ in printed

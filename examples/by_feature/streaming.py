@@ -39,14 +39,49 @@ add("--dataset", default="examples/emoji_lt", help="folder or Hub id with split 
 add("--image-column", default="image", help="default: image")
 add("--label-column", default="label", help="a ClassLabel; its names are the texts")
 add("--class-counts", type=Path, help="JSON list; default: counted in a first pass")
-add("--prior-images", type=int, default=2000, help="images that choose the text prior")
-add("--buffer-size", type=int, default=1000, help="images shuffled in memory")
-add("--num-workers", type=int, default=1, help="reading and decoding, per process")
-add("--output-dir", type=Path, default=Path("streaming"), help="model and checkpoints")
+add(
+    "--prior-images",
+    type=int,
+    default=2000,
+    help="images that choose the text prior",
+)
+add(
+    "--buffer-size",
+    type=int,
+    default=1000,
+    help="images shuffled in memory",
+)
+add(
+    "--num-workers",
+    type=int,
+    default=1,
+    help="reading and decoding, per process",
+)
+add(
+    "--output-dir",
+    type=Path,
+    default=Path("streaming"),
+    help="model and checkpoints",
+)
 add("--resume", help="continue from a folder `epoch-N` in the output folder")
-add("--epochs", type=int, default=2, help="default: 2")
-add("--batch-size", type=int, default=64, help="per process (default: 64)")
-add("--lr", type=float, default=0.002, help="learning rate of the adapters")
+add(
+    "--epochs",
+    type=int,
+    default=2,
+    help="default: 2",
+)
+add(
+    "--batch-size",
+    type=int,
+    default=64,
+    help="per process (default: 64)",
+)
+add(
+    "--lr",
+    type=float,
+    default=0.002,
+    help="learning rate of the adapters",
+)
 args = parser.parse_args()
 
 torch.manual_seed(0)

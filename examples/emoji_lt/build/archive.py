@@ -118,7 +118,12 @@ def place(
     matrix = torch.stack([across, down], dim=1)
     moved = -(matrix @ shift[..., None])
     theta = torch.cat([matrix, moved], dim=-1)
-    shape = [len(drawings), 4, size, size]
+    shape = [
+        len(drawings),
+        4,
+        size,
+        size,
+    ]
     grid = F.affine_grid(theta, shape, align_corners=False)
     return F.grid_sample(drawings, grid, align_corners=False)
 
@@ -138,7 +143,12 @@ def recolour(drawings: Tensor) -> Tensor:
     return torch.cat([colours, alpha], dim=1)
 
 
-def backgrounds(n: int, size: int, white: float, device: torch.device) -> Tensor:
+def backgrounds(
+    n: int,
+    size: int,
+    white: float,
+    device: torch.device,
+) -> Tensor:
     """Make backgrounds (n, 3, size, size): a share `white` of them white, the rest plain or textured."""
     plain = torch.rand(n, 3, 1, 1, device=device)
     coarse = 0.3 * torch.randn(n, 3, 4, 4, device=device)
@@ -157,7 +167,12 @@ def paste(image: Tensor, layer: Tensor) -> Tensor:
     return colours + image * (1 - alpha)
 
 
-def views(archive: Archive, rows: Tensor, scene_share: float, size: int) -> Tensor:
+def views(
+    archive: Archive,
+    rows: Tensor,
+    scene_share: float,
+    size: int,
+) -> Tensor:
     """Make augmented images: most show one drawing, the others are scenes with a smaller one among clutter.
 
     Args:

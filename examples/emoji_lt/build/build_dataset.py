@@ -110,7 +110,11 @@ def drop_copies(drawings: list[Drawing], seen: list[Drawing]) -> list[Drawing]:
     return [d for d in drawings if d.pixels[..., :3].tobytes() not in known]
 
 
-def thin(drawings: list[Drawing], imbalance_ratio: float, seed: int) -> list[Drawing]:
+def thin(
+    drawings: list[Drawing],
+    imbalance_ratio: float,
+    seed: int,
+) -> list[Drawing]:
     """Thin classes to at most n_max * ratio ** (-rank / (K - 1)) drawings, ranked by natural size."""
     rng = random.Random(seed)
     by_class = group(drawings, lambda drawing: drawing.concept.label)
@@ -160,7 +164,12 @@ def enumerate_words(words: list[str]) -> str:
 def encode(pixels: np.ndarray) -> dict[str, bytes | None]:
     """Encode as lossless WebP that keeps the colours of transparent pixels."""
     buffer = BytesIO()
-    options = {"lossless": True, "quality": 100, "method": 6, "exact": True}
+    options = {
+        "lossless": True,
+        "quality": 100,
+        "method": 6,
+        "exact": True,
+    }
     PILImage.fromarray(pixels).save(buffer, format="WEBP", **options)
     return {"bytes": buffer.getvalue(), "path": None}
 
@@ -180,7 +189,11 @@ def write_parquet(path: Path, drawings: list[Drawing], **extra: tuple) -> None:
     Dataset.from_dict(values, features=features).to_parquet(path)
 
 
-def write_labelled(path: Path, drawings: list[Drawing], class_names: list[str]) -> None:
+def write_labelled(
+    path: Path,
+    drawings: list[Drawing],
+    class_names: list[str],
+) -> None:
     """Write drawings with their class."""
     labels = [class_names.index(drawing.concept.label) for drawing in drawings]
     write_parquet(path, drawings, label=(ClassLabel(names=class_names), labels))
@@ -235,7 +248,13 @@ def size_table(splits: dict[str, list[Drawing]]) -> str:
             (drawing.concept.label, drawing.concept.name) for drawing in drawings
         }
         sizes = f"{max(counts.values())} to {min(counts.values())}"
-        numbers = [split, len(drawings), len(concepts), len(counts), sizes]
+        numbers = [
+            split,
+            len(drawings),
+            len(concepts),
+            len(counts),
+            sizes,
+        ]
         lines.append(f"| {' | '.join(map(str, numbers))} |")
     return "\n".join(lines)
 
@@ -246,11 +265,36 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--cache", type=Path, required=True, help="folder for the npm packages")
-    add("--output", type=Path, default=HERE.parent, help="folder for the data set")
-    add("--size", type=int, default=48, help="side of the images in pixels")
-    add("--imbalance-ratio", type=float, default=90, help="largest class over smallest")
-    add("--seed", type=int, default=0, help="seed of splits and long tail")
+    add(
+        "--cache",
+        type=Path,
+        required=True,
+        help="folder for the npm packages",
+    )
+    add(
+        "--output",
+        type=Path,
+        default=HERE.parent,
+        help="folder for the data set",
+    )
+    add(
+        "--size",
+        type=int,
+        default=48,
+        help="side of the images in pixels",
+    )
+    add(
+        "--imbalance-ratio",
+        type=float,
+        default=90,
+        help="largest class over smallest",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of splits and long tail",
+    )
     add("--styles", type=Path, help="also render the unseen styles, into this folder")
     add("--archive", type=Path, help="also pack pretraining images, into this folder")
     return parser.parse_args()
@@ -286,7 +330,11 @@ def main() -> None:
     (args.output / "descriptions.json").write_text(text + "\n", encoding="utf-8")
 
     rng = random.Random(args.seed)
-    shares = {"train": 0.6, "validation": 0.15, "test": 0.25}
+    shares = {
+        "train": 0.6,
+        "validation": 0.15,
+        "test": 0.25,
+    }
     drawn = rng.choices(list(shares), list(shares.values()), k=len(distractors))
     clutter = {c.name: split for c, split in zip(distractors, drawn, strict=True)}
     drawings = draw(node_modules, VENDORS, distractors, args.size)

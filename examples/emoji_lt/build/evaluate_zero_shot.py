@@ -64,7 +64,11 @@ def main() -> None:
     accuracy.update(logits, labels)
     scores = accuracy.compute()
     hit = (logits.argmax(-1) == labels).numpy()
-    table = {"label": labels.numpy(), "concept": images["concept"][:], "hit": hit}
+    table = {
+        "label": labels.numpy(),
+        "concept": images["concept"][:],
+        "hit": hit,
+    }
     low, high = macro_interval(pd.DataFrame(table))
     columns = ("macro", "many", "medium", "few", "overall")
     shown = [f"{100 * float(scores[name]):.1f}" for name in columns]

@@ -78,7 +78,11 @@ def descriptions() -> dict[str, list[str]]:
     return json.loads((EMOJI_LT / "descriptions.json").read_text(encoding="utf-8"))
 
 
-def encode_images(model: CLIPModel, pixels: Tensor, keep: float = 1.0) -> Tensor:
+def encode_images(
+    model: CLIPModel,
+    pixels: Tensor,
+    keep: float = 1.0,
+) -> Tensor:
     """Encode images from a random share `keep` of their patches as unit embeddings (n, 128)."""
     vision = model.vision_model
     with torch.autocast(pixels.device.type, torch.bfloat16):
@@ -157,7 +161,11 @@ def train_vision(args: argparse.Namespace, device: torch.device) -> None:
         {"params": [*(p for p in tower if p.ndim <= 1), scale]},
         {"params": [mapping], "lr": args.lr * 0.1},
     ]
-    options = {"lr": args.lr, "betas": (0.9, 0.98), "weight_decay": 0.0}
+    options = {
+        "lr": args.lr,
+        "betas": (0.9, 0.98),
+        "weight_decay": 0.0,
+    }
     optimizer = torch.optim.AdamW(groups, fused=True, **options)
     drawn = np.concatenate([archive.drawn_emoji, archive.drawn_icons])
     for step in schedule(optimizer, args.steps):
@@ -265,7 +273,13 @@ def join(args: argparse.Namespace, device: torch.device) -> None:
     model = new_model(tokenizer).eval()
     seen = {k: v for k, v in vision["model"].items() if k.startswith("visi")}
     read = {k: v for k, v in text["model"].items() if k.startswith("text_model")}
-    model.load_state_dict({**model.state_dict(), **seen, **read})
+    model.load_state_dict(
+        {
+            **model.state_dict(),
+            **seen,
+            **read,
+        }
+    )
     model.logit_scale.data.fill_(math.log(vision["scale"]))
     projection = fit_text_projection(model, tokenizer, archive, vision["mapping"])
     model.text_projection.weight.data = projection
@@ -280,18 +294,42 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    stages = {"vision": train_vision, "text": train_text, "join": join}
+    stages = {
+        "vision": train_vision,
+        "text": train_text,
+        "join": join,
+    }
     add("stage", choices=stages)
-    add("--archive", type=Path, required=True, help="what pretraining_data.py packed")
+    add(
+        "--archive",
+        type=Path,
+        required=True,
+        help="what pretraining_data.py packed",
+    )
     add("--output", type=Path, required=True)
     add("--vision", type=Path, help="result of the vision stage, for join")
     add("--text", type=Path, help="result of the text stage, for join")
     add("--steps", type=int, default=4000)
     add("--batch-size", type=int, default=256)
     add("--lr", type=float, default=1.5e-3)
-    add("--keep", type=float, default=0.4, help="share of patches in the first 85%%")
-    add("--icon-share", type=float, default=0.35, help="share of icons in a batch")
-    add("--scene-share", type=float, default=0.2, help="share of scenes with clutter")
+    add(
+        "--keep",
+        type=float,
+        default=0.4,
+        help="share of patches in the first 85%%",
+    )
+    add(
+        "--icon-share",
+        type=float,
+        default=0.35,
+        help="share of icons in a batch",
+    )
+    add(
+        "--scene-share",
+        type=float,
+        default=0.2,
+        help="share of scenes with clutter",
+    )
     add("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)

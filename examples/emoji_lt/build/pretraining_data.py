@@ -72,7 +72,11 @@ def random_color(rng: random.Random) -> str:
     return "#" + "".join(f"{rng.randrange(200):02x}" for _ in range(3))
 
 
-def pack_icons(archive: Path, node_modules: Path, rng: random.Random) -> None:
+def pack_icons(
+    archive: Path,
+    node_modules: Path,
+    rng: random.Random,
+) -> None:
     """Render the icon packs into `icons.npz`, with their captions in `icons.json`."""
     captions = read_json(archive / "captions.json")
     known = vocabulary(captions["concepts"]) | set(words(FUNCTION_WORDS))
@@ -99,7 +103,11 @@ def pack_icons(archive: Path, node_modules: Path, rng: random.Random) -> None:
     print(f"{len(pixels)} icons of {len(names)} names")
 
 
-def pack_more_styles(archive: Path, node_modules: Path, rng: random.Random) -> None:
+def pack_more_styles(
+    archive: Path,
+    node_modules: Path,
+    rng: random.Random,
+) -> None:
     """Render emoji packs that are not in the data set into `styles.npz`, concepts as in `captions.json`."""
     concepts = read_json(archive / "captions.json")["concepts"]
     index = {concept["name"]: i for i, concept in enumerate(concepts)}
@@ -115,7 +123,11 @@ def pack_more_styles(archive: Path, node_modules: Path, rng: random.Random) -> N
     print(f"{len(pixels)} more drawings of emoji")
 
 
-def captions_of(name: str, keywords: list[str], rng: random.Random) -> list[str]:
+def captions_of(
+    name: str,
+    keywords: list[str],
+    rng: random.Random,
+) -> list[str]:
     """Write the captions of a concept from its name and keywords."""
     texts = [name, f"a photo of a {name}.", f"an icon of {name}"]
     while len(texts) < CAPTIONS_PER_CONCEPT:
@@ -136,7 +148,11 @@ def encode_sentences(
     model = BertModel.from_pretrained(folder).eval()
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     embeddings = np.zeros((len(texts), model.config.hidden_size), np.float16)
-    options = {"padding": True, "truncation": True, "max_length": 48}
+    options = {
+        "padding": True,
+        "truncation": True,
+        "max_length": 48,
+    }
     for start in tqdm(range(0, len(texts), batch_size), desc="encode"):
         rows = order[start : start + batch_size]
         sentences = [texts[i] for i in rows]
@@ -201,11 +217,31 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--cache", type=Path, required=True, help="folder for the npm packages")
-    add("--archive", type=Path, required=True, help="folder with emoji.npz")
-    add("--sentence-encoder", type=Path, required=True, help="folder of a BERT encoder")
+    add(
+        "--cache",
+        type=Path,
+        required=True,
+        help="folder for the npm packages",
+    )
+    add(
+        "--archive",
+        type=Path,
+        required=True,
+        help="folder with emoji.npz",
+    )
+    add(
+        "--sentence-encoder",
+        type=Path,
+        required=True,
+        help="folder of a BERT encoder",
+    )
     add("--dictionary", type=Path, help="WordNet's data.noun")
-    add("--seed", type=int, default=0, help="seed of colours, captions and nouns")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of colours, captions and nouns",
+    )
     args = parser.parse_args()
     node_modules = fetch(args.cache)
     pack_icons(args.archive, node_modules, random.Random(args.seed))

@@ -82,7 +82,13 @@ def fetch(cache: Path) -> Path:
     """Install the npm packages into `cache` and return its `node_modules` folder."""
     cache.mkdir(parents=True, exist_ok=True)
     shutil.copy(HERE / "package.json", cache)
-    command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund"]
+    command = [
+        "npm",
+        "install",
+        "--ignore-scripts",
+        "--no-audit",
+        "--no-fund",
+    ]
     subprocess.run(command, cwd=cache, check=True)
     return cache / "node_modules"
 
@@ -128,7 +134,12 @@ def load_concepts(node_modules: Path) -> list[Concept]:
             name = animal
         concept = concepts.setdefault((name, subgroup), Concept(name, subgroup))
         concept.codes.append(code)
-        excluded = {subgroup, concept.label, concept.name, *subgroup.split("-")}
+        excluded = {
+            subgroup,
+            concept.label,
+            concept.name,
+            *subgroup.split("-"),
+        }
         words = [word.replace("_", " ") for word in library.get(code, [])[1:]]
         for word in [*entry.get("tags", []), *words]:
             word = word.lower()
@@ -156,7 +167,12 @@ class IconPack:
         while name not in self._data["icons"]:
             name = self.parents[name]
         icon = self._data["icons"][name]
-        box = {"left": 0, "top": 0, "width": 16, "height": 16}
+        box = {
+            "left": 0,
+            "top": 0,
+            "width": 16,
+            "height": 16,
+        }
         box = {key: icon.get(key, self._data.get(key, box[key])) for key in box}
         view = " ".join(str(value) for value in box.values())
         return (
@@ -173,7 +189,11 @@ def render(svg: str, size: int) -> np.ndarray:
     """
     _, _, width, height = map(float, svg.split('viewBox="')[1].split('"')[0].split())
     side = "width" if width >= height else "height"
-    data = resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True, **{side: size})
+    data = resvg_py.svg_to_bytes(
+        svg_string=svg,
+        skip_system_fonts=True,
+        **{side: size},
+    )
     image = Image.open(BytesIO(data)).convert("RGBA")
     canvas = Image.new("RGBA", (size, size))
     canvas.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
@@ -208,7 +228,11 @@ def match_icons(
     return found
 
 
-def _code_of(icon: str, codes: dict[str, str], pack: str) -> str:
+def _code_of(
+    icon: str,
+    codes: dict[str, str],
+    pack: str,
+) -> str:
     key = icon.replace("-", "")
     if pack == "fxemoji":
         if key in NAMES["fxemoji"]:

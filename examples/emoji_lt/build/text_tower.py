@@ -15,7 +15,11 @@ END_OF_WORD = "</w>"
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
-def build_tokenizer(texts: list[str], size: int, context: int) -> CLIPTokenizer:
+def build_tokenizer(
+    texts: list[str],
+    size: int,
+    context: int,
+) -> CLIPTokenizer:
     """Train byte-level BPE of `size` tokens; the tokenizer truncates to `context` and pads with the end token."""
     bpe = Tokenizer(models.BPE(unk_token=END, end_of_word_suffix=END_OF_WORD))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -49,7 +53,16 @@ def build_tokenizer(texts: list[str], size: int, context: int) -> CLIPTokenizer:
     )
 
 
-def tokenize(tokenizer: CLIPTokenizer, texts: list[str], context: int) -> Tensor:
+def tokenize(
+    tokenizer: CLIPTokenizer,
+    texts: list[str],
+    context: int,
+) -> Tensor:
     """Return token ids (n, context), padded with the end token."""
-    batch = tokenizer(texts, padding="max_length", truncation=True, max_length=context)
+    batch = tokenizer(
+        texts,
+        padding="max_length",
+        truncation=True,
+        max_length=context,
+    )
     return torch.tensor(batch["input_ids"])
