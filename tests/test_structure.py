@@ -9,7 +9,7 @@ import pytest
 
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("peft_sage", "examples/by_feature", "examples/emoji_lt", "benchmarks")
+FOLDERS = ("peft_sage", "examples", "benchmarks")
 
 
 def test_imports_follow_the_layers(monkeypatch):
