@@ -171,7 +171,7 @@ def undecoded(source: Any, image_column: str) -> Any:
     """A data set whose images come as bytes and paths, which `read_image` takes, if it is one of `datasets`."""
     if not hasattr(source, "features") or not hasattr(source, "cast_column"):
         return source
-    from datasets import Image  # type: ignore[import-untyped]
+    from datasets import Image
 
     if not isinstance(source.features.get(image_column), Image):
         return source

@@ -72,7 +72,7 @@ class LongTailCallback(TrainerCallback):
         self.loss.reset()
         # Trainer tells a callback nothing of the checkpoint's folder; what hangs on the scheduler is saved and comes
         # back with it, in a file of its own and whatever the folder's name.
-        saved = getattr(kwargs.get("lr_scheduler"), "sage_loss", None)
+        saved: Any = getattr(kwargs.get("lr_scheduler"), "sage_loss", None)
         if state.global_step and saved is None:
             warnings.warn(
                 "The checkpoint does not hold the covariance that `SageLoss` measured: it is measured afresh.",

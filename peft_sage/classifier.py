@@ -4,7 +4,7 @@
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.modeling_outputs import ImageClassifierOutput
-from transformers.utils import PushToHubMixin
+from transformers.utils.hub import PushToHubMixin
 
 from ._peft_compat import BaseTunerLayer, active_module, adapters_off
 from .collator import ImageCollator
@@ -359,7 +359,7 @@ class SageClassifier(nn.Module, PushToHubMixin):
             for batch, errors in make_batches(
                 images, self._collate, batch_size, "Predicting", on_error
             ):
-                found = iter(())
+                found: Iterator[Any] = iter(())
                 if batch is not None:
                     logits = self(**self._on_device(batch)).logits.float().cpu()
                     scores = (logits / head.temperature).softmax(dim=-1)
@@ -486,6 +486,11 @@ class SageClassifier(nn.Module, PushToHubMixin):
         """What turns pictures into `pixel_values`; setting it sets that of every head."""
         return self.head.image_processor
 
+    @image_processor.setter
+    def image_processor(self, value: Any) -> None:
+        for head in self._heads():
+            head.__dict__["image_processor"] = value
+
     @property
     def tokenizer(self) -> Any:
         """The tokenizer that was given, or that of the model's folder or repository; None if there is none."""
@@ -496,6 +501,14 @@ class SageClassifier(nn.Module, PushToHubMixin):
             )
             self._tokenizer = load_if_any(AutoTokenizer, name, {"revision": revision})
         return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, value: Any) -> None:
+        self._tokenizer = value
+        source = absolute(getattr(value, "name_or_path", None))
+        revision = self.base_revision if source == self.name_or_path else None
+        for head in self._heads():
+            head.tokenizer_name = (source, revision) if source else None
 
     @property
     def base_revision(self) -> str | None:
@@ -533,14 +546,7 @@ class SageClassifier(nn.Module, PushToHubMixin):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "image_processor":
             # Not as a submodule, which some of torchvision's are.
-            for head in self._heads():
-                head.__dict__["image_processor"] = value
-        elif name == "tokenizer":
-            self._tokenizer = value
-            source = absolute(getattr(value, "name_or_path", None))
-            revision = self.base_revision if source == self.name_or_path else None
-            for head in self._heads():
-                head.tokenizer_name = (source, revision) if source else None
+            object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
 
@@ -550,7 +556,7 @@ class SageClassifier(nn.Module, PushToHubMixin):
     def _collate(self, items: list[Any]) -> dict[str, Tensor]:
         return ImageCollator(self.image_processor)(items)
 
-    def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _on_device(self, batch: Any) -> dict[str, Tensor]:
         return {
             name: value.to(
                 self.device, self.dtype if value.is_floating_point() else None

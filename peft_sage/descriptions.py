@@ -44,6 +44,7 @@ def read_class_descriptions(
             text is empty, or a class of `class_names` is missing. The file and the class are named.
     """
     where, read = "`source`", cast(Any, source)
+    texts: Any
     if isinstance(source, (str, os.PathLike)):
         where = f"`source` {os.fspath(source)!r}"
         read = _read_file(Path(source), where)
@@ -172,7 +173,7 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         if len(set(columns)) < len(columns):
             raise ValueError(f"{str(path)!r} names a column twice: {columns}.")
         for row in rows:
-            more = len(row.pop(None, []))  # type: ignore[call-overload]
+            more = len(row.pop(None, []))
             fields = more + sum(value is not None for value in row.values())
             if fields != len(columns):
                 raise ValueError(

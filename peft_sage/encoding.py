@@ -123,7 +123,7 @@ def _warn_of_equal(
 
 def _fingerprint(model: nn.Module, *inputs: Any) -> str:
     """A name for what these weights, in this architecture, make of these inputs, on any machine."""
-    config = getattr(towers.text_config(model), "to_dict", dict)()
+    config: dict[str, Any] = getattr(towers.text_config(model), "to_dict", dict)()
     for name in ("_name_or_path", "transformers_version", "architectures", "dtype"):
         config.pop(name, None)
     tensors = itertools.chain(model.parameters(), model.buffers())

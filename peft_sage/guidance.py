@@ -90,9 +90,7 @@ def own_embeddings(model: nn.Module) -> Tensor | None:
     return getattr(getattr(model, "class_head", None), "text_embeds", None)
 
 
-def set_guidance(
-    model: nn.Module, source: Tensor | Descriptions | None, adapter_name: str
-) -> None:
+def set_guidance(model: nn.Module, source: Any, adapter_name: str) -> None:
     """Give a trained adapter another set of classes, without training: attention is over a set of any size.
 
     `model` comes without PEFT's wrapper; `source` is as in [`SageModel.set_guidance`].

@@ -77,15 +77,13 @@ class CosineHead(nn.Linear):
                 text_embeds[k] = self.text_embeds[place]
         self.set_rows(text_embeds, names, weight)
 
-    def forward(
-        self, x: Tensor, return_embeds: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    def forward(self, input: Tensor, return_embeds: bool = False) -> Any:
         """The logits (..., K), between -scale and scale, of features (..., e) of any length.
 
         With `return_embeds` they are followed by the features and the rows (K, e) of unit length. Nobody has to read
         the weight from outside, where FSDP shows only a shard of it.
         """
-        x = F.normalize(x.to(self.weight.dtype), dim=-1)
+        x = F.normalize(input.to(self.weight.dtype), dim=-1)
         rows = F.normalize(self.weight, dim=-1)
         logits = self.scale * F.linear(x, rows)
         return (logits, x, rows) if return_embeds else logits
@@ -119,8 +117,7 @@ class CosineHead(nn.Linear):
     ) -> None:
         rows = state_dict.get(f"{prefix}weight")
         if not self.out_features and rows is not None:
-            like = {"device": self.weight.device, "dtype": self.weight.dtype}
-            self.set_rows(torch.empty_like(rows, **like), None)
+            self.set_rows(self.weight.new_empty(rows.shape), None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

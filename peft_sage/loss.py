@@ -23,6 +23,16 @@ NEEDS = {
     "text_prior": EMBEDS[2:],
     "text_guidance": (*EMBEDS[:2], "text_embeds", "logit_scale"),
 }
+SETTINGS = (
+    "tau",
+    "compensation",
+    "text_prior",
+    "text_guidance",
+    "label_smoothing",
+    "ignore_index",
+    "reduction",
+    "absent",
+)
 
 
 class SageLoss(nn.Module):
@@ -124,9 +134,7 @@ class SageLoss(nn.Module):
         return cls(torch.bincount(labels, minlength=num_classes), **kwargs)
 
     def extra_repr(self) -> str:
-        settings = ("tau", "compensation", "text_prior", "text_guidance")
-        settings += ("label_smoothing", "ignore_index", "reduction", "absent")
-        shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in settings)
+        shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in SETTINGS)
         return f"num_classes={len(self.adjustment)}, {shown}"
 
     @property

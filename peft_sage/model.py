@@ -59,10 +59,9 @@ class SageModel(BaseTuner):
                 "the result of `model.unload()`, or combine it with another method's on `model.get_base_model()`."
             )
         for module in model.modules():
-            other = isinstance(module, BaseTunerLayer) and not isinstance(
-                module, SageLayer
-            )
-            if other and adapter_name in module._all_available_adapter_names():
+            if isinstance(module, SageLayer) or not isinstance(module, BaseTunerLayer):
+                continue
+            if adapter_name in module._all_available_adapter_names():
                 raise ValueError(
                     f"`adapter_name` must not be that of another method's adapter, got {adapter_name!r}."
                 )

@@ -56,7 +56,9 @@ def refuse_shared_files(tables: dict[str, Table], splits: dict[str, str]) -> Non
     """Raise ValueError if one file is in two splits or of two classes."""
     uses: dict[tuple[int, int], tuple[str, str]] = {}
     for key, table in tables.items():
-        for row in table.rows.tolist() if table.paths else []:
+        if table.paths is None:
+            continue
+        for row in table.rows.tolist():
             use = (splits[key], table.classes.names[table.labels[row]])
             file = os.stat(table.paths[row])  # whatever the links that lead to it
             first = uses.setdefault((file.st_dev, file.st_ino), use)

@@ -44,7 +44,7 @@ class Table:
     groups: list[Any] | None = None
     splits: list[Any] | None = None
     paths: list[str] | None = None
-    images: Dataset = None  # type: ignore[assignment]
+    images: Dataset = None
     skipped: dict[str, list[str]] = field(default_factory=dict)
     rows: np.ndarray = None  # type: ignore[assignment]
 
@@ -145,7 +145,7 @@ def merge(tables: list[Table], name: str) -> Table:
     parts = {table.files[0]: table.classes for table in tables if table.files}
     united = unite(parts, name)
     numbers = [renumber(table.labels, table.classes, united) for table in tables]
-    columns = {
+    columns: dict[str, Any] = {
         key: [value for table in tables for value in getattr(table, key) or ()]
         for key in ("files", "groups", "splits", "paths")
     }
