@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from torch._dynamo.testing import CompileCounter
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -117,17 +117,6 @@ def test_inductor(model, pixel_values):
     torch.testing.assert_close(
         compiled(pixel_values), model(pixel_values), atol=1e-4, rtol=1e-4
     )
-
-
-@pytest.mark.slow
-def test_compile_a_loaded_adapter(model, pixel_values, tmp_path):
-    expected = model(pixel_values)
-    model.model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(
-        SageClassifier(tiny_clip(), torch.randn(6, 16)), tmp_path
-    )
-    compiled = torch.compile(Logits(loaded).eval(), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(pixel_values), expected)
 
 
 def test_export_keeps_guidance_as_one_buffer(model, pixel_values):

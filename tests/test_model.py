@@ -16,7 +16,7 @@ from peft_sage import (
     pool_guidance,
 )
 from peft_sage.model import default_r
-from tests.conftest import randomise, tiny_clip, tiny_siglip
+from tests.conftest import randomise, tiny_clip
 
 
 def features(model, pixel_values):
@@ -32,41 +32,6 @@ def adapted(model) -> list[str]:
 def guidance_of(model) -> torch.Tensor:
     layer = next(module for module in model.modules() if isinstance(module, SageLayer))
     return layer.shared_guidance["default"].rows if layer.shared_guidance else None
-
-
-@pytest.mark.parametrize("make", [tiny_clip, tiny_siglip])
-def test_whole_life_of_an_adapter(make, pixel_values, tmp_path):
-    base = make()
-    expected = features(base, pixel_values)
-    model = get_peft_model(base, SageConfig(guidance=torch.randn(5, 24)))
-    assert adapted(base) == [f"vision_model.encoder.layers.{i}.mlp" for i in range(3)]
-    assert torch.equal(features(model, pixel_values), expected)
-    assert all(
-        "peft_sage_" in name for name, p in model.named_parameters() if p.requires_grad
-    )
-
-    optimizer = torch.optim.SGD(
-        [p for p in model.parameters() if p.requires_grad], lr=0.1
-    )
-    for _ in range(2):  # the up-projection is zero at first and lets nothing through
-        optimizer.zero_grad()
-        features(model, pixel_values).square().sum().backward()
-        optimizer.step()
-    gradients = {
-        name: p.grad for name, p in model.named_parameters() if p.requires_grad
-    }
-    assert all(
-        g is not None and g.isfinite().all() and g.any() for g in gradients.values()
-    )
-    trained = features(model, pixel_values)
-    assert not torch.equal(trained, expected)
-    with model.disable_adapter():
-        assert torch.equal(features(model, pixel_values), expected)
-
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(make(), tmp_path)
-    assert torch.equal(features(again, pixel_values), trained)
-    assert torch.equal(features(model.unload(), pixel_values), expected)
 
 
 def test_guidance_is_saved_once_and_loading_encodes_no_text(
@@ -316,22 +281,6 @@ def test_a_classifier_gives_its_embeddings_its_names_and_its_head(
         get_peft_model(tiny_clip(), SageConfig(guidance=embeddings)).set_guidance()
 
 
-def test_the_head_alone(pixel_values, tmp_path):
-    config = SageConfig(target_modules=[])
-    model = get_peft_model(SageClassifier(tiny_clip(), torch.randn(7, 16)), config)
-    assert not adapted(model)
-    assert [n for n, p in model.named_parameters() if p.requires_grad] == [
-        "base_model.model.class_head.modules_to_save.default.weight"
-    ]
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(
-        SageClassifier(tiny_clip(), torch.randn(7, 16)), tmp_path
-    )
-    assert torch.equal(again(pixel_values).logits, model.eval()(pixel_values).logits)
-    with pytest.raises(ValueError, match="matches none of"):
-        get_peft_model(tiny_clip(), config)
-
-
 @pytest.mark.parametrize(
     ("guidance", "adapter_name", "message"),
     [
@@ -367,21 +316,6 @@ def test_a_saved_config_alone_cannot_run(clip, pixel_values, tmp_path):
     config = SageConfig.from_pretrained(tmp_path)
     config.guidance_shape, config.guidance = None, torch.randn(3, 24)
     assert features(get_peft_model(tiny_clip(), config), pixel_values).isfinite().all()
-
-
-def test_one_config_serves_two_models(pixel_values):
-    config = SageConfig(guidance=torch.randn(5, 24))
-    for model in (tiny_clip(), SageClassifier(tiny_clip(), torch.randn(7, 16))):
-        model = get_peft_model(model, config)
-        randomise(model)
-        assert all(b.isfinite().all() for b in model.buffers()) and guidance_of(
-            model
-        ).shape == (5, 24)
-    assert (config.r, config.modules_to_save, config.guidance_shape) == (
-        None,
-        None,
-        None,
-    )
 
 
 class CallsByKeyword(torch.nn.Module):

@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from benchmarks.photos import bed as photos
 from benchmarks.photos import blocks, data, methods, results, rivals, run, tables
-from peft_sage import SageClassifier, SageLoss
+from peft_sage import SageClassifier
 
 
 FOLDER = Path(photos.__file__).parent
@@ -141,22 +141,6 @@ def test_the_faster_blocks_compute_the_same(bed, upper):
             torch.testing.assert_close(fast, expected, atol=2e-2, rtol=2e-2)
 
 
-def test_divergence_over_texts_is_that_of_the_loss():
-    outputs = {
-        name: F.normalize(torch.randn(8, WIDTH), dim=1)
-        for name in ("image_embeds", "base_image_embeds")
-    }
-    texts = F.normalize(torch.randn(CLASSES, WIDTH, requires_grad=True), dim=1)
-    outputs |= {"text_embeds": texts, "class_embeds": texts, "logit_scale": 25.0}
-    outputs["logits"] = 25 * outputs["image_embeds"] @ texts.T
-    labels = torch.zeros(8, dtype=torch.long)
-    without, guided = (
-        SageLoss([5] * CLASSES, text_guidance=share)(outputs, labels)
-        for share in (0, 1)
-    )
-    torch.testing.assert_close(methods.departure(outputs, texts), guided - without)
-
-
 @pytest.mark.parametrize(
     ("rows", "attends"), [("none", False), ("random", True), ("texts", True)]
 )
@@ -196,18 +180,6 @@ def test_settings_are_chosen_on_the_validation_split():
         for seed in (0, 1)
     ]
     assert results.best_arm(lines, "A", "g")["arm"] == "better"
-
-
-def test_the_factor_of_the_adapters_is_chosen_on_the_validation_split():
-    def scores(validation):
-        return {"validation": {"macro": validation}, "test": {"macro": -validation}}
-
-    line = {"arm": "Sage", **scores(1), "half": scores(3), "off": scores(2)}
-    shown = {line["arm"]: line["test"]["macro"] for line in results.by_factor([line])}
-    assert shown == {
-        f"Sage, factor {f}": -v
-        for f, v in (("1", 1), ("0.5", 3), ("0", 2), ("chosen", 3))
-    }
 
 
 @pytest.mark.parametrize(

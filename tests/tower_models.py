@@ -113,9 +113,6 @@ class Tiny:
         None  # where the class takes the configuration of another type
     )
     blocks: str | None = None  # another pattern, for a further class of the same family
-    checkpointing: bool = (
-        True  # False where transformers has none, whatever the tower says
-    )
 
     @property
     def id(self) -> str:

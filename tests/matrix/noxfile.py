@@ -22,7 +22,6 @@ CORE = [
         "tests/test_encoding.py",
         "tests/test_classifier.py",
         "tests/test_workflows.py",
-        "tests/test_training.py",
     ),
 ]
 #: Python, torch, transformers, peft

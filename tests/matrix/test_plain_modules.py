@@ -192,7 +192,7 @@ def tokens() -> torch.Tensor:
 
 
 @every_model
-def test_blocks_identity_and_gradients(name: str) -> None:
+def test_blocks_identity_gradients_and_saving(name: str, tmp_path: Any) -> None:
     model, images = build(name), pixels(name)
     assert find_mlps(model) == expected(name)
     with torch.no_grad():
@@ -222,18 +222,9 @@ def test_blocks_identity_and_gradients(name: str) -> None:
         optimizer.step()
     for weight_name, weight in trainable.items():
         assert weight.grad.isfinite().all() and weight.grad.any(), weight_name
-
-
-@every_model
-@torch.no_grad()
-def test_saved_adapter_gives_the_same_output(name: str, tmp_path: Any) -> None:
-    model, images = adapted(build(name), init_weights=False), pixels(name)
     model.save_pretrained(tmp_path)
     other = PeftModel.from_pretrained(build(name), tmp_path).eval()
     assert torch.equal(encode_image(other, images), encode_image(model, images))
-    assert not torch.allclose(
-        encode_image(build(name), images), encode_image(model, images)
-    )
 
 
 @pytest.mark.parametrize(
