@@ -160,26 +160,6 @@ def train_by_trainer(folder: Path) -> None:
         torch.save(result, folder / "run.pt")
 
 
-def gather(folder: Path) -> None:
-    """Predictions for a number of images that the processes cannot share evenly."""
-    accelerator = Accelerator(cpu=True)
-    model, loader = accelerator.prepare(
-        make_model().eval(), DataLoader(make_data(13), batch_size=4)
-    )
-    seen, logits = [], []
-    for batch in loader:
-        with torch.no_grad():
-            output = model(pixel_values=batch["pixel_values"]).logits
-        index, output = accelerator.gather_for_metrics((batch["index"], output))
-        seen.append(index)
-        logits.append(output)
-    if accelerator.is_main_process:
-        torch.save(
-            {"index": torch.cat(seen), "logits": torch.cat(logits)},
-            folder / "gathered.pt",
-        )
-
-
 def loss_outputs(step: int) -> tuple[dict, torch.Tensor]:
     """A batch of 13 images of 3 classes, as a classifier in training mode returns it, in float64."""
     generator = torch.Generator().manual_seed(step)
@@ -314,7 +294,6 @@ if __name__ == "__main__":
     jobs = {
         "train": train,
         "trainer": train_by_trainer,
-        "gather": gather,
         "loss": loss_of_parts,
         "fsdp2": fsdp2,
         "deepspeed": deepspeed,

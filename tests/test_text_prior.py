@@ -171,64 +171,21 @@ FEATURES, LABELS, TEXTS = make_bed([4, 4], "true")
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (
-            {"features": FEATURES[:, :5]},
-            ValueError,
-            r"`text_embeds` must have the shape \(M, 5\), got \(2, 16\)",
-        ),
-        (
-            {"features": FEATURES.long()},
-            TypeError,
-            "`features` must be a tensor of floats",
-        ),
+        ({"features": FEATURES[:, :5]}, ValueError, "`text_embeds` .* got .2, 16."),
+        ({"features": FEATURES.long()}, TypeError, "`features` must be .* floats"),
         ({"features": FEATURES * torch.nan}, ValueError, "`features` must be finite"),
-        (
-            {"features": FEATURES * 0},
-            ValueError,
-            "`features` must have no rows of zeros",
-        ),
-        ({"text_embeds": TEXTS[0]}, ValueError, "`text_embeds`"),
-        (
-            {"labels": LABELS[1:]},
-            ValueError,
-            r"`labels` must have the shape \(8,\), got \(7,\)",
-        ),
-        ({"labels": LABELS + 1}, ValueError, r"`labels` must lie in \[0, 2\), got 2"),
-        ({"labels": LABELS.float()}, TypeError, "`labels`"),
+        ({"features": FEATURES * 0}, ValueError, "`features` .* no rows of zeros"),
+        ({"labels": LABELS[1:]}, ValueError, "`labels` .* got .7,."),
+        ({"labels": LABELS + 1}, ValueError, "`labels` must lie in .* got 2"),
         ({"labels": ["owl", "owl"]}, TypeError, "`labels`"),
-        (
-            {"labels": torch.arange(2), "features": FEATURES[:2]},
-            ValueError,
-            "a class with two images",
-        ),
-        (
-            {"class_counts": [1, 2, 3]},
-            ValueError,
-            r"`class_counts` must have the shape \(2,\), got \(3,\)",
-        ),
-        ({"class_counts": [-1, 2]}, ValueError, "`class_counts`"),
-        (
-            {"strengths": ()},
-            ValueError,
-            "`strengths` must be a finite number, at least 0, got None",
-        ),
-        (
-            {"strengths": (0, -1)},
-            ValueError,
-            "`strengths` must be a finite number, at least 0, got -1",
-        ),
+        ({"class_counts": [1, 2, 3]}, ValueError, "`class_counts` .* got .3,."),
+        ({"strengths": ()}, ValueError, "`strengths` .* got None"),
+        ({"strengths": (0, -1)}, ValueError, "`strengths` .* at least 0, got -1"),
         ({"folds": 1}, ValueError, "`folds` must be an integer, at least 2, got 1"),
-        ({"groups": LABELS.float()}, TypeError, "`groups`"),
         ({"groups": LABELS[1:]}, ValueError, "`groups`"),
     ],
 )
 def test_bad_input_is_named(arguments, error, message):
+    given = {"features": FEATURES, "labels": LABELS, "text_embeds": TEXTS}
     with pytest.raises(error, match=message):
-        choose_text_prior(
-            **{
-                "features": FEATURES,
-                "labels": LABELS,
-                "text_embeds": TEXTS,
-                **arguments,
-            }
-        )
+        choose_text_prior(**given | arguments)

@@ -219,7 +219,7 @@ class PlainClip(nn.Module):
 
 
 def test_sequence_first_layout_of_plain_modules() -> None:
-    model = PlainClip().eval()
+    model = PlainClip().eval().requires_grad_(False)
     images, text = torch.randn(3, 3, 16, 16), torch.randint(0, 64, (3, 5))
     blocks = [f"visual.transformer.resblocks.{i}.mlp" for i in range(2)]
     assert find_mlps(model) == blocks
