@@ -18,7 +18,7 @@ from transformers.utils.hub import PushToHubMixin
 
 from ._peft_compat import BaseTunerLayer, active_module, adapters_off
 from .collator import ImageCollator
-from .descriptions import Descriptions, read_class_descriptions
+from .descriptions import Descriptions, read_class_descriptions, warn_of_alike
 from .encoding import encode_class_descriptions, load_tokenizer
 from .guidance import find_guidance, set_guidance
 from .head import CosineHead, can_be_saved
@@ -33,7 +33,11 @@ from .saving import (
     save_classifier,
 )
 from .towers.embeddings import encode_image, eval_mode
-from .validation import check_embeddings, check_integer, check_number
+from .validation import check_embeddings, check_integer, check_number, check_targets
+
+
+#: The label of images that the loss ignores, as in Trainer.
+IGNORED = -100
 
 
 @dataclass
@@ -208,6 +212,10 @@ class SageClassifier(nn.Module, PushToHubMixin):
         saved = Saved(os.fspath(pretrained_model_name_or_path), kwargs)
         if clip is None:
             clip = saved.load_base(**kwargs)
+        elif kwargs:
+            raise TypeError(
+                f"{sorted(kwargs)} are for loading a model, but `clip` is one."
+            )
         processor = image_processor or saved.load_image_processor()
         classifier = cls(clip, None, image_processor=processor)
         classifier.class_head.base_revision = saved.base_hub.get("revision")
@@ -302,7 +310,7 @@ class SageClassifier(nn.Module, PushToHubMixin):
         Raises:
             TypeError, ValueError: As in `predict`; or `images` is empty.
         """
-        check_integer("batch_size", batch_size, 1)
+        batch_size = check_integer("batch_size", batch_size, 1)
         embeds = []
         with eval_mode(self), adapters_off(self.model):
             for batch, _ in make_batches(
@@ -342,8 +350,8 @@ class SageClassifier(nn.Module, PushToHubMixin):
             TypeError, ValueError: `images` is none of these, a path holds no image, a file cannot be read (it is
                 named), or there is no `image_processor`.
         """
-        check_integer("top_k", top_k, 1)
-        check_integer("batch_size", batch_size, 1)
+        top_k = check_integer("top_k", top_k, 1)
+        batch_size = check_integer("batch_size", batch_size, 1)
         if min_score is not None:
             check_number("min_score", min_score, 0, 1)
         if on_error not in ("raise", "skip"):
@@ -436,6 +444,7 @@ class SageClassifier(nn.Module, PushToHubMixin):
             )
         if known := sorted(set(names) & set(new)):
             raise ValueError(f"`texts` has classes that the head has: {known[:10]}.")
+        warn_of_alike([*names, *new])
         rows = self._encode(new, templates)
         head.set_classes([*names, *new], torch.cat([head.text_embeds, rows]))
         self._update_guidance()
@@ -575,9 +584,12 @@ def _cross_entropy(
 ) -> Tensor | None:
     if labels is None:
         return None
+    check_targets(labels, tuple(logits.shape), IGNORED)
+    soft = labels.ndim == 2
+    labels = labels if soft else labels.long()
     if num_items_in_batch is None:
-        return F.cross_entropy(logits, labels)
-    # Of probabilities (B, K) Trainer counts every entry.
-    entries = labels.shape[1] if labels.ndim == 2 else 1
-    total = F.cross_entropy(logits, labels, reduction="sum")
-    return total * entries / num_items_in_batch
+        num_items_in_batch = labels.numel() if soft else (labels != IGNORED).sum()
+    # Of probabilities (B, K) every entry is counted, as Trainer does.
+    entries = labels.shape[1] if soft else 1
+    total = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
+    return total * entries / torch.as_tensor(num_items_in_batch).clamp(min=1)

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from .covariance import WithinClassCovariance, compensation, within_class_residuals
 from .validation import (
     as_numbers,
+    by_class,
     check_class_counts,
     check_integer,
     check_labels,
     check_number,
+    check_targets,
 )
 
 
@@ -64,7 +66,7 @@ class SageLoss(nn.Module):
             Needs `class_embeds` and `text_embeds` (K, e).
         text_guidance: strength of the term that keeps the adapted tower's view of the texts close to the frozen
             tower's. Needs `image_embeds`, `text_embeds`, `logit_scale` and `base_image_embeds` (B, e).
-        target_prior: (K,) class probabilities of the target data; uniform when None.
+        target_prior: (K,) class probabilities of the target data, read like `class_counts`; uniform when None.
         label_smoothing: share of the target that is spread evenly over the classes, in [0, 1].
         ignore_index: label of ignored images. Trainer, which counts the images, knows only -100.
         reduction: `"mean"`, `"sum"` or `"none"`.
@@ -190,7 +192,9 @@ class SageLoss(nn.Module):
             losses = self._losses(logits, entries, labels, soft).where(counted, 0)
         if num_items_in_batch is not None:
             elements = losses.sum() * (logits.shape[1] if soft else 1)
-            return elements / torch.as_tensor(num_items_in_batch).to(losses)
+            return elements / torch.as_tensor(num_items_in_batch).to(losses).clamp(
+                min=1
+            )
         if self.reduction == "none":
             return losses
         if self.reduction == "sum":
@@ -279,14 +283,7 @@ class SageLoss(nn.Module):
             raise ValueError(
                 f"`logits` must have shape (B, {num_classes}), got {shape}."
             )
-        if not soft:
-            check_labels(labels, len(logits), num_classes, self.ignore_index)
-        elif labels.shape != shape or not labels.is_floating_point():
-            raise ValueError(
-                f"`labels` must be indices (B,) or probabilities {shape}, got {tuple(labels.shape)}."
-            )
-        else:
-            _check_probabilities(labels)
+        check_targets(labels, shape, self.ignore_index)
         if self.trained_classes is None or not self.training or soft:
             return
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -356,24 +353,11 @@ def _read_outputs(outputs: Any) -> tuple[Tensor, dict[str, Any]]:
     return outputs, entries
 
 
-def _check_probabilities(labels: Tensor) -> None:
-    if torch.compiler.is_compiling() or not len(labels):
-        return
-    rows = labels.float()
-    # Half precision rounds each of the K probabilities: their sum is right within a per cent.
-    right = ((rows.sum(dim=1) - 1).abs() <= 0.01) & (rows >= 0).all(dim=1)
-    if not right.all():
-        where = int((~right).nonzero()[0])
-        raise ValueError(
-            "`labels` (B, K) must be probabilities, at least 0 with the sum 1 in each row, got the sum"
-            f" {rows[where].sum().item():g} and the least {rows[where].min().item():g} in row {where}."
-        )
-
-
 def _check_target_prior(
     target_prior: Sequence[float] | Tensor, num_classes: int
 ) -> Tensor:
-    prior = as_numbers(target_prior, "target_prior").double()
+    values = by_class(target_prior, "target_prior", num_classes)
+    prior = as_numbers(values, "target_prior").double()
     right_shape = prior.shape == (num_classes,)
     if not right_shape or not (prior > 0).all() or abs(prior.sum() - 1) > 1e-4:
         raise ValueError(

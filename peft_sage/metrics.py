@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from .validation import check_class_counts, check_integer, check_labels
+from .validation import as_numbers, check_class_counts, check_integer, check_labels
 
 
 class LongTailAccuracy(Metric):
@@ -54,13 +54,17 @@ class LongTailAccuracy(Metric):
         """Count a batch.
 
         Args:
-            preds: (B, K) logits or probabilities, or (B,) predicted class indices.
+            preds: (B, K) logits or probabilities, or (B,) predicted class indices, as a tensor or numbers by position.
             labels: (B,) class indices.
 
         Raises:
             TypeError, ValueError: a type or shape is wrong, or a class out of range (checked on the CPU only).
         """
         num_classes = len(self.class_counts)
+        if not isinstance(preds, Tensor):
+            preds = as_numbers(preds, "preds").to(self.class_counts.device)
+        if not isinstance(labels, Tensor):
+            labels = as_numbers(labels, "labels").to(self.class_counts.device)
         if preds.ndim == 2:
             if preds.shape[1] != num_classes:
                 raise ValueError(

@@ -27,7 +27,7 @@ def read_image(
     lie in [0, 255], or else in [0, 65535].
 
     Args:
-        source: A path, the bytes of a file, a dictionary with either (`{"bytes": ..., "path": ...}`, as `datasets` has
+        source: A path, an open file, the bytes of one, a dictionary (`{"bytes": ..., "path": ...}`, as `datasets` has
             it), a PIL image, or an array (H, W) or (H, W, 1, 3 or 4).
         name: What errors call it, as "row 3 of split 'test'". Default: its path.
         min_side: A JPEG may be decoded smaller than it is, which is faster, with at least this many pixels a side.
@@ -45,9 +45,10 @@ def read_image(
             return _upright_rgb(source)
         if isinstance(source, np.ndarray):
             return _upright_rgb(_from_array(source))
-        if not isinstance(source, (str, os.PathLike, bytes)):
+        is_file = isinstance(source, (str, os.PathLike)) or hasattr(source, "read")
+        if not is_file and not isinstance(source, bytes):
             raise TypeError(
-                f"a path, bytes, a PIL image or a numpy array is needed, got {type(source).__name__}"
+                f"a path, a file, bytes, a PIL image or a numpy array is needed, got {type(source).__name__}"
             )
         with PIL.Image.open(
             io.BytesIO(source) if isinstance(source, bytes) else source

@@ -69,7 +69,13 @@ def _as_items(images: Any) -> Any:
     """A sequence of pictures by position, an iterable of pictures or of batches, or a loader of batches."""
     if isinstance(images, (str, os.PathLike, PIL.Image.Image, bytes)):
         return [images]
+    if hasattr(images, "read"):
+        return [images]
     if isinstance(images, Mapping):
+        if not images.keys() & {"pixel_values", "pixels", "image", "bytes", "path"}:
+            raise TypeError(
+                f"`images` must be {_KINDS}, got a dictionary: give its `values()`."
+            )
         return iter([images]) if "pixel_values" in images else [images]
     if isinstance(images, np.ndarray):
         return _pictures_in(images)
@@ -90,6 +96,8 @@ def _as_items(images: Any) -> Any:
             )
         return images.tolist()
     if isinstance(images, IterableDataset):
+        return iter(images)
+    if isinstance(images, (list, tuple)) and images and _is_batch(images[0]):
         return iter(images)
     if not isinstance(images, Iterable) and not hasattr(images, "__getitem__"):
         raise TypeError(f"`images` must be {_KINDS}, got {type(images).__name__}.")

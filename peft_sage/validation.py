@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of user input: an error names the argument, the value, and what would be right."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from math import inf
 from typing import Any, TypeGuard
 
@@ -74,7 +74,7 @@ def as_numbers(values: Sequence[float] | Tensor, name: str) -> Tensor:
     A pandas Series is read by position, whatever its index.
     """
     try:
-        if isinstance(values, (str, Mapping)):
+        if isinstance(values, (str, Mapping, Set)):
             raise TypeError
         if hasattr(values, "tolist") and not isinstance(values, Tensor):
             values = values.tolist()
@@ -102,9 +102,8 @@ def check_class_counts(
     """
     if class_names is not None:
         num_classes = len(class_names)
-    if hasattr(class_counts, "keys") and hasattr(class_counts, "items"):
-        class_counts = _counts_by_index(class_counts, num_classes, class_names)
-    counts = as_numbers(class_counts, "class_counts").double()
+    values = by_class(class_counts, "class_counts", num_classes, class_names)
+    counts = as_numbers(values, "class_counts").double()
     if counts.ndim != 1 or len(counts) == 0 or num_classes not in (None, len(counts)):
         raise ValueError(
             f"`class_counts` must have the shape ({num_classes or 'K'},), got {tuple(counts.shape)}."
@@ -121,21 +120,49 @@ def check_class_counts(
     return counts.long()
 
 
-def _counts_by_index(
-    class_counts: Any, num_classes: int | None, class_names: Sequence[str] | None
-) -> list[Any]:
-    counts = dict(class_counts.items())
+def by_class(
+    values: Any,
+    name: str,
+    num_classes: int | None,
+    class_names: Sequence[str] | None = None,
+) -> Any:
+    """Put what a pandas Series or a dict has for each class into the order of the classes; the rest as it is."""
+    if not (hasattr(values, "keys") and hasattr(values, "items")):
+        return values
+    counts = dict(values.items())
     keys: Sequence[Any] = range(len(counts) if num_classes is None else num_classes)
     if class_names is not None and not counts.keys() <= set(keys):
         keys = class_names
     unknown = list(counts.keys() - set(keys))
-    if unknown or len(counts) != len(class_counts):
+    if unknown or len(counts) != len(values):
         wanted = f"the class indices 0 to {len(keys) - 1}, each once"
         if class_names is not None:
             wanted += ", or the class names"
         found = f"{unknown[:5]}" if unknown else "an index more than once"
-        raise ValueError(f"`class_counts` must be indexed by {wanted}; got {found}.")
+        raise ValueError(f"`{name}` must be indexed by {wanted}; got {found}.")
     return [counts.get(key, 0) for key in keys]
+
+
+def check_targets(labels: Any, shape: tuple[int, ...], ignore_index: int) -> None:
+    """Raise unless they are class indices (B,), see [`check_labels`], or probabilities of the shape (B, K)."""
+    if not isinstance(labels, Tensor) or labels.ndim != 2:
+        check_labels(labels, shape[0], shape[1], ignore_index)
+        return
+    if labels.shape != shape or not labels.is_floating_point():
+        raise ValueError(
+            f"`labels` must be indices (B,) or probabilities {shape}, got {tuple(labels.shape)}."
+        )
+    if torch.compiler.is_compiling() or not len(labels):
+        return
+    rows = labels.float()
+    # Half precision rounds each of the K probabilities: their sum is right within a per cent.
+    right = ((rows.sum(dim=1) - 1).abs() <= 0.01) & (rows >= 0).all(dim=1)
+    if not right.all():
+        where = int((~right).nonzero()[0])
+        raise ValueError(
+            "`labels` (B, K) must be probabilities, at least 0 with the sum 1 in each row, got the sum"
+            f" {rows[where].sum().item():g} and the least {rows[where].min().item():g} in row {where}."
+        )
 
 
 def check_labels(

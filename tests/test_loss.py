@@ -451,6 +451,7 @@ def test_labels_are_counted_by_position():
         ({"ignore_index": 0.5}, "`ignore_index` must be an integer"),
         ({"reduction": "average"}, "'average'"),
         ({"target_prior": [0.5, 0.4]}, "with the sum 1, got .*0.4"),
+        ({"target_prior": {"cat": 0.5, "dog": 0.5}}, "`target_prior` must be indexed"),
     ],
 )
 def test_wrong_settings(arguments, match):
@@ -463,6 +464,7 @@ def test_wrong_settings(arguments, match):
     [
         {"class_counts": None},
         {"class_counts": [True, False]},
+        {"class_counts": {30, 4}},
         {"target_prior": "uniform"},
     ],
 )
@@ -490,3 +492,19 @@ ZEROS, LABELS = torch.zeros(2, K), torch.tensor([0, 1])
 def test_wrong_input(outputs, labels, error, match):
     with pytest.raises(error, match=match):
         SageLoss(COUNTS)(outputs, labels)
+
+
+def test_a_target_prior_is_read_by_its_index():
+    shares = pd.Series([0, 1, 1, 2, 2, 2]).value_counts(normalize=True)
+    assert list(shares.index) == [2, 1, 0]
+    counts, want = [3, 2, 1], [1 / 6, 2 / 6, 3 / 6]
+    got = SageLoss(counts, target_prior=shares).adjustment
+    torch.testing.assert_close(got, SageLoss(counts, target_prior=want).adjustment)
+
+
+def test_a_step_without_a_labelled_image_has_the_loss_zero():
+    logits = torch.randn(2, 2, requires_grad=True)
+    count = torch.tensor(0)
+    loss = SageLoss([3, 1])(logits, torch.full((2,), -100), num_items_in_batch=count)
+    loss.backward()
+    assert loss == 0 and not logits.grad.any()

@@ -107,3 +107,10 @@ def test_wrong_settings():
         LongTailAccuracy([0, 0])
     with pytest.raises(ValueError, match="few=50 and many=20"):
         LongTailAccuracy(COUNTS, many=20, few=50)
+
+
+def test_numbers_by_position():
+    pandas = pytest.importorskip("pandas")
+    accuracy, order = LongTailAccuracy(COUNTS), range(len(LABELS))[::-1]
+    accuracy.update(PREDS.numpy(), pandas.Series(LABELS.tolist(), index=order))
+    check(accuracy.compute())

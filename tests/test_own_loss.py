@@ -103,3 +103,24 @@ def test_a_tracker_and_a_plain_loss(kind, tmp_path, monkeypatch):
     config = json.loads(model.config.to_json_string())
     assert config["num_labels"] == 3
     assert model.config.to_dict()["id2label"][0] == "LABEL_0"
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        (torch.tensor([0, 3]), r"`labels` must lie in \[0, 3\), got 3"),
+        (torch.ones(2, 3), "`labels` .*must be probabilities"),
+        (torch.ones(2, 3, dtype=torch.int64), "`labels` must be indices"),
+    ],
+)
+def test_labels_that_are_none_are_refused_by_name(labels, message):
+    with pytest.raises(ValueError, match=message):
+        make_model("plain")(torch.randn(2, 3, 16, 16), labels=labels)
+
+
+@pytest.mark.parametrize("count", [None, 0])
+def test_ignored_images_alone_have_the_loss_zero(count):
+    ignored = torch.full((2,), -100, dtype=torch.int32)
+    pixels = torch.randn(2, 3, 16, 16)
+    loss = make_model("plain")(pixels, labels=ignored, num_items_in_batch=count).loss
+    assert loss == 0

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`SageClassifier.predict` and `embed`: whatever pictures come in, each answer belongs to its picture."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -86,9 +87,10 @@ def test_embed_is_the_frozen_tower_whatever_is_given(folder):
         rows,
         loader,
         ({"pixel_values": part} for part in pixels.split(2)),
+        [{"pixel_values": part} for part in pixels.split(2)],
         [{"image": i} for i in images],
     ):
-        torch.testing.assert_close(model.embed(given, batch_size=2), want)
+        torch.testing.assert_close(model.embed(given, batch_size=np.int64(2)), want)
     # The adapters are on again, trained as before, and the model in its mode.
     assert model.training and any(
         "peft_sage_" in n for n, p in model.named_parameters() if p.requires_grad
@@ -127,7 +129,9 @@ def test_one_picture_in_any_form_is_one_picture(folder, tmp_path):
     paths = saved(images, tmp_path / "new")
     want = classifier.predict(images, top_k=3)
     data = (tmp_path / "new" / "0.png").read_bytes()
-    for given in (images[0], np.asarray(images[0]), paths[0], data, {"image": data}):
+    file = io.BytesIO(data)
+    forms = (images[0], np.asarray(images[0]), paths[0], data, {"image": data}, file)
+    for given in forms:
         assert_same(classifier.predict(given, top_k=3), want[:1])
     grey = images[0].convert("L")
     for given in (grey, np.asarray(grey), np.asarray(grey)[..., None]):
@@ -136,7 +140,7 @@ def test_one_picture_in_any_form_is_one_picture(folder, tmp_path):
 
 def test_what_is_no_picture_is_refused_by_name(folder):
     classifier = SageClassifier.from_texts(folder, NAMES)
-    for given in (None, 3, torch.zeros(3, 8, 8), {"a", "b"}):
+    for given in (None, 3, torch.zeros(3, 8, 8), {"a", "b"}, {0: "a.png"}):
         with pytest.raises(TypeError, match="`images`"):
             classifier.predict(given)
     for given in ("", np.zeros((2, 3, 8, 8, 3)), np.zeros((5, 8, 7)), "*.nothing"):
