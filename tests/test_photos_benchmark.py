@@ -173,6 +173,7 @@ def test_settings_are_chosen_on_the_validation_split():
             "group": "g",
             "arm": arm,
             "seed": seed,
+            "settings": {},
             "validation": {"macro": v},
             "test": {"macro": 100 - v},
         }

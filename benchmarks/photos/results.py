@@ -12,6 +12,7 @@ import numpy as np
 
 
 HERE = Path(__file__).parent
+CLASSES = {"A": 100, "B": 100, "tiny": 200}
 
 Line = dict[str, Any]
 
@@ -28,11 +29,23 @@ def read_results(file: Path) -> list[Line]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+def read_score(line: Line, split: str, score: str) -> float:
+    """A score of a run, NaN where it has none; "seen" is the mean over the classes with training images."""
+    scores, absent = line[split], line["settings"].get("without_images", 0)
+    if score != "seen":
+        return scores.get(score, np.nan)
+    if not absent:
+        return np.nan
+    classes = CLASSES[line["task"]]
+    missing = scores["none"] * absent
+    return (scores["macro"] * classes - missing) / (classes - absent)
+
+
 def mean_score(
     lines: Sequence[Line], split: str = "validation", score: str = "macro"
 ) -> float:
     """A score's mean over runs; NaN where a run lacks it."""
-    return float(np.mean([line[split].get(score, np.nan) for line in lines]))
+    return float(np.mean([read_score(line, split, score) for line in lines]))
 
 
 def of_arm(lines: Sequence[Line], arm: str) -> list[Line]:

@@ -17,10 +17,19 @@ import numpy as np
 from scipy import stats
 
 from ..markdown import markdown_table
-from .results import Line, best_arm, by_factor, find, mean_score, of_arm, read_results
+from .results import (
+    Line,
+    best_arm,
+    by_factor,
+    find,
+    mean_score,
+    of_arm,
+    read_results,
+    read_score,
+)
 
 
-COLUMNS = ("macro", "many", "medium", "few", "none")
+COLUMNS = ("macro", "many", "medium", "few", "seen", "none")
 
 
 def difference(
@@ -28,7 +37,7 @@ def difference(
 ) -> str:
     """The paired difference to a baseline over the seeds that both have."""
     ours, theirs = (
-        {line["seed"]: line[split][score] for line in part}
+        {line["seed"]: read_score(line, split, score) for line in part}
         for part in (lines, baseline)
     )
     shared = sorted(ours.keys() & theirs.keys())
@@ -57,7 +66,8 @@ def table(lines: Sequence[Line], baseline: str, split: str, every: bool) -> str:
         if baseline in (line["group"], line["arm"]) and line["arm"] in arms
     ]
     columns = [c for c in COLUMNS if not math.isnan(mean_score(lines, split, c))]
-    differences = [c for c in ("macro", "few", "none") if c in columns]
+    group = ["seen", "none"] if "seen" in columns else ["few"]
+    differences = ["macro", *(score for score in group if score in columns)]
     heads = [f"{split} accuracy, %", "seeds", *columns]
     heads += [f"{score} against {baseline}" for score in differences]
     rows = []
