@@ -58,18 +58,6 @@ def round_trip(facts: dict) -> None:
     facts["class_names"] = PeftConfig.from_pretrained("user/adapter").class_names
 
 
-def several_adapters(facts: dict) -> None:
-    model = get_peft_model(
-        base(), SageConfig(guidance=torch.randn(3, 4)), adapter_name="one"
-    )
-    model.add_adapter("two", SageConfig(guidance=torch.randn(5, 6)))
-    randomise(model)
-    model.set_adapter("two")
-    model.push_to_hub("user/several")
-    again = PeftModel.from_pretrained(base(), "user/several", subfolder="two")
-    facts["subfolder"] = torch.allclose(features(again), features(model), atol=1e-6)
-
-
 def refusals(facts: dict) -> None:
     shutil.rmtree(huggingface_hub.constants.HF_HUB_CACHE)
     model = base()
@@ -124,6 +112,6 @@ def classifier(facts: dict) -> None:
 
 if __name__ == "__main__":
     facts: dict = {}
-    for job in (round_trip, several_adapters, trainer, classifier, refusals):
+    for job in (round_trip, trainer, classifier, refusals):
         job(facts)
     print("FACTS" + json.dumps(facts))

@@ -195,13 +195,6 @@ class Handler(BaseHTTPRequestHandler):
         files = self.commit(repo, revision)["files"]
         self.reply([self.entry(path, file) for path, file in files.items()])
 
-    def paths_info(self, body, repo, revision):
-        files = self.commit(repo, revision)["files"]
-        wanted = json.loads(body)["paths"]
-        self.reply(
-            [self.entry(path, file) for path, file in files.items() if path in wanted]
-        )
-
     def entry(self, path, file):
         size = len(self.hub.content(file))
         entry = {"type": "file", "path": path, "size": size, "oid": file["etag"]}
@@ -301,7 +294,6 @@ ROUTES = [
     ("GET", rf"/api/models/{REPO}", Handler.info),
     ("GET", rf"/api/models/{REPO}/revision/{REVISION}", Handler.info),
     ("GET", rf"/api/models/{REPO}/tree/{REVISION}", Handler.tree),
-    ("POST", rf"/api/models/{REPO}/paths-info/{REVISION}", Handler.paths_info),
     ("POST", rf"/api/models/{REPO}/preupload/{REVISION}", Handler.preupload),
     ("POST", rf"/api/models/{REPO}/commit/{REVISION}", Handler.push),
     ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", Handler.lfs_batch),

@@ -46,6 +46,7 @@ def run(folder, processes, *jobs):
     assert result.returncode == 0, result.stderr[-4000:]
 
 
+@pytest.mark.slow
 def test_one_and_two_processes_give_the_same_weights(tmp_path):
     run(tmp_path / "one", 1, "train")
     run(tmp_path / "two", 2, "train")
@@ -72,7 +73,11 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("processes", "resumed"),
-    [(2, False), (2, True), pytest.param(4, False, marks=pytest.mark.slow)],
+    [
+        (2, True),
+        pytest.param(2, False, marks=pytest.mark.slow),
+        pytest.param(4, False, marks=pytest.mark.slow),
+    ],
 )
 def test_trainer_gives_the_weights_and_losses_of_one_process(
     alone, processes, resumed, tmp_path

@@ -172,8 +172,9 @@ def test_absent_classes_are_classes(tmp_path):
 
 
 def test_guidance_gets_the_embeddings_of_its_own_images(tmp_path):
-    trainer = SageTrainer(sage(), arguments(tmp_path, text_guidance=1.0), TRAIN)
-    trainer._choose_text_terms(None)
+    args = arguments(tmp_path, text_guidance=1.0, num_train_epochs=1)
+    trainer = SageTrainer(sage(), args, TRAIN)
+    trainer.train()
     embeds, seen = trainer.base_image_embeds, []
     plain = trainer.classifier.embed(list(TRAIN["image"]))
     for batch in trainer.get_train_dataloader():
@@ -433,9 +434,9 @@ class DropsLabels:
     ("change", "error", "message"),
     [
         (
-            {"train_dataset": TRAIN.remove_columns("label")},
+            {"eval_dataset": VALIDATION.remove_columns("label")},
             ValueError,
-            "must have a column 'label'",
+            "`eval_dataset` must have a column 'label'",
         ),
         (
             {"train_dataset": [{"pixel_values": 0, "labels": 3}]},
@@ -443,24 +444,9 @@ class DropsLabels:
             "class indices below 3 in 'labels', got 3 in row 0",
         ),
         (
-            {"train_dataset": [{"pixel_values": 0, "label": 0.5}]},
-            ValueError,
-            "class indices below 3 in 'label', got 0.5",
-        ),
-        (
             {"train_dataset": TRAIN.select([])},
             ValueError,
             "`train_dataset` must have images",
-        ),
-        (
-            {"train_dataset": [(0, 1)]},
-            ValueError,
-            "must have items that are dictionaries",
-        ),
-        (
-            {"eval_dataset": VALIDATION.remove_columns("label")},
-            ValueError,
-            "`eval_dataset` must have a column",
         ),
         (
             {"data_collator": DropsLabels()},
@@ -482,7 +468,6 @@ class DropsLabels:
             ValueError,
             "`text_prior` needs a SageClassifier",
         ),
-        ({"model": "clip"}, TypeError, "`model` must be a module, got str"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_computed(
@@ -513,16 +498,12 @@ def test_classes_in_another_order_are_refused():
     ("name", "value", "message"),
     [
         ("text_prior", "much", "auto or a number"),
-        ("text_guidance", -1, "at least 0"),
         ("absent", 0, "greater than 0"),
-        ("tau", float("nan"), "finite"),
         ("learning_rate", 0, "greater than 0"),
-        ("num_train_epochs", -1, "at least 0"),
         ("min_steps", 0.5, "an integer"),
         ("per_device_train_batch_size", 0, "at least 1"),
         ("crop_scale", 1.5, r"lie in \(0, 1\]"),
         ("augment", "blur", "one of"),
-        ("test_crops", 3, "one of"),
         ("label_smoothing_factor", 0.1, "compute_loss_func"),
     ],
 )
