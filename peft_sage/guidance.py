@@ -42,10 +42,6 @@ class SharedGuidance:
     def rows(self, rows: Tensor) -> None:
         self.owner[self.adapter_name] = rows.to(self.rows)
 
-    def like(self, x: Tensor) -> Tensor:
-        """Return the rows with the device and the precision of `x`: blocks may be on several devices."""
-        return self.rows.to(x)
-
 
 def find_guidance(model: nn.Module, adapter_name: str) -> SharedGuidance | None:
     """Return the guidance of an adapter in a model, None if it has none."""
@@ -109,8 +105,7 @@ def set_guidance(model: nn.Module, source: Any, adapter_name: str) -> None:
         raise ValueError(
             f"The adapter {adapter_name!r} was made without guidance, so it cannot be given any."
         )
-    names: list[str] | None = None
-    texts: Any = None
+    names, texts = None, None
     if source is None:
         names = getattr(model, "class_names", None)
     elif isinstance(source, (Mapping, list, tuple)):

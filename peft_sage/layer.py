@@ -131,7 +131,12 @@ class SageLayer(nn.Module, BaseTunerLayer):
         result = self.base_layer(*args, **kwargs)
         if self.disable_adapters:
             return result
-        x = self.tokens(args, kwargs)
+        # The tokens (..., d) among the arguments of the MLP.
+        x = (
+            args[self.input_index]
+            if self.input_index < len(args)
+            else kwargs[self.input_name]
+        )
         if adapter_names is not None:
             return self._mixed_batch_forward(x, result, adapter_names)
         for name in self.active_adapters:
@@ -139,15 +144,15 @@ class SageLayer(nn.Module, BaseTunerLayer):
                 result = result + self.update(x, name).to(result.dtype)
         return result
 
-    def tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Return the tokens (..., d) among the arguments of the MLP."""
-        if len(args) > self.input_index:
-            return args[self.input_index]
-        return kwargs[self.input_name]
-
     def update(self, x: Tensor, adapter_name: str) -> Tensor:
         """Return what an adapter adds to the output of the MLP for its input (..., d), in the adapter's precision."""
-        z = self.queries(x, adapter_name)
+        norm = self.peft_sage_norm[adapter_name]
+        down = self.peft_sage_down[adapter_name]
+        if down.weight.is_meta and not x.is_meta:
+            raise RuntimeError(
+                f"The weights of the adapter {adapter_name!r} were not loaded."
+            )
+        z = down(norm(self._cast_input_dtype(x, down.weight.dtype)))
         if adapter_name in self.shared_guidance:
             z = z + self.attend(z, adapter_name)
         z = self.peft_sage_dropout[adapter_name](F.gelu(z))
@@ -158,26 +163,17 @@ class SageLayer(nn.Module, BaseTunerLayer):
 
     def attend(self, z: Tensor, adapter_name: str) -> Tensor:
         """Return the attention (..., r) of queries (..., r) to the guidance; the weights are never kept."""
-        guidance = self.shared_guidance[adapter_name].like(z)
+        # Blocks may be on several devices, and in other precisions than the rows.
+        guidance = self.shared_guidance[adapter_name].rows.to(z)
         keys = self.peft_sage_key[adapter_name](guidance)
         values = self.peft_sage_value[adapter_name](guidance)
-        q, k, v = (self.split_heads(t, adapter_name) for t in (z, keys, values))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(z.shape)
-
-    def queries(self, x: Tensor, adapter_name: str) -> Tensor:
-        """Return the bottleneck (..., r) of tokens (..., d)."""
-        down = self.peft_sage_down[adapter_name]
-        norm = self.peft_sage_norm[adapter_name]
-        if down.weight.is_meta and not x.is_meta:
-            raise RuntimeError(
-                f"The weights of the adapter {adapter_name!r} were not loaded."
-            )
-        return down(norm(self._cast_input_dtype(x, down.weight.dtype)))
-
-    def split_heads(self, t: Tensor, adapter_name: str) -> Tensor:
-        """Bring (..., r) into (1, h, n, r / h): the tokens of all images share their keys and values."""
         heads = self.num_heads[adapter_name]
-        return t.reshape(1, -1, heads, t.shape[-1] // heads).transpose(1, 2)
+        # (1, h, n, r / h): the tokens of all images share their keys and values.
+        q, k, v = (
+            t.reshape(1, -1, heads, t.shape[-1] // heads).transpose(1, 2)
+            for t in (z, keys, values)
+        )
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(z.shape)
 
     def _mixed_batch_forward(
         self, x: Tensor, result: Tensor, adapter_names: list[str]
@@ -201,11 +197,10 @@ class SageLayer(nn.Module, BaseTunerLayer):
     ) -> tuple[Any, Any]:
         # An MLP has no `weight` of its own; quantised ones hold integers next to the floats that tell the precision.
         tensors = [*base_layer.parameters(), *base_layer.buffers()]
+        dtypes = (tensor.dtype for tensor in tensors if tensor.is_floating_point())
         # Weights that were loaded must not follow a base that is still to be loaded.
         device = tensors[0].device if tensors and not tensors[0].is_meta else None
-        return device, next(
-            (tensor.dtype for tensor in tensors if tensor.is_floating_point()), None
-        )
+        return device, next(dtypes, None)
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None

@@ -205,9 +205,9 @@ class SageModel(BaseTuner):
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         layers = {
-            name: layer
-            for name, layer in _layers(model)
-            if adapter_name in layer.peft_sage_down
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, SageLayer) and adapter_name in module.peft_sage_down
         }
         try:
             state_dict = weights.align_names(state_dict, layers)
@@ -272,14 +272,6 @@ def default_r(num_classes: int, num_mlps: int) -> int:
     least 8, as attention needs some width.
     """
     return max(8, 2 ** math.floor(math.log2(max(1, num_classes / (2 * num_mlps)))))
-
-
-def _layers(model: nn.Module) -> Iterator[tuple[str, SageLayer]]:
-    return (
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, SageLayer)
-    )
 
 
 def _check_names(model: nn.Module, adapter_name: str, config: SageConfig) -> None:
