@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from transformers import AutoTokenizer
 from .descriptions import Descriptions, expand, normalise_descriptions
 from .towers import embeddings as towers
 from .validation import check_integer
+
+
+Ids = tuple[int, ...]
 
 
 @torch.no_grad()
@@ -58,35 +61,28 @@ def encode_class_descriptions(
         raise ValueError(
             f"{type(model).__name__} has no text tower: wrap the full model, or pass embeddings."
         )
-    tokens = _Tokens(model, tokenizer, [t for texts in texts_of_class for t in texts])
-    parts = iter(tokens.ids)
+    texts = list(itertools.chain(*texts_of_class))
+    ids, padding = _tokenize(model, tokenizer, texts)
+    parts = iter(ids)
     ids_of_class = [list(itertools.islice(parts, len(t))) for t in texts_of_class]
     _warn_of_equal(descriptions, ids_of_class)
-    kept: Path | None = None
-    if cache_dir is not None:
-        pad = getattr(tokenizer, "pad_token_id", None)
-        key = _fingerprint(model, ids_of_class, tokens.padding, pad)
-        kept = Path(cache_dir, f"{key}.safetensors")
-        if kept.is_file():
-            device = next(model.parameters()).device
-            return load_file(kept)["text_embeds"].to(device)
-    embeddings = F.normalize(_encode(model, tokens, batch_size), dim=-1)
-    place = {ids: index for index, ids in enumerate(tokens.unique)}
-    means = [
-        embeddings[[place[ids] for ids in own]].mean(dim=0) for own in ids_of_class
-    ]
-    rows = F.normalize(torch.stack(means), dim=-1)
-    differ = len(set(map(tuple, ids_of_class))) > 1
-    if differ and torch.allclose(rows, rows[:1].expand_as(rows), atol=1e-6):
-        raise ValueError(
-            "All class descriptions have the same embedding: does the tokenizer fit (`eos_token_id`)?"
-        )
-    if kept is not None:
-        # Written to another file and renamed, so that an interrupted run leaves no half of it.
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        part = kept.with_suffix(f".{os.getpid()}")
-        save_file({"text_embeds": rows.cpu()}, part)
-        part.replace(kept)
+
+    def encode(texts: list[Ids]) -> Tensor:
+        return _encode(model, tokenizer, texts, padding, batch_size)
+
+    if cache_dir is None:
+        return _class_means(encode, ids_of_class)
+    pad = getattr(tokenizer, "pad_token_id", None)
+    key = _fingerprint(model, ids_of_class, padding, pad)
+    kept = Path(cache_dir, f"{key}.safetensors")
+    if kept.is_file():
+        return load_file(kept)["text_embeds"].to(next(model.parameters()).device)
+    rows = _class_means(encode, ids_of_class)
+    # Written to another file and renamed, so that an interrupted run leaves no half of it.
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    part = kept.with_suffix(f".{os.getpid()}")
+    save_file({"text_embeds": rows.cpu()}, part)
+    part.replace(kept)
     return rows
 
 
@@ -104,9 +100,7 @@ def load_tokenizer(model: Any, name: str | None = None, **hub: Any) -> Any:
         ) from error
 
 
-def _warn_of_equal(
-    descriptions: Descriptions, ids_of_class: list[list[tuple[int, ...]]]
-) -> None:
+def _warn_of_equal(descriptions: Descriptions, ids_of_class: list[list[Ids]]) -> None:
     """Warn of classes whose texts are the same to the tokenizer, by name."""
     names = normalise_descriptions(descriptions)[0] or range(len(ids_of_class))
     groups: dict[Any, list[Any]] = {}
@@ -117,7 +111,7 @@ def _warn_of_equal(
         pairs = "; ".join(" and ".join(map(repr, group)) for group in equal[:10])
         warnings.warn(
             f"Classes with equal texts get the same embedding, so that they cannot be told apart: {pairs}.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -139,72 +133,79 @@ def _sum_of_bits(tensor: Tensor) -> int:
     return int(bits.sum(dtype=torch.int64))
 
 
-def _encode(model: nn.Module, tokens: "_Tokens", batch_size: int) -> Tensor:
-    """Return raw float32 text embeddings (n, e), in the order of `tokens.unique`."""
-    # Texts of similar length together, so that little is padded; the longest first, as they need the most memory.
-    order = sorted(range(len(tokens.unique)), key=lambda i: len(tokens.unique[i]))
-    starts = range(0, len(order), batch_size)
-    batches = [order[start : start + batch_size] for start in starts][::-1]
-    device, encoded = next(model.parameters()).device, []
-    is_other = dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
-    hidden = len(batches) <= 20 or is_other
-    with towers.eval_mode(model):
-        for batch in tqdm(batches, desc="Encoding class descriptions", disable=hidden):
-            inputs = tokens.inputs([tokens.unique[i] for i in batch])
-            inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-            encoded.append(towers.encode_text(model, inputs).float())
-    rows = torch.cat(encoded)
-    places = torch.tensor(list(itertools.chain(*batches)), device=rows.device)
-    return rows[places.argsort()]
-
-
-class _Tokens:
-    """Texts as token ids.
-
-    Attributes:
-        ids: Of each text.
-        unique: The different ones of them.
-        padding: How the tokenizer makes batches of them.
-    """
-
-    def __init__(self, model: nn.Module, tokenizer: Any, texts: list[str]) -> None:
-        self.tokenizer = tokenizer
-        self.padding: dict[str, Any] = {}
-        is_function = not hasattr(tokenizer, "pad")
-        ids = tokenizer(texts) if is_function else self._of_transformers(model, texts)
-        self.ids = [tuple(map(int, row)) for row in ids]
-        self.unique = list(dict.fromkeys(self.ids))
-
-    def inputs(self, ids: list[tuple[int, ...]]) -> dict[str, Tensor]:
-        """A batch for the text tower."""
-        if not self.padding:
-            return {"input_ids": torch.tensor(ids)}
-        rows = {"input_ids": [list(row) for row in ids]}
-        padded = self.tokenizer.pad(rows, return_tensors="pt", **self.padding)
-        return dict(padded)
-
-    def _of_transformers(self, model: nn.Module, texts: list[str]) -> list[list[int]]:
-        tokenizer, config = self.tokenizer, towers.text_config(model)
-        config = getattr(config, "text_config", config)
-        longest = tokenizer.model_max_length
-        limit = min(
-            getattr(config, "max_position_embeddings", None) or longest, longest
+def _class_means(
+    encode: Callable[[list[Ids]], Tensor], ids_of_class: list[list[Ids]]
+) -> Tensor:
+    """Unit rows (M, e): the means of the unit embeddings of the texts of each class."""
+    # Similar lengths together, so that little is padded; the longest first, as they need the most memory.
+    different = dict.fromkeys(itertools.chain(*ids_of_class))
+    texts = sorted(different, key=len, reverse=True)
+    place = {ids: index for index, ids in enumerate(texts)}
+    embeddings = F.normalize(encode(texts), dim=-1)
+    means = [
+        embeddings[[place[ids] for ids in own]].mean(dim=0) for own in ids_of_class
+    ]
+    rows = F.normalize(torch.stack(means), dim=-1)
+    differ = len(set(map(tuple, ids_of_class))) > 1
+    if differ and torch.allclose(rows, rows[:1].expand_as(rows), atol=1e-6):
+        raise ValueError(
+            "All class descriptions have the same embedding: does the tokenizer fit (`eos_token_id`)?"
         )
-        ids = tokenizer(texts, padding=False, truncation=False, verbose=False)
-        cut = sum(len(text) > limit for text in ids["input_ids"])
-        if cut:
-            warnings.warn(
-                f"{cut} of {len(texts)} class descriptions were cut to {limit} tokens.",
-                stacklevel=4,
-            )
-            ids = tokenizer(texts, padding=False, truncation=True, max_length=limit)
-        self.padding = {"padding": "longest"}
-        model_type = getattr(towers.text_config(model), "model_type", "")
-        if str(model_type).startswith("siglip"):
-            # It was trained on texts padded to the full length, without a mask, and reads the last position.
-            self.padding = {
-                "padding": "max_length",
-                "max_length": limit,
-                "return_attention_mask": False,
+    return rows
+
+
+def _encode(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: list[Ids],
+    padding: dict[str, Any],
+    batch_size: int,
+) -> Tensor:
+    """Raw float32 embeddings (n, e) of tokenised texts."""
+    device = next(model.parameters()).device
+    starts = range(0, len(texts), batch_size)
+    is_other = dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
+    hidden = is_other or len(starts) <= 20
+    encoded = []
+    with towers.eval_mode(model):
+        for start in tqdm(starts, desc="Encoding class descriptions", disable=hidden):
+            batch = [list(ids) for ids in texts[start : start + batch_size]]
+            inputs: Any = {"input_ids": batch}
+            if padding:
+                inputs = tokenizer.pad(inputs, return_tensors="pt", **padding)
+            inputs = {
+                name: torch.as_tensor(value).to(device)
+                for name, value in inputs.items()
             }
-        return ids["input_ids"]
+            encoded.append(towers.encode_text(model, inputs).float())
+    return torch.cat(encoded)
+
+
+def _tokenize(
+    model: nn.Module, tokenizer: Any, texts: list[str]
+) -> tuple[list[Ids], dict[str, Any]]:
+    """The token ids of texts, and how the tokenizer pads them, if they are not padded yet."""
+    if not hasattr(tokenizer, "pad"):
+        return [tuple(map(int, row)) for row in tokenizer(texts)], {}
+    config = towers.text_config(model)
+    model_type = str(getattr(config, "model_type", ""))
+    config = getattr(config, "text_config", config)
+    limit = tokenizer.model_max_length
+    limit = min(limit, getattr(config, "max_position_embeddings", None) or limit)
+    ids = tokenizer(texts, padding=False, truncation=False, verbose=False)
+    cut = sum(len(text) > limit for text in ids["input_ids"])
+    if cut:
+        warnings.warn(
+            f"{cut} of {len(texts)} class descriptions were cut to {limit} tokens.",
+            stacklevel=4,
+        )
+        ids = tokenizer(texts, padding=False, truncation=True, max_length=limit)
+    padding: dict[str, Any] = {"padding": "longest"}
+    if model_type.startswith("siglip"):
+        # It was trained on texts padded to the full length, without a mask, and reads the last position.
+        padding = {
+            "padding": "max_length",
+            "max_length": limit,
+            "return_attention_mask": False,
+        }
+    return [tuple(row) for row in ids["input_ids"]], padding
