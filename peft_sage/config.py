@@ -204,46 +204,27 @@ class SageConfig(PeftConfig):
             setattr(self, name, bool(value))
 
     def _check_targets(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_pattern"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                names = _strings(name, value)
-                setattr(self, name, names if name == "layers_pattern" else set(names))
+        self.target_modules = _patterns("target_modules", self.target_modules, set)
+        self.exclude_modules = _patterns("exclude_modules", self.exclude_modules, set)
+        self.layers_pattern = _patterns("layers_pattern", self.layers_pattern)
         if self.modules_to_save is not None:
-            self.modules_to_save = _strings("modules_to_save", self.modules_to_save)
-        for name in (
-            "target_modules",
-            "exclude_modules",
-            "layers_pattern",
-            "modules_to_save",
-        ):
-            value = getattr(self, name)
-            for pattern in [value] if isinstance(value, str) else value or ():
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise ValueError(
-                        f"`{name}` must hold names or regular expressions, got {pattern!r}."
-                    ) from error
+            names = _strings("modules_to_save", self.modules_to_save)
+            self.modules_to_save = _patterns("modules_to_save", names)
         if self.layers_to_transform is not None:
-            self._check_layers(
-                _integers("layers_to_transform", self.layers_to_transform)
-            )
+            layers = _integers("layers_to_transform", self.layers_to_transform)
+            self.layers_to_transform = layers
+            if isinstance(self.target_modules, str):
+                raise ValueError(
+                    "`layers_to_transform` cannot be used when `target_modules` is a str."
+                )
+            if self.target_modules is not None and min(layers) < 0:
+                raise ValueError(
+                    f"`layers_to_transform` must not be negative with `target_modules`, got {layers!r}."
+                )
         if self.layers_pattern is not None and not isinstance(self.target_modules, set):
             raise ValueError(
                 "`layers_pattern` can only be used when `target_modules` is a list of names."
             )
-
-    def _check_layers(self, layers: list[int]) -> None:
-        if isinstance(self.target_modules, str):
-            raise ValueError(
-                "`layers_to_transform` cannot be used when `target_modules` is a str."
-            )
-        if self.target_modules is not None and min(layers) < 0:
-            raise ValueError(
-                f"`layers_to_transform` must not be negative with `target_modules`, got {layers!r}."
-            )
-        self.layers_to_transform = layers
 
 
 def _strings(name: str, value: Any) -> list[str]:
@@ -254,6 +235,21 @@ def _strings(name: str, value: Any) -> list[str]:
     if not all(isinstance(entry, str) for entry in entries):
         raise TypeError(f"`{name}` must be a list of str, got {value!r}.")
     return [str(entry) for entry in entries]
+
+
+def _patterns(name: str, value: Any, collection: type = list) -> Any:
+    """Read names or regular expressions, one as a str or more as a collection; None stays."""
+    if value is None:
+        return None
+    patterns = [value] if isinstance(value, str) else _strings(name, value)
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"`{name}` must hold names or regular expressions, got {pattern!r}."
+            ) from error
+    return value if isinstance(value, str) else collection(patterns)
 
 
 def _integers(name: str, value: Any) -> list[int]:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How features vary within classes, and what that adds to the logits of the wrong ones."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,18 +47,14 @@ class WithinClassCovariance(nn.Module):
         residuals, degrees = within_class_residuals(*_gather(features, labels))
         scatter = residuals.T @ residuals
         if self.scatter.shape != scatter.shape:
+            self.reset()
             self.scatter = torch.zeros_like(scatter)
-            self.degrees_of_freedom = torch.zeros_like(self.degrees_of_freedom)
         # A batch that overflowed in half precision, of which the gradient scaler skips the step, leaves no trace.
         finite = scatter.isfinite().all()
-        self.scatter = torch.where(
-            finite, EMA_DECAY * self.scatter + scatter, self.scatter
-        )
-        self.degrees_of_freedom = torch.where(
-            finite,
-            EMA_DECAY * self.degrees_of_freedom + degrees.float(),
-            self.degrees_of_freedom,
-        )
+        scatter = EMA_DECAY * self.scatter + scatter
+        degrees = EMA_DECAY * self.degrees_of_freedom + degrees.float()
+        self.scatter = scatter.where(finite, self.scatter)
+        self.degrees_of_freedom = degrees.where(finite, self.degrees_of_freedom)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any
@@ -70,20 +65,17 @@ class WithinClassCovariance(nn.Module):
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _apply(
-        self, fn: Callable[[Tensor], Tensor], recurse: bool = True
-    ) -> "WithinClassCovariance":
-        # Follow `.to(device)`, but keep the precision.
-        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
-
 
 def within_class_residuals(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Values (B, d) less the mean of their class in the batch, and their degrees of freedom: images less classes."""
     # (B, B) and not (K, d): the classes of a batch are few, and their number must not be looked at.
     same = ((labels[:, None] == labels) & (labels >= 0)).to(values.dtype)
     images = same.sum(dim=1, keepdim=True)
-    residuals = torch.where(images > 0, values - same @ values / images.clamp(min=1), 0)
-    return residuals, torch.where(images > 0, 1 - 1 / images.clamp(min=1), 0).sum()
+    counted = images > 0
+    images = images.clamp(min=1)
+    residuals = (values - same @ values / images).where(counted, 0)
+    # Of a class with n images, each stands for 1 - 1 / n.
+    return residuals, (1 - 1 / images).where(counted, 0).sum()
 
 
 def compensation(
@@ -134,16 +126,18 @@ class _Compensation(torch.autograd.Function):
             shifted = shifted + features
         ctx.save_for_backward(projected, shifted, gamma, labels)
         variance = (rows * projected).sum(dim=-1)[..., None, :]
-        return (shifted @ rows.mT).addcmul_(gamma[:, None], variance, value=0.5)
+        logits = shifted @ rows.mT
+        return logits.addcmul_(gamma[:, None], variance, value=0.5)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         projected, shifted, gamma, labels = ctx.saved_tensors
-        rows = (grad.mT @ shifted).addcmul_((gamma @ grad)[..., None], projected)
+        of_rows = grad.mT @ shifted
+        of_rows.addcmul_((gamma @ grad)[..., None], projected)
         of_labels = gamma[:, None] * (grad @ projected)
-        rows.index_add_(-2, labels, of_labels, alpha=-1)
-        return rows, None, None, None, None
+        of_rows.index_add_(-2, labels, of_labels, alpha=-1)
+        return of_rows, None, None, None, None
 
 
 def _gather(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,4 +151,5 @@ def _gather(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     batch = F.pad(batch, (0, 0, 0, int(size) - len(features)), value=-1)
     parts = [torch.empty_like(batch) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, batch)
-    return torch.cat(parts)[:, :-1], torch.cat(parts)[:, -1]
+    batch = torch.cat(parts)
+    return batch[:, :-1], batch[:, -1]

@@ -211,13 +211,11 @@ def _read_file(path: Path, where: str) -> Any:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if repeated := _repeated(_composed(name) for name, _ in pairs):
+    counts = Counter(_composed(name) for name, _ in pairs)
+    repeated = [name for name, count in counts.items() if count > 1]
+    if repeated:
         raise ValueError(f"it has more than one entry for {repeated[:10]}.")
     return dict(pairs)
-
-
-def _repeated(names: Iterable[str]) -> list[str]:
-    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def _in_order(
