@@ -189,3 +189,10 @@ def test_bad_input_is_named(arguments, error, message):
     given = {"features": FEATURES, "labels": LABELS, "text_embeds": TEXTS}
     with pytest.raises(error, match=message):
         choose_text_prior(**given | arguments)
+
+
+def test_a_fitted_head_refuses_smoothed_labels():
+    """It would ignore them."""
+    loss = SageLoss.from_labels(LABELS, 2, label_smoothing=0.1)
+    with pytest.raises(ValueError, match="`label_smoothing=0` here, got 0.1"):
+        fit_head(FEATURES, LABELS, TEXTS, loss)
