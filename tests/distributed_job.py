@@ -70,6 +70,11 @@ def make_vision_model() -> PeftModel:
     return get_peft_model(SageClassifier(vision, torch.randn(3, 16)), config)
 
 
+def make_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    loader = DataLoader(make_data(32), batch_size=GLOBAL_BATCH)
+    return [(batch["pixel_values"], batch["labels"]) for batch in loader]
+
+
 class LossOfOneProcess(SageLoss):
     """The reference, which each process computes for itself."""
 
@@ -221,18 +226,12 @@ def fsdp2(folder: Path) -> None:
         mesh=mesh,
         ignored_params={p for p in sharded.parameters() if p.ndim == 0},
     )
-    loss, alone, data = SageLoss(COUNTS), LossOfOneProcess(COUNTS), make_data(32)
+    loss, alone, batches = SageLoss(COUNTS), LossOfOneProcess(COUNTS), make_batches()
     optimizers = [
         torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2)
         for m in (sharded, whole)
     ]
-    for start in range(0, len(data), GLOBAL_BATCH):
-        images = torch.stack(
-            [item["pixel_values"] for item in data[start : start + GLOBAL_BATCH]]
-        )
-        labels = torch.tensor(
-            [item["labels"] for item in data[start : start + GLOBAL_BATCH]]
-        )
+    for images, labels in batches:
         loss(
             sharded(pixel_values=images[rank::processes]), labels[rank::processes]
         ).backward()
@@ -267,14 +266,8 @@ def deepspeed(folder: Path) -> None:
         "gradient_clipping": 0.0,
     }
     engine, *_ = initialize(model=spread, optimizer=optimizers[0], config=settings)
-    loss, alone, data = SageLoss(COUNTS), LossOfOneProcess(COUNTS), make_data(32)
-    for start in range(0, len(data), GLOBAL_BATCH):
-        images = torch.stack(
-            [item["pixel_values"] for item in data[start : start + GLOBAL_BATCH]]
-        )
-        labels = torch.tensor(
-            [item["labels"] for item in data[start : start + GLOBAL_BATCH]]
-        )
+    loss, alone, batches = SageLoss(COUNTS), LossOfOneProcess(COUNTS), make_batches()
+    for images, labels in batches:
         engine.backward(
             loss(engine(pixel_values=images[rank::processes]), labels[rank::processes])
         )

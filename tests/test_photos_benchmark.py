@@ -8,13 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import yaml
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from benchmarks.photos import bed as photos
 from benchmarks.photos import blocks, data, methods, results, rivals, run, tables
-from peft_sage import SageClassifier
 
 
 FOLDER = Path(photos.__file__).parent
@@ -139,21 +137,6 @@ def test_the_faster_blocks_compute_the_same(bed, upper):
             tower = blocks.load_fast_tower(bed, "A", SHAPE, upper, remembering)
             fast = tower(pixel_values=inputs.float()).image_embeds
             torch.testing.assert_close(fast, expected, atol=2e-2, rtol=2e-2)
-
-
-@pytest.mark.parametrize(
-    ("rows", "attends"), [("none", False), ("random", True), ("texts", True)]
-)
-def test_without_rows_the_adapter_does_not_attend(bed, rows, attends):
-    texts = F.normalize(torch.randn(CLASSES, WIDTH), dim=1)
-    tower = blocks.load_fast_tower(bed, "A", SHAPE, 2, remembering=True)
-    classifier = SageClassifier(tower, texts)
-    model = methods.adapt(methods.Settings(rows=rows), classifier, texts, seed=0)
-    trained = [
-        name for name, parameter in model.named_parameters() if parameter.requires_grad
-    ]
-    assert any("peft_sage_key" in name for name in trained) == attends
-    assert any("class_head" in name for name in trained)
 
 
 def test_batches_are_paired():

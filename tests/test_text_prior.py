@@ -151,7 +151,7 @@ def test_a_sample_stands_for_the_training_set_by_its_counts():
 
 def test_extreme_data_gives_an_answer():
     features, labels, texts = make_bed(COUNTS, "true")
-    for given in (torch.ones_like(features), features.half(), 1e4 * features):
+    for given in (torch.ones_like(features), 1e4 * features.half()):
         assert choose_text_prior(given, labels, texts, strengths=(0, 1)).strength in (
             0,
             1,

@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """SageTrainer in one process, on a tiny CLIP and generated pictures. `test_finetune` runs it in two processes."""
 
-import json
 import shutil
-from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -510,42 +507,3 @@ def test_classes_in_another_order_are_refused():
 def test_bad_arguments_name_their_field(name, value, message):
     with pytest.raises(ValueError, match=f"`{name}` .*{message}"):
         SageTrainingArguments("out", **{name: value})
-
-
-FIFTEEN_LINES = """
-from peft import get_peft_model
-from peft_sage import SageClassifier, SageConfig, SageTrainer
-from peft_sage.data import load_images
-
-photos = load_images("photos")
-classifier = SageClassifier.from_texts("MODEL", photos.texts)
-model = get_peft_model(classifier, SageConfig())
-trainer = SageTrainer(model, train_dataset=photos.train, eval_dataset=photos.validation)
-trainer.train()
-print(trainer.evaluate(photos.test))
-trainer.save_model("birds")
-
-answers = SageClassifier.from_pretrained("birds").predict("new_photos")
-"""
-
-
-@pytest.mark.slow
-def test_the_snippet_on_the_drawings_of_the_demo(tmp_path, monkeypatch, capsys):
-    demo = Path(__file__).parents[1] / "examples" / "emoji_lt"
-    table = pq.read_table(demo / "test.parquet").to_pandas()
-    names = sorted(json.loads((demo / "descriptions.json").read_text()))
-    chosen = [names[k] for k in table.label.value_counts().index[:3]]
-    for k, rows in table.groupby("label"):
-        for number, picture in enumerate(rows.image[:10] if names[k] in chosen else ()):
-            folder = tmp_path / "photos" / names[k]
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{names[k]}{'x' * number}.png").write_bytes(picture["bytes"])
-    shutil.copytree(tmp_path / "photos" / chosen[0], tmp_path / "new_photos")
-    monkeypatch.chdir(tmp_path)
-    found = {}
-    exec(FIFTEEN_LINES.replace("MODEL", str(demo / "tiny-clip")), found)
-    assert "eval_macro" in capsys.readouterr().out
-    assert found["trainer"].state.global_step >= 300
-    new = [*(tmp_path / "new_photos").iterdir()]
-    assert len(found["answers"]) == len(new)
-    assert {answer[0]["label"] for answer in found["answers"]} <= {*chosen}
