@@ -460,7 +460,7 @@ def test_damaged_images_are_found_before_training(tmp_path):
     (tmp_path / bad[2]).write_bytes(b"")
     (tmp_path / bad[3]).symlink_to("nowhere")
     (tmp_path / bad[4]).write_bytes(b"ftypheic")
-    message = "5 images of `source` .* cannot be read; `on_bad_image='skip'`"
+    message = "Images of `source` .* cannot be read, 5 in all; `on_bad_image='skip'`"
     with pytest.raises(ValueError, match=message) as caught:
         load_images(tmp_path)
     data = load_images(tmp_path, on_bad_image="skip")

@@ -11,11 +11,9 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from ..pictures import is_image_name, is_shown
 from .hub import SAVED, read_saved
-from .labels import Classes, tidy
+from .labels import NAMES, tidy
 from .parquet import is_parquet
 from .splits import match_splits
 from .table import Request, Table, preview
@@ -55,7 +53,7 @@ def read_folder(request: Request, root: Path) -> dict[str, Table]:
         unread = [name for name in folders if name not in matched.values()]
         unread += [file for file in files if is_table(file) or is_image_name(file)]
         request.note_unread(unread)
-        return {k: _class_folders(request, root / v) for k, v in matched.items()}
+        return {k: _class_folders(request, root / v, k) for k, v in matched.items()}
     return _without_splits(request, root, [*matched.values()])
 
 
@@ -82,7 +80,7 @@ def _without_splits(
         raise ValueError(
             f"Folder {str(root)!r} has no class folders in {folders}, nor a table with {columns}."
         )
-    table = _class_folders(request, root)
+    table = _class_folders(request, root, "")
     if not len(table.labels):
         raise ValueError(
             f"Folder {str(root)!r} contains neither train/CLASS/*.jpg nor CLASS/*.jpg nor a table with {columns}, "
@@ -91,7 +89,7 @@ def _without_splits(
     return {"": table}
 
 
-def _class_folders(request: Request, folder: Path) -> Table:
+def _class_folders(request: Request, folder: Path, key: str) -> Table:
     """Read a folder per class; an empty one is a class, too, but not one with other files only."""
     folders, files = _entries(folder)
     for path in [folder / name for name in METADATA if name in files]:
@@ -99,7 +97,7 @@ def _class_folders(request: Request, folder: Path) -> Table:
             table = read_list(request, path)
             unlisted = sorted(set(_below(folder)) - set(table.paths or ()))
             names = [request.relative(file) for file in unlisted]
-            table.skipped = {f"not listed in {path.name}": names}
+            request.skip(key, f"not listed in {path.name}", names)
             return table
     where = f"Folder {str(folder)!r}, with a folder per class,"
     request.choose_columns(["image", "label"], where)
@@ -109,7 +107,10 @@ def _class_folders(request: Request, folder: Path) -> Table:
             f"Image {loose[0]!r} is outside the class folders, like {len(loose) - 1} others; `on_bad_image='skip'` "
             "leaves such images out."
         )
-    names, labels, paths, others, unread = [], [], [], [], []
+    classes: list[str] = []
+    labels: list[str] = []
+    paths: list[str] = []
+    others, unread = [], []
     for name in folders:
         inner, files = _entries(folder / name)
         deep = [path for one in inner for path in _below(folder / name / one)]
@@ -117,26 +118,28 @@ def _class_folders(request: Request, folder: Path) -> Table:
             raise ValueError(
                 f"Image {request.relative(deep[0])!r} lies deeper than {name}/*: its class may be {name!r} or another."
             )
-        images = [file for file in files if is_image_name(file)]
+        images = [folder / name / file for file in files if is_image_name(file)]
         rest = [folder / name / file for file in files if not is_image_name(file)]
         others += [request.relative(x) for x in rest if x.name.lower() not in LEFTOVERS]
         if rest and not images:
             unread.append(name)
             continue
-        labels += [len(names)] * len(images)
-        names.append(tidy(name))
-        paths += [str(folder / name / file) for file in images]
+        classes.append(tidy(name))
+        labels += [tidy(name)] * len(images)
+        paths += map(str, images)
     if unread:
         request.notes.append(
             f"No classes, as they contain no images: {preview(unread)}."
         )
-    skipped = {
-        "outside the class folders": loose,
-        "without an image's file extension": others,
-    }
-    files = [request.relative(path) for path in paths]
-    codes = np.array(labels, np.int64)
-    return Table(codes, Classes(names), files, paths=paths, skipped=skipped)
+    request.skip(key, "outside the class folders", loose)
+    request.skip(key, "without an image's file extension", others)
+    return Table(
+        labels,
+        files=[request.relative(path) for path in paths],
+        kinds={NAMES: request.relative(folder)},
+        classes=classes,
+        paths=paths,
+    )
 
 
 def _tables_of_splits(request: Request, paths: list[Path]) -> dict[str, list[Path]]:

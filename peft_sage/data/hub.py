@@ -60,5 +60,5 @@ def _read(request: Request, data: Dataset, name: str) -> Table:
             f"Column {image!r}, {data.features[image]}, cannot be read as images: {error}"
         ) from error
     files = [f"row {row} of {name}" for row in range(len(data))]
-    stated = feature.names if isinstance(feature, ClassLabel) else None
-    return request.table(columns, files, files.__getitem__, stated, images=images)
+    names = feature.names if isinstance(feature, ClassLabel) else None
+    return request.table(columns, files, files.__getitem__, names, images=images)

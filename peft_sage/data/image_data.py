@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset
 
 from .splits import long_tailed_subset
-from .table import preview
+from .table import labels_of, preview
 
 
 @dataclass
@@ -58,7 +58,7 @@ class ImageData:
         Raises:
             ValueError: `imbalance_ratio` is below 1, or above the images of the largest class.
         """
-        labels, classes = _labels(self.train), len(self.class_names)
+        labels, classes = labels_of(self.train), len(self.class_names)
         kept = long_tailed_subset(labels, classes, imbalance_ratio, seed)
         return replace(self, train=self.train.select(kept))
 
@@ -91,8 +91,4 @@ class ImageData:
         return "\n".join(lines + self.notes)
 
     def _counts(self, split: Dataset) -> np.ndarray:
-        return np.bincount(_labels(split), minlength=len(self.class_names))
-
-
-def _labels(split: Dataset) -> np.ndarray:
-    return np.asarray(split.select_columns(["label"]).with_format("numpy")[:]["label"])
+        return np.bincount(labels_of(split), minlength=len(self.class_names))

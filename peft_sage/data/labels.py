@@ -3,8 +3,7 @@
 
 import json
 import unicodedata
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from math import isfinite
 from typing import Any
 
@@ -13,19 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 
-@dataclass
-class Classes:
-    """Classes as one table has them.
-
-    Attributes:
-        names: Their names, in the order of the table's class indices; a name may occur twice.
-        kind: What stands in the column: "class names" or "integers".
-        stated: Whether the data say which classes there are and in which order.
-    """
-
-    names: list[str]
-    kind: str = "class names"
-    stated: bool = False
+#: What a column of labels may hold.
+NAMES, INTEGERS = "class names", "integers"
 
 
 def tidy(name: str) -> str:
@@ -35,58 +23,50 @@ def tidy(name: str) -> str:
 
 def read_labels(
     column: pa.ChunkedArray,
-    stated: list[str] | None,
+    class_names: list[str] | None,
     name: str,
     locate: Callable[[int], str],
-) -> tuple[np.ndarray, Classes]:
+) -> tuple[list[str], str]:
     """Read a column of labels.
 
     Args:
         column: Class names, truth values or integers.
-        stated: The names of a `ClassLabel`, whose indices the column holds.
+        class_names: The names of a `ClassLabel`, whose indices the column holds.
         name: Name of the column, for errors.
         locate: Says where a row is, for errors.
 
     Returns:
-        (N,) class indices and their meaning.
+        (N,) class names, and whether these are "class names" or "integers".
 
     Raises:
         ValueError: If a label is missing or has no meaning. Row and column are named.
     """
-
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    has_names = is_text(column.type) or pa.types.is_boolean(column.type)
-    if is_text(column.type):
+    kind = column.type
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    if is_text(kind):
         column = column.cast(pa.large_string())
-    elif not (
-        has_names
-        or pa.types.is_integer(column.type)
-        or pa.types.is_floating(column.type)
-    ):
+    elif not is_number and not pa.types.is_boolean(kind):
         raise ValueError(
-            f"Column {name!r} must hold class names or integers, got {column.type}."
+            f"Column {name!r} must hold class names or integers, got {kind}."
         )
     distinct = pc.unique(column)
-    codes = pc.index_in(column, value_set=distinct).to_numpy().astype(np.int64)
-    values = distinct.to_pylist()
-    for index, value in enumerate(values):
-        if fault := _fault(value, stated):
-            rows = np.flatnonzero(codes == index).tolist()
+    codes = pc.index_in(column, value_set=distinct).to_numpy()
+    names = []
+    for code, value in enumerate(distinct.to_pylist()):
+        if fault := _fault(value, class_names):
+            rows = np.flatnonzero(codes == code).tolist()
             raise ValueError(
                 f"Column {name!r} has {fault} in {locate(rows[0])} ({len(rows)} in all)."
             )
-    if has_names:
-        return codes, Classes([tidy(str(value)) for value in values])
-    indices = [int(value) for value in values]
-    if stated is None:
-        return codes, Classes([str(index) for index in indices], "integers")
-    return np.array(indices, np.int64)[codes], Classes(
-        [*map(tidy, stated)], stated=True
-    )
+        value = int(value) if is_number else value
+        names.append(tidy(class_names[value] if class_names else str(value)))
+    labels = [names[code] for code in codes.tolist()]
+    return labels, INTEGERS if is_number and not class_names else NAMES
 
 
-def _fault(value: Any, stated: list[str] | None) -> str | None:
+def _fault(value: Any, class_names: list[str] | None) -> str | None:
     """Say what is wrong with a label, if something is."""
     if value is None or isinstance(value, str):
         return None if value and value.strip() else "no label"
@@ -94,8 +74,8 @@ def _fault(value: Any, stated: list[str] | None) -> str | None:
         return f"a label that is not an integer ({value})"
     if value < 0:
         return f"a negative label ({value}), which stands for an image without label,"
-    if stated is not None and value >= len(stated):
-        return f"a label ({value}) beyond its {len(stated)} classes"
+    if class_names and value >= len(class_names):
+        return f"a label ({value}) beyond its {len(class_names)} classes"
     return None
 
 
@@ -104,7 +84,7 @@ def is_text(kind: pa.DataType) -> bool:
     return kind in (pa.string(), pa.large_string(), pa.string_view())
 
 
-def stated_names(schema: pa.Schema, column: str) -> list[str] | None:
+def class_label_names(schema: pa.Schema, column: str) -> list[str] | None:
     """Return the names that `datasets` left in a parquet file's schema for a `ClassLabel`."""
     try:
         info = json.loads((schema.metadata or {})[b"huggingface"])["info"]
@@ -114,34 +94,7 @@ def stated_names(schema: pa.Schema, column: str) -> list[str] | None:
         return None
 
 
-def unite(parts: dict[str, Classes], name: str, more: Iterable[str] = ()) -> Classes:
-    """Return the classes of several parts of the data, each once: stated ones in their order, then others, sorted.
-
-    Args:
-        parts: The classes of each part, by its name.
-        name: Name of the column, for errors.
-        more: Further names.
-
-    Raises:
-        ValueError: If one part has names and another has numbers.
-    """
-    kinds = {classes.kind: part for part, classes in parts.items()}
-    if len(kinds) > 1:
-        found = " and ".join(f"{kind} in {part!r}" for kind, part in kinds.items())
-        raise ValueError(f"Column {name!r} has {found}, which cannot be matched.")
-    stated = [n for part in parts.values() if part.stated for n in part.names]
-    others = {n for part in parts.values() for n in part.names}.union(more)
-    names = dict.fromkeys([*stated, *sorted(others, key=_natural_key)])
-    return Classes([*names], next(iter(kinds)), bool(stated))
-
-
-def renumber(labels: np.ndarray, classes: Classes, united: Classes) -> np.ndarray:
-    """Return (N,) indices of the same classes among the united ones."""
-    index = {name: number for number, name in enumerate(united.names)}
-    return np.array([index[name] for name in classes.names], np.int64)[labels]
-
-
-def _natural_key(name: str) -> tuple[bool, int, str]:
-    # Numbers by their value: "10" comes after "9".
+def natural_key(name: str) -> tuple[bool, int, str]:
+    """Sort key by which "10" comes after "9"."""
     is_number = name.isdecimal()
     return not is_number, int(name) if is_number else 0, name

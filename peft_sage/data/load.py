@@ -2,29 +2,23 @@
 """From what a user has to `ImageData`: read, check, draw missing splits, number the classes."""
 
 import os
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import (
-    ClassLabel,
-    Dataset,
-    DatasetDict,
-    Features,
-    Image,
-    Value,
-    concatenate_datasets,
-)
+from datasets import Dataset, DatasetDict, Image
 
 from ..descriptions import read_class_descriptions, warn_of_alike
 from .checks import find_unreadable, refuse_shared_files
 from .folders import find_descriptions, read_folder
+from .groups import number_groups
 from .hub import read_datasets, read_hub
 from .image_data import ImageData
-from .labels import renumber, tidy, unite
-from .splits import draw_splits, object_names
-from .table import Request, Table, preview
+from .labels import natural_key, tidy
+from .splits import draw_splits
+from .table import Request, Table, labels_of, preview
 from .tables import read_table_of_all
 
 
@@ -92,27 +86,22 @@ def _request(
 
 def _load(request: Request, descriptions: Any, seed: int) -> ImageData:
     tables = _read(request)
-    if "" not in tables and "test" not in tables:
-        found = [request.splits[key] for key in tables]
-        raise ValueError(
-            f"`source` {request.source!r} has no split {request.splits['test']!r}, only {found}; `test_split` names "
-            "another. A folder of class folders without splits is split for you."
-        )
-    names, texts = _number_classes(request, tables, descriptions)
-    skipped = _drop_unreadable(request, tables)
-    grouped_by = _group(request, tables)
-    if "" in tables:
-        tables = _draw(request, tables[""], seed)
-    refuse_shared_files(tables, request.splits)
-    _check_splits(request, tables, names)
-    parts = {key: _assemble(table, names) for key, table in tables.items()}
+    names, texts = _choose_classes(request, tables, descriptions)
+    grouped_by = number_groups(request, tables, len(names))
+    parts = _split(request, tables, names)
+    _drop_unreadable(request, parts)
+    if "" in parts:
+        parts = _draw(request, parts[""], seed)
+    refuse_shared_files(parts, request.splits)
+    _check_splits(request, parts, names)
+    data = {key: _finished(part) for key, part in parts.items()}
     return ImageData(
-        parts["train"],
-        parts.get("validation"),
-        parts["test"],
+        data["train"],
+        data.get("validation"),
+        data["test"],
         names,
         texts,
-        skipped,
+        request.skipped,
         request.notes,
         grouped_by,
     )
@@ -139,43 +128,37 @@ def _read(request: Request) -> dict[str, Table]:
     return read_hub(request)
 
 
-def _drop_unreadable(
-    request: Request, tables: dict[str, Table]
-) -> dict[str, dict[str, list[str]]]:
-    """Leave out the images that cannot be read, or refuse them; return all that was left out so far."""
-    found = find_unreadable(tables, request.splits)
-    problems = [text for part in found.values() for text in part.values()]
-    if problems and request.strict:
-        lines = "\n".join(problems[:5])
-        raise ValueError(
-            f"{len(problems)} images of `source` {request.source!r} cannot be read; `on_bad_image='skip'` leaves them "
-            f"out.\n{lines}"
-        )
-    skipped = {}
-    for key, table in tables.items():
-        reasons = dict(table.skipped)
-        if found[key]:
-            reasons["that cannot be read"] = [*found[key].values()]
-            tables[key] = table.select(np.setdiff1d(table.rows, [*found[key]]))
-        reasons = {reason: files for reason, files in reasons.items() if files}
-        if reasons:
-            skipped[key or "data"] = reasons
-    return skipped
-
-
-def _number_classes(
+def _choose_classes(
     request: Request, tables: dict[str, Table], descriptions: Any
 ) -> tuple[list[str], list[str] | dict[str, list[str]]]:
-    """Give the same class the same index in all tables; return the names and the texts."""
+    """Return the names and the texts of the classes: ordered ones in their order, then others, sorted."""
     if descriptions is None and request.root:
         descriptions = find_descriptions(request.root)
-    described = [] if descriptions is None else read_class_descriptions(descriptions)
-    parts = {key: table.classes for key, table in tables.items()}
-    united = unite(parts, request.label_column, map(tidy, described))
-    for table in tables.values():
-        table.labels = renumber(table.labels, table.classes, united)
-        table.classes = united
-    names = united.names
+    described: Any = []
+    if descriptions is not None:
+        with warnings.catch_warnings():
+            # Of names that are alike one is told below, once.
+            warnings.filterwarnings("ignore", "Classes whose names are alike")
+            described = read_class_descriptions(descriptions)
+    kinds: dict[str, str] = {}
+    ordered: list[str] = []
+    others = {tidy(name) for name in described}
+    for key, table in tables.items():
+        kinds |= {
+            kind: repr(key) if key else file for kind, file in table.kinds.items()
+        }
+        others.update(table.labels)
+        if table.ordered:
+            ordered += table.classes
+        else:
+            others.update(table.classes)
+    if len(kinds) > 1:
+        found = " and ".join(f"{kind} in {place}" for kind, place in kinds.items())
+        raise ValueError(
+            f"Column {request.label_column!r} has {found}, which cannot be matched."
+        )
+    ordered = [tidy(name) for name in ordered]
+    names = [*dict.fromkeys([*ordered, *sorted(others, key=natural_key)])]
     warn_of_alike(names)
     if not isinstance(described, dict):
         return names, names
@@ -187,66 +170,68 @@ def _number_classes(
     return names, {name: texts[name] for name in names}
 
 
-def _group(request: Request, tables: dict[str, Table]) -> str | None:
-    """Number the groups, by the column that tells them or else by names of files; return where they come from."""
-    classes = len(next(iter(tables.values())).classes.names)
-    values = {key: table.groups for key, table in tables.items()}
-    # A column that nobody named may hold something coarser than objects.
-    more_than = 0 if request.group_column else classes
-    if request.grouped_by and _number_groups(tables, values, more_than):
-        return f"column {request.grouped_by!r}"
-    request.grouped_by = None
-    objects = {key: _objects(table) for key, table in tables.items()}
-    return "file names" if _number_groups(tables, objects, 0) else None
-
-
-def _number_groups(
-    tables: dict[str, Table], values: dict[str, list[Any] | None], more_than: int
-) -> bool:
-    """Number the values, if any occurs twice and there are more than so many; what has none is on its own."""
-    index: dict[Any, int] = {}
-    groups, repeated = {}, False
+def _split(
+    request: Request, tables: dict[str, Table], names: list[str]
+) -> dict[str, Dataset]:
+    """Return each split that there is, or all images under ""; ValueError if there is nothing to test on."""
+    parts = {}
     for key, table in tables.items():
-        part = values[key] or [None] * len(table.labels)
-        part = [(key, n) if v in (None, "") else str(v) for n, v in enumerate(part)]
-        groups[key] = [index.setdefault(value, len(index)) for value in part]
-        repeated = repeated or len(set(part)) < len(part)
-    known = repeated and len(index) > more_than
-    for key, table in tables.items():
-        table.groups = groups[key] if known else None
-    return known
+        if not table.labels and key == "validation":
+            continue
+        if not table.labels:
+            split = request.splits.get(key, request.source)
+            raise ValueError(f"Split {split!r} has no images.")
+        rows = table.to_dataset(names)
+        if table.splits is None:
+            parts[key] = rows
+            continue
+        splits = np.array(table.splits, dtype=object)
+        for name in request.splits:
+            if name in table.splits:
+                parts[name] = rows.select(np.flatnonzero(splits == name))
+    if "" not in parts and "test" not in parts:
+        found = [request.splits[key] for key in parts]
+        raise ValueError(
+            f"`source` {request.source!r} has no split {request.splits['test']!r}, only {found}; `test_split` names "
+            "another. A folder of class folders without splits is split for you."
+        )
+    return parts
 
 
-def _objects(table: Table) -> list[Any] | None:
-    if table.paths is None:
-        return None
-    stems = np.array([Path(path).stem for path in table.paths], dtype=object)
-    objects = np.empty(len(stems), dtype=object)
-    for label in np.unique(table.labels):
-        rows = table.labels == label
-        objects[rows] = [
-            f"{label} {name}" for name in object_names(stems[rows].tolist())
-        ]
-    return objects.tolist()
+def _drop_unreadable(request: Request, parts: dict[str, Dataset]) -> None:
+    """Leave out the images that cannot be read, or refuse them."""
+    found = find_unreadable(parts, request.splits)
+    problems = [text for part in found.values() for text in part.values()]
+    if problems and request.strict:
+        lines = "\n".join(problems[:5])
+        raise ValueError(
+            f"Images of `source` {request.source!r} cannot be read, {len(problems)} in all; `on_bad_image='skip'` "
+            f"leaves them out.\n{lines}"
+        )
+    for key, unreadable in found.items():
+        rows = np.arange(len(parts[key]))
+        parts[key] = parts[key].select(np.setdiff1d(rows, [*unreadable]))
+        request.skip(key, "that cannot be read", [*unreadable.values()])
 
 
-def _draw(request: Request, table: Table, seed: int) -> dict[str, Table]:
-    groups = np.arange(len(table.labels)) if table.groups is None else table.groups
-    groups = np.asarray(groups)[table.rows]
-    parts = draw_splits(table.labels[table.rows], groups, seed)
-    sizes = ", ".join(f"{len(rows)} for {part}" for part, rows in parts.items())
+def _draw(request: Request, data: Dataset, seed: int) -> dict[str, Dataset]:
+    groups = np.array(data["group"] if "group" in data.features else range(len(data)))
+    drawn = draw_splits(labels_of(data), groups, seed)
+    sizes = ", ".join(f"{len(rows)} for {part}" for part, rows in drawn.items())
     note = f"The data have no splits: about 70, 10 and 20% of each class were drawn with seed {seed} ({sizes})"
     if together := sum(n for n in Counter(groups.tolist()).values() if n > 1):
         note += f"; {together} images that share an object stayed together"
     request.notes.append(f"{note}.")
-    return {part: table.select(table.rows[rows]) for part, rows in parts.items()}
+    return {part: data.select(rows) for part, rows in drawn.items()}
 
 
-def _check_splits(request: Request, tables: dict[str, Table], names: list[str]) -> None:
+def _check_splits(
+    request: Request, parts: dict[str, Dataset], names: list[str]
+) -> None:
     """Refuse splits that have nothing in common; note which classes and groups are where."""
     found = {
-        key: [names[label] for label in np.unique(table.labels[table.rows])]
-        for key, table in tables.items()
+        key: [names[label] for label in np.unique(labels_of(part))]
+        for key, part in parts.items()
     }
     if len(found["train"]) < 2:
         raise ValueError(
@@ -255,35 +240,26 @@ def _check_splits(request: Request, tables: dict[str, Table], names: list[str]) 
     if not found["test"]:
         raise ValueError(f"Split {request.splits['test']!r} has no images.")
     if not found.get("validation", True):
-        del tables["validation"], found["validation"]
+        del parts["validation"], found["validation"]
     for key, classes in found.items():
         if not set(classes) & set(found["train"]):
             raise ValueError(
                 f"Split {request.splits[key]!r} has no image of a class of the training split, but of {classes[:10]}."
             )
     for key, what in (("train", "training"), ("test", "test")):
-        present = set(found[key])
-        lacking = [name for name in names if name not in present]
+        lacking = sorted(set(names) - set(found[key]), key=names.index)
         have = "1 class has" if len(lacking) == 1 else f"{len(lacking)} classes have"
         if lacking:
             request.notes.append(f"{have} no {what} images: {preview(lacking)}.")
     if request.grouped_by:
-        train, test = (
-            set(np.array(tables[key].groups)[tables[key].rows].tolist())
-            for key in ("train", "test")
-        )
-        if shared := train & test:
+        shared = set(parts["train"]["group"]) & set(parts["test"]["group"])
+        if shared:
             request.notes.append(
                 f"{len(shared)} values of {request.grouped_by!r} are in the training and in the test split."
             )
 
 
-def _assemble(table: Table, names: list[str]) -> Dataset:
-    features = {"label": ClassLabel(names=names), "file": Value("string")}
-    columns: dict[str, Any] = {"label": table.labels, "file": table.files}
-    if table.groups is not None:
-        features["group"], columns["group"] = Value("int64"), table.groups
-    more = Dataset.from_dict(columns, Features(features))
-    images = table.images.cast_column("image", Image())
-    rows = concatenate_datasets([images, more], axis=1)
-    return rows if len(table.rows) == len(rows) else rows.select(table.rows)
+def _finished(part: Dataset) -> Dataset:
+    if "path" in part.features:
+        part = part.remove_columns("path")
+    return part.cast_column("image", Image())

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Image, load_dataset
 
-from .labels import is_text, stated_names
+from .labels import class_label_names, is_text
 from .table import Request, Table, encoded, merge
 
 
@@ -21,13 +21,13 @@ def read_parquet(request: Request, paths: dict[str, list[Path]]) -> dict[str, Ta
     """Read the labels of each file, whose `ClassLabel`s may differ, and by `datasets` the images of all."""
     tables, with_images = {}, {}
     for key, files in paths.items():
-        parts = [_read_columns(request, path) for path in files]
-        filled = [number for number, part in enumerate(parts) if part.files]
+        parts = {path: _read_columns(request, path) for path in files}
+        filled = [path for path, part in parts.items() if part.files]
         if not filled:
             raise ValueError(f"{request.relative(files[0])!r} has no rows.")
-        tables[key] = merge([parts[number] for number in filled], request.label_column)
+        tables[key] = merge([parts[path] for path in filled])
         if tables[key].paths is None:
-            with_images[key] = [files[number] for number in filled]
+            with_images[key] = filled
     for key, images in _read_images(request, with_images).items():
         tables[key].images = images
     return tables
@@ -46,8 +46,8 @@ def _read_columns(request: Request, path: Path) -> Table:
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{name!r} cannot be read: {error}") from error
     rows = [f"row {row} of {name}" for row in range(len(columns))]
-    stated = stated_names(schema, request.label_column)
-    table = request.table(columns, rows, rows.__getitem__, stated)
+    classes = class_label_names(schema, request.label_column)
+    table = request.table(columns, rows, rows.__getitem__, classes)
     if names is not None:
         table.paths = [os.path.normpath(path.parent / (file or ".")) for file in names]
         table.files = [request.relative(file) for file in table.paths]
@@ -58,8 +58,10 @@ def _read_images(request: Request, paths: dict[str, list[Path]]) -> dict[str, Da
     if not paths:
         return {}
     image = request.image_column
-    # Names are patterns to `datasets`.
-    files = {k or "train": [glob.escape(str(x)) for x in v] for k, v in paths.items()}
+    files = {}
+    for key, several in paths.items():
+        # Names are patterns to `datasets`.
+        files[key or "train"] = [glob.escape(str(path)) for path in several]
     features = Features({image: Image(decode=False)})
     try:
         loaded = load_dataset(

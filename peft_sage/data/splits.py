@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which split a name means, which images show one object, and splits for data that have none."""
+"""Which split a name means, splits for data that have none, and thinner ones."""
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 
@@ -14,15 +13,6 @@ OTHER_NAMES = {
     "validation": ["valid", "val", "dev"],
     "test": ["testing"],
 }
-#: What programs and people add to the name of a file when they copy or change it.
-COPY = re.compile(
-    r"([ ._-]*(\(\d+\)|copy|edited|aug|crop(ped)?|flip(ped)?|rot(ated)?)[ ._-]*\d*)+$",
-    re.IGNORECASE,
-)
-#: The number of a view, of one object that has several.
-VIEW = re.compile(r"[ ._-]+(\d{1,2}|[a-z])$", re.IGNORECASE)
-#: More views of one object are taken for a plain numbering.
-MOST_VIEWS = 12
 
 
 def match_splits(found: Iterable[str], wanted: dict[str, str]) -> dict[str, str]:
@@ -36,23 +26,6 @@ def match_splits(found: Iterable[str], wanted: dict[str, str]) -> dict[str, str]
                 matched[key] = hits[0]
                 left.remove(hits[0])
     return matched
-
-
-def object_names(stems: list[str]) -> list[str]:
-    """Return what the file names of a class, without their endings, call the objects: `rex_1` and `rex_2 (1)` are rex.
-
-    `owl_1`, `owl_2`, ... number the whole class and name no objects, nor does `IMG_2023_1` to `IMG_2023_99`.
-    """
-    plain = [COPY.sub("", stem) or stem for stem in stems]
-    objects = [VIEW.sub("", stem) or stem for stem in plain]
-    numbered = {
-        name
-        for name, views in Counter(objects).items()
-        if views > MOST_VIEWS
-        or (views > len(stems) / 2 and not any(map(str.isdigit, name)))
-    }
-    pairs = zip(plain, objects, strict=True)
-    return [whole if name in numbered else name for whole, name in pairs]
 
 
 def draw_splits(

@@ -5,15 +5,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Features, Image, Value
+from datasets import (
+    ClassLabel,
+    Dataset,
+    Features,
+    Image,
+    Value,
+    concatenate_datasets,
+)
 
-from .labels import Classes, read_labels, renumber, unite
+from .labels import read_labels
 from .splits import match_splits
 
 
@@ -24,39 +32,45 @@ GROUP_COLUMNS += ["individual_id", "patient_id", "sequence_id"]
 
 @dataclass
 class Table:
-    """Images of one split, or of all, with class indices of their own.
+    """Images of one split, or of all.
 
     Attributes:
-        labels: (N,) class indices.
-        classes: What they mean.
+        labels: (N,) class names.
         files: (N,) what an image is called.
+        kinds: From what the labels are, "class names" or "integers", to where.
+        classes: Classes that there are, whether or not they have images.
+        ordered: Whether these are in the order of their indices.
         groups: (N,) values of the column that tells which images belong together, if there is one.
-        splits: (N,) values of the column `split`, if there is one.
+        splits: (N,) the key of the split that each image is in, if the table has several.
         paths: (N,) the images' files, where they have files of their own.
         images: (N,) data set with the images, not decoded, in its column `image`.
-        skipped: What was left out: from the reason to the files.
-        rows: Those of the N that count.
     """
 
-    labels: np.ndarray
-    classes: Classes
+    labels: list[str]
     files: list[str]
+    kinds: dict[str, str]
+    classes: list[str] = field(default_factory=list)
+    ordered: bool = False
     groups: list[Any] | None = None
     splits: list[Any] | None = None
     paths: list[str] | None = None
     images: Dataset = None
-    skipped: dict[str, list[str]] = field(default_factory=dict)
-    rows: np.ndarray = None  # type: ignore[assignment]
 
-    def __post_init__(self) -> None:
-        if self.rows is None:
-            self.rows = np.arange(len(self.labels))
-        if self.images is None and self.paths is not None:
+    def to_dataset(self, class_names: list[str]) -> Dataset:
+        """Return the images, not decoded, with the columns `label`, `file` and, where known, `group` and `path`."""
+        label = ClassLabel(names=class_names)
+        columns: dict[str, Any] = {"label": label.str2int(self.labels)}
+        columns["file"] = self.files
+        features = {"label": label, "file": Value("string")}
+        if self.groups is not None:
+            columns["group"], features["group"] = self.groups, Value("int64")
+        images = self.images
+        if self.paths is not None:
+            columns["path"], features["path"] = self.paths, Value("string")
             text = Features({"image": Value("string")})
-            self.images = encoded(Dataset.from_dict({"image": self.paths}, text))
-
-    def select(self, rows: np.ndarray) -> Table:
-        return replace(self, rows=rows)
+            images = encoded(Dataset.from_dict({"image": self.paths}, text))
+        more = Dataset.from_dict(columns, Features(features))
+        return concatenate_datasets([images, more], axis=1)
 
 
 @dataclass
@@ -72,6 +86,7 @@ class Request:
         strict: Whether an image outside the class folders is an error.
         root: Folder that file names are relative to.
         notes: What is to be said about what was not read.
+        skipped: What was left out, as in [`ImageData`].
         grouped_by: The column of the groups, once one was found.
     """
 
@@ -83,6 +98,7 @@ class Request:
     strict: bool
     root: Path | None = None
     notes: list[str] = field(default_factory=list)
+    skipped: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     grouped_by: str | None = None
 
     def match(self, found: Iterable[str]) -> dict[str, str]:
@@ -107,10 +123,13 @@ class Request:
                 )
             if columns.count(column) > 1:
                 raise ValueError(f"{where} has more than one column {column!r}.")
-        groups = [self.group_column] if self.group_column else GROUP_COLUMNS
-        groups = [name for name in groups if name in columns]
-        self.grouped_by = next(iter(groups), self.grouped_by)
-        chosen = [self.label_column, *groups[:1]] + ["split"] * ("split" in columns)
+        wanted = [self.group_column] if self.group_column else GROUP_COLUMNS
+        groups = [name for name in wanted if name in columns][:1]
+        if groups:
+            self.grouped_by = groups[0]
+        chosen = [self.label_column, *groups]
+        if "split" in columns:
+            chosen.append("split")
         return [*dict.fromkeys(chosen)]
 
     def table(
@@ -118,20 +137,32 @@ class Request:
         columns: pa.Table,
         files: list[str],
         locate: Callable[[int], str],
-        stated: list[str] | None = None,
+        class_names: list[str] | None = None,
         **images: Any,
     ) -> Table:
         """Make a table of the columns that `choose_columns` chose, and the images or their paths."""
-        name = self.label_column
-        labels, classes = read_labels(columns[name], stated, name, locate)
-        groups, splits = (
-            columns[column].to_pylist() if column in columns.column_names else None
-            for column in (self.grouped_by, "split")
+        column = self.label_column
+        labels, kind = read_labels(columns[column], class_names, column, locate)
+        optional = {"groups": self.grouped_by, "splits": "split"}
+        for key, name in optional.items():
+            if name in columns.column_names:
+                images[key] = columns[name].to_pylist()
+        return Table(
+            labels,
+            files,
+            kinds={kind: files[0]} if files else {},
+            classes=class_names or [],
+            ordered=True,
+            **images,
         )
-        return Table(labels, classes, files, groups, splits, **images)
 
     def relative(self, path: str | os.PathLike[str]) -> str:
         return os.path.relpath(path, self.root)
+
+    def skip(self, key: str, reason: str, files: list[str]) -> None:
+        """Note files of a split that are left out."""
+        if files:
+            self.skipped.setdefault(key or "data", {})[reason] = files
 
     def note_unread(self, names: list[str]) -> None:
         if names:
@@ -140,19 +171,15 @@ class Request:
             )
 
 
-def merge(tables: list[Table], name: str) -> Table:
-    """Return the rows of several tables, without images, as one; `name` is that of their column of labels."""
-    parts = {table.files[0]: table.classes for table in tables if table.files}
-    united = unite(parts, name)
-    numbers = [renumber(table.labels, table.classes, united) for table in tables]
-    columns: dict[str, Any] = {
-        key: [value for table in tables for value in getattr(table, key) or ()]
-        for key in ("files", "groups", "splits", "paths")
-    }
-    columns = {
-        k: v if len(v) == len(columns["files"]) else None for k, v in columns.items()
-    }
-    return Table(np.concatenate(numbers), united, **columns)
+def merge(tables: list[Table]) -> Table:
+    """Return the rows of several tables, without images, as one."""
+    columns: dict[str, Any] = {}
+    for key in ("labels", "files", "groups", "splits", "paths"):
+        parts = [getattr(table, key) for table in tables]
+        columns[key] = None if None in parts else [*chain.from_iterable(parts)]
+    kinds = {kind: file for table in tables for kind, file in table.kinds.items()}
+    classes = [*chain.from_iterable(table.classes for table in tables)]
+    return Table(**columns, kinds=kinds, classes=classes, ordered=True)
 
 
 def encoded(images: Dataset, column: str = "image") -> Dataset:
@@ -160,6 +187,11 @@ def encoded(images: Dataset, column: str = "image") -> Dataset:
     if column != "image":
         images = images.rename_column(column, "image")
     return images.cast_column("image", Image(decode=False))
+
+
+def labels_of(data: Dataset) -> np.ndarray:
+    """Return the labels (N,) without a look at the images."""
+    return np.asarray(data.with_format("numpy", columns=["label"])[:]["label"])
 
 
 def preview(names: Iterable[str], most: int = 10) -> str:

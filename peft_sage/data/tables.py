@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -26,27 +25,30 @@ FILE_COLUMNS = ["file_name", "filename", "file", "path", "image_path"]
 
 def read_tables(request: Request, paths: dict[str, list[Path]]) -> dict[str, Table]:
     """Read the tables of each split: parquet files, of which it may have several, or one list of files."""
-    parquet = {key: files for key, files in paths.items() if is_parquet(files[0])}
-    tables = {k: read_list(request, v[0]) for k, v in paths.items() if k not in parquet}
+    parquet, tables = {}, {}
+    for key, files in paths.items():
+        if is_parquet(files[0]):
+            parquet[key] = files
+        else:
+            tables[key] = read_list(request, files[0])
     return tables | read_parquet(request, parquet)
 
 
 def read_table_of_all(request: Request, path: Path) -> dict[str, Table]:
     """Read one table of all splits, which its column `split` or, else, the first folder of each file tells."""
     table = read_tables(request, {"": [path]})[""]
-    splits = [str(split) for split in table.splits or ()]
-    if not splits and table.paths:
+    found = [str(split) for split in table.splits or ()]
+    if not found and table.paths:
         relative = [os.path.relpath(file, path.parent) for file in table.paths]
-        splits = [Path(file).parts[0] for file in relative]
-    if not table.splits and "train" not in match_splits(splits, request.splits):
-        return {"": table}
-    matched = request.match(sorted(set(splits)))
-    tables = {}
-    for key, name in matched.items():
-        tables[key] = table.select(np.flatnonzero(np.array(splits) == name))
-        if key != "train":  # what the table leaves out is said once
-            tables[key].skipped = {}
-    return tables
+        found = [Path(file).parts[0] for file in relative]
+        if "train" not in match_splits(found, request.splits):
+            found = []
+    table.splits = None
+    if found:
+        matched = request.match(sorted(set(found)))
+        keys = {name: key for key, name in matched.items()}
+        table.splits = [keys.get(name) for name in found]
+    return {"": table}
 
 
 def read_list(request: Request, path: Path) -> Table:

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which images show one object: a column says so, or file names such as `rex_1` and `rex_2`."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from .table import Request, Table
+
+
+#: What programs and people add to the name of a file when they copy or change it.
+COPY = re.compile(
+    r"([ ._-]*(\(\d+\)|copy|edited|aug|crop(ped)?|flip(ped)?|rot(ated)?)[ ._-]*\d*)+$",
+    re.IGNORECASE,
+)
+#: The number of a view, of one object that has several.
+VIEW = re.compile(r"[ ._-]+(\d{1,2}|[a-z])$", re.IGNORECASE)
+#: More views of one object are taken for a plain numbering.
+MOST_VIEWS = 12
+
+
+def number_groups(
+    request: Request, tables: dict[str, Table], num_classes: int
+) -> str | None:
+    """Replace the tables' `groups` by integers, or by None where nothing tells; return where they come from."""
+    values = _joined(tables, "groups")
+    # A column that nobody named may hold something coarser than objects.
+    more_than = 0 if request.group_column else num_classes
+    source = f"column {request.grouped_by!r}"
+    numbers = _numbered(values, more_than)
+    if numbers is None:
+        request.grouped_by, source = None, "file names"
+        numbers = _numbered(_objects(tables), 0)
+    start = 0
+    for table in tables.values():
+        end = start + len(table.labels)
+        table.groups = None if numbers is None else numbers[start:end]
+        start = end
+    return None if numbers is None else source
+
+
+def _joined(tables: dict[str, Table], key: str) -> list[Any]:
+    parts = [getattr(table, key) for table in tables.values()]
+    lengths = [len(table.labels) for table in tables.values()]
+    pairs = zip(parts, lengths, strict=True)
+    return [*chain.from_iterable(part or [None] * length for part, length in pairs)]
+
+
+def _numbered(values: Sequence[Any], more_than: int) -> list[int] | None:
+    """Number the values, if any occurs twice and there are more than so many; what has none is on its own."""
+    keys = [n if v in (None, "") else str(v) for n, v in enumerate(values)]
+    index = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    if not more_than < len(index) < len(keys):
+        return None
+    return [index[key] for key in keys]
+
+
+def _objects(tables: dict[str, Table]) -> list[Any]:
+    """Return what the files of each class call their objects."""
+    paths, labels = _joined(tables, "paths"), _joined(tables, "labels")
+    members = defaultdict(list)
+    for row, (path, label) in enumerate(zip(paths, labels, strict=True)):
+        if path is not None:
+            members[label].append(row)
+    objects: list[Any] = [None] * len(paths)
+    for label, rows in members.items():
+        names = object_names([Path(paths[row]).stem for row in rows])
+        for row, name in zip(rows, names, strict=True):
+            objects[row] = label, name
+    return objects
+
+
+def object_names(stems: list[str]) -> list[str]:
+    """Return what the file names of a class, without their endings, call the objects: `rex_1` and `rex_2 (1)` are rex.
+
+    `owl_1`, `owl_2`, ... number the whole class and name no objects, nor does `IMG_2023_1` to `IMG_2023_99`.
+    """
+    plain = [COPY.sub("", stem) or stem for stem in stems]
+    objects = [VIEW.sub("", stem) or stem for stem in plain]
+    names = []
+    views = Counter(objects)
+    for whole, name in zip(plain, objects, strict=True):
+        numbers_class = views[name] > len(stems) / 2 and not re.search(r"\d", name)
+        is_object = views[name] <= MOST_VIEWS and not numbers_class
+        names.append(name if is_object else whole)
+    return names
