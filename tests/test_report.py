@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from datasets import Dataset, Image
 from hypothesis import given
 from hypothesis import strategies as st
@@ -256,7 +257,9 @@ def test_the_card_shows_the_results_and_its_snippet_runs(run, monkeypatch, capsy
     picture = PILImage.open(folder / "long_tail.png").convert("L")
     assert np.asarray(picture).std() > 10
     assert f"<td>{results.trained.macro:.1f}</td>" in html
-    assert "learning_rate: 0.01" in html and "dataset: photos\n" in html
+    settings = yaml.safe_load(re.search("```yaml\n(.*?)```", card, re.S)[1])
+    assert settings == results.shown_settings and settings["dataset"] == "photos"
+    assert settings["mixed_precision"] == "no"
     monkeypatch.chdir(folder.parent / "photos" / "test" / "colour_0")
     shutil.copy("0.png", folder / "photo.jpg")
     monkeypatch.chdir(folder)

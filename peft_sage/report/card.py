@@ -3,6 +3,7 @@
 
 from pathlib import Path
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from .results import RunResults
@@ -36,6 +37,7 @@ def make_model_card(
         metadata=metadata.to_yaml(),
         base_model=Path(base).name or "A classifier",
         run=results,
+        settings=yaml.safe_dump(results.shown_settings, allow_unicode=True),
         repo_id=repo_id,
         picture=picture,
     )
