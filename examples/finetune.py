@@ -35,9 +35,7 @@ def option(default: Any, help: str) -> Any:
 def check_source(name: str | None, flag: str, kind: str) -> None:
     """Raise ValueError if there is neither such a path nor such a repository."""
     if name is None:
-        raise ValueError(
-            "there is no demo next to finetune.py: give --dataset, --model"
-        )
+        raise ValueError(f"{flag} is missing: there is no demo next to finetune.py")
     if Path(name).expanduser().exists():
         return
     if name.startswith((".", "/", "~")):
@@ -49,7 +47,7 @@ def check_source(name: str | None, flag: str, kind: str) -> None:
         raise ValueError(f"{flag} {name!r} is neither here nor on the Hub") from None
     except Exception as error:
         raise ValueError(
-            f"{flag} {name!r} is not here, and not found: {error}"
+            f"{flag} {name!r} does not exist here, and the Hub cannot be asked: {error}"
         ) from error
 
 

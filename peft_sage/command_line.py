@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -65,8 +66,9 @@ class CommandLineParser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with exit code 2 and the message, without the list of all flags."""
-        wrong = message.rpartition("unrecognized arguments: ")[2].split(" ")[0]
-        near = difflib.get_close_matches(wrong, self._option_string_actions, 1)
+        unknown = re.fullmatch(r"unrecognized arguments: (\S+).*", message)
+        flags = self._option_string_actions
+        near = difflib.get_close_matches(unknown[1], flags, 1) if unknown else []
         hint = f" (did you mean {near[0]}?)" if near else ""
         self.exit(2, f"error: {message}{hint}\n")
 

@@ -29,10 +29,12 @@ class Saved:
         kwargs: Arguments of the user; those that say where to look are taken out.
 
     Raises:
-        ValueError: The adapter has no `class_head`, or only subfolders hold adapters.
+        ValueError: There is no such folder, the adapter has no `class_head`, or only subfolders hold adapters.
     """
 
     def __init__(self, source: str, kwargs: dict[str, Any]) -> None:
+        if source.startswith((".", "/", "~")) and not os.path.isdir(source):
+            raise ValueError(f"There is no folder {source!r}.")
         self.source = self.base = source
         self.hub = self.base_hub = hub_arguments(kwargs)
         shared = dict(self.hub)

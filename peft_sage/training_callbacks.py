@@ -83,6 +83,8 @@ class TrainingBar(ProgressCallback):
     def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
         if self.training_bar is None:
             super().on_prediction_step(*args, **kwargs)
+            if self.prediction_bar is not None:
+                self.prediction_bar.set_description("evaluating")
 
     def on_log(
         self,

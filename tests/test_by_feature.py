@@ -98,9 +98,22 @@ def test_predict(run, saved, tmp_path, capsys):
         assert row["label"] == best["label"]
         assert row["runner_up_label"] == second["label"]
         assert row["score"] == pytest.approx(best["score"], abs=1e-5)
-    with pytest.raises(SystemExit):
-        run("predict", saved, "new", "--output", "answers.txt")
-    assert "in .csv, .json or .parquet, got answers.txt" in capsys.readouterr().err
+
+
+def test_predict_names_what_is_wrong(run, saved, capsys):
+    Path("empty").mkdir()
+    answers = (saved, "new", "--output", "answers.txt")
+    cases = {
+        "in .csv, .json or .parquet, got answers.txt": answers,
+        "error: 'new' does not exist": (saved, "new"),
+        "error: Folder 'empty' contains no images": (saved, "empty"),
+        "error: There is no folder './absent'": ("./absent", saved / "README.md"),
+    }
+    for message, arguments in cases.items():
+        with pytest.raises(SystemExit) as end:
+            run("predict", *arguments)
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and message in error and "Traceback" not in error
 
 
 @pytest.mark.slow

@@ -248,6 +248,12 @@ def test_a_class_needs_no_images(tmp_path):
         "3 classes have no training images: empty, new, told.",
         "3 classes have no test images: empty, owl, told.",
     ]
+    (tmp_path / "test" / "owl").mkdir()
+    draw(tmp_path / "test" / "owl" / "0.png")
+    for file in (tmp_path / "test" / "new").iterdir():
+        file.unlink()
+    alike = load_images(tmp_path).notes
+    assert alike == ["3 classes have no training or test images: empty, new, told."]
     named = load_images(tmp_path, descriptions=["zebra"])
     assert named.texts == named.class_names == ["cow", "empty", "new", "owl", "zebra"]
     with pytest.raises(ValueError, match=r"`descriptions` has no entry .*\['empty'"):
@@ -328,7 +334,7 @@ def test_what_is_no_class_is_listed(tmp_path):
     (tmp_path / "train" / "papers" / "a.pdf").write_text("mine")
     data = load_images(tmp_path)
     assert sizes(data)["train"] == {"cow": 2, "owl": 2}
-    files = ["train/cow/raw.cr2", "train/papers/a.pdf"]
+    files = ["train/cow/raw.cr2"]
     assert data.skipped == {"train": {"without an image's file extension": files}}
     assert data.notes == ["No classes, as they contain no images: papers."]
     assert data.to_dict()["skipped"] == data.skipped
@@ -337,7 +343,7 @@ def test_what_is_no_class_is_listed(tmp_path):
     assert described["images_per_class"] == {"cow": 2, "owl": 2}
     table = str(data).splitlines()
     assert table[1].split() == ["train", "4", "2", "2", "to", "2,", "median", "2"]
-    assert "skipped 2 files in train without an image's" in str(data)
+    assert "skipped 1 file in train without an image's" in str(data)
     draw(tmp_path / "train" / "stray.png")
     with pytest.raises(ValueError, match="train/stray.png' is outside the class"):
         load_images(tmp_path)

@@ -4,6 +4,7 @@
 import importlib.util
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,7 @@ from transformers import (
 
 from peft_sage import SageClassifier, SageTrainer, command_line
 from peft_sage.report import RunResults
+from tests.hub_stand_in import Hub
 
 
 ROOT = Path(__file__).parents[1]
@@ -141,10 +143,13 @@ def command(clip_folder, image_folder, tmp_path):
     [("sage", "sage"), ("adaptformer", "la"), ("lora", "ce"), ("head", "sage")],
 )
 def test_every_method_runs_and_leaves_all_files(
-    command, clip_folder, tmp_path, capsys, method, loss
+    command, clip_folder, tmp_path, capsys, monkeypatch, method, loss
 ):
     base = (clip_folder / "model.safetensors").read_bytes()
+    monkeypatch.chdir(clip_folder.parent)  # the name of the model is relative to it
+    command[1] = clip_folder.name
     results = main([*command, "--method", method, "--loss", loss])
+    monkeypatch.chdir(tmp_path)
     assert (clip_folder / "model.safetensors").read_bytes() == base
     out, printed = tmp_path / "out", capsys.readouterr().out
     assert "a fresh model with it predicts the same for 11 test images" in printed
@@ -153,6 +158,10 @@ def test_every_method_runs_and_leaves_all_files(
     assert len(results.validation) == 2 and results.kept_epoch in (1, 2)
     for name in ("report.html", "README.md", "long_tail.png", "adapter_config.json"):
         assert (out / name).is_file()
+    page = (out / "report.html").read_text()
+    has_mistakes = results.trained.overall < 100
+    assert bool(re.search(r">\s*test/\w+/\w+\.png", page)) == has_mistakes
+    assert "<h2>Worse than before training</h2>" in page
     weights = load_file(out / "adapter_model.safetensors")
     kinds = {"sage": "peft_sage_", "adaptformer": "peft_sage_", "lora": "lora_"}
     others = [name for name in weights if "class_head" not in name]
@@ -334,6 +343,48 @@ def test_bad_settings_are_refused(command, tmp_path, capsys, text, message):
     assert message in error and "Traceback" not in error
 
 
+def test_mistyped_flags_and_names_are_answered_at_once(
+    command, tmp_path, capsys, monkeypatch
+):
+    flags = [
+        (
+            ["--epoch", "3"],
+            "unrecognized arguments: --epoch 3 (did you mean --epochs?)",
+        ),
+        (["--lr", "fast"], "invalid float value: 'fast'\n"),
+        (["--r", "0"], "--r must be at least 1, got 0"),
+        (["--model", "./clip"], "--model './clip' does not exist"),
+        (["--push-to-hub", "--hub-model-id", "my name"], "my name"),
+    ]
+    for wrong, message in flags:
+        error = fails(capsys, *command, *wrong)
+        assert error.startswith("error: ") and message in error
+    with Hub() as hub, monkeypatch.context() as patch:
+        patch.setattr(finetune.constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(finetune.constants, "ENDPOINT", hub.endpoint)
+        error = fails(capsys, *command, "--model", "clipp")
+        assert "--model 'clipp' is neither here nor on the Hub" in error
+        patch.setattr(finetune.constants, "ENDPOINT", "http://127.0.0.1:9")
+        error = fails(capsys, *command, "--model", "tiny_clip")
+        assert "--model 'tiny_clip' does not exist here, and the Hub cannot" in error
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="at least 1"):
+        argv = [*command, "--r", "0", "--debug"]
+        command_line.run(finetune.finetune, ARGUMENTS, "", argv)
+
+
+def test_views_of_one_object_stay_together(command, tmp_path, capsys):
+    """In the drawn splits and in the folds that choose the text prior; the report says so."""
+    source, rng = tmp_path / "views", np.random.default_rng(0)
+    draw(source, dict.fromkeys(COLOURS, 12), rng)
+    for folder in source.iterdir():
+        for number, path in enumerate(sorted(folder.iterdir())):
+            path.rename(folder / f"{'abcdef'[number // 2]}_{number % 2}.png")
+    main([*command, "--dataset", str(source), "--method", "head", "--epochs", "1"])
+    assert "48 images that share an object stayed together" in capsys.readouterr().out
+    assert ", grouped by file names:" in (tmp_path / "out/report.html").read_text()
+
+
 def test_bad_input_is_refused_before_training(command, clip_folder, tmp_path, capsys):
     descriptions = tmp_path / "descriptions.json"
     descriptions.write_text("{")
@@ -405,6 +456,8 @@ def test_help_has_sections_and_defaults(capsys):
     recipe = text[places[2] : places[3]]
     assert "--text_prior" in recipe and "(default: auto)" in recipe
     assert "(default: None)" not in text
+    parser = command_line.CommandLineParser(ARGUMENTS, "")
+    assert all(action.help for action in parser._actions)
 
 
 def test_unreadable_images_are_named_or_skipped(command, tmp_path, capsys):

@@ -184,7 +184,9 @@ def test_results_come_back_from_their_file_and_fit_the_console(run, tmp_path):
     assert "hf_secret" not in text and "labels" in json.loads(text)
     assert results.class_counts == [21, 6, 1, 0]
     assert results.trained.num_classes == {"many": 0, "medium": 1, "few": 2, "none": 1}
-    assert f"{len(results.worse_classes)} of 4 classes are worse" in str(results)
+    worse = len(results.worse_classes)
+    verb = "is" if worse == 1 else "are"
+    assert f"{worse} of 4 classes {verb} worse than before training" in str(results)
     assert f"{results.trained.none:.1f}" in str(results)
     assert len(results.validation) == 2 and results.kept_epoch in (1, 2)
 

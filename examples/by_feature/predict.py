@@ -8,6 +8,7 @@ Folders are searched recursively, and images that cannot be read are listed at t
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -40,8 +41,7 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
         table.to_parquet(path, index=False)
 
 
-def main() -> None:
-    args = parse_args()
+def predict(args: argparse.Namespace) -> None:
     paths = find_images(args.images, recursive=True)
     classifier = SageClassifier.from_pretrained(args.model)
     answers = classifier.predict(
@@ -69,4 +69,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        predict(parse_args())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -5,6 +5,7 @@ A split is one only where it is meant as such: the first folder of `train/CLASS/
 `split`; never a word somewhere in a path, as it is to `datasets`.
 """
 
+import mimetypes
 import os
 import re
 import unicodedata
@@ -120,7 +121,7 @@ def _class_folders(request: Request, folder: Path, key: str) -> Table:
             )
         images = [folder / name / file for file in files if is_image_name(file)]
         rest = [folder / name / file for file in files if not is_image_name(file)]
-        others += [request.relative(x) for x in rest if x.name.lower() not in LEFTOVERS]
+        others += [request.relative(x) for x in rest if _may_be_image(x.name)]
         if rest and not images:
             unread.append(name)
             continue
@@ -140,6 +141,12 @@ def _class_folders(request: Request, folder: Path, key: str) -> Table:
         classes=classes,
         paths=paths,
     )
+
+
+def _may_be_image(name: str) -> bool:
+    """Whether a file without an image's ending may be one: it is known to be nothing else."""
+    kind = mimetypes.guess_type(name)[0] or "image/unknown"
+    return name.lower() not in LEFTOVERS and kind.startswith("image/")
 
 
 def _tables_of_splits(request: Request, paths: list[Path]) -> dict[str, list[Path]]:

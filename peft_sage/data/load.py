@@ -246,17 +246,24 @@ def _check_splits(
             raise ValueError(
                 f"Split {request.splits[key]!r} has no image of a class of the training split, but of {classes[:10]}."
             )
-    for key, what in (("train", "training"), ("test", "test")):
-        lacking = sorted(set(names) - set(found[key]), key=names.index)
-        have = "1 class has" if len(lacking) == 1 else f"{len(lacking)} classes have"
-        if lacking:
-            request.notes.append(f"{have} no {what} images: {preview(lacking)}.")
+    present = {key: set(classes) for key, classes in found.items()}
+    absent = {key: [n for n in names if n not in present[key]] for key in found}
+    if absent["train"] == absent["test"]:
+        request.notes += _note_absent(absent["train"], "training or test")
+    else:
+        request.notes += _note_absent(absent["train"], "training")
+        request.notes += _note_absent(absent["test"], "test")
     if request.grouped_by:
         shared = set(parts["train"]["group"]) & set(parts["test"]["group"])
         if shared:
             request.notes.append(
                 f"{len(shared)} values of {request.grouped_by!r} are in the training and in the test split."
             )
+
+
+def _note_absent(names: list[str], where: str) -> list[str]:
+    have = "1 class has" if len(names) == 1 else f"{len(names)} classes have"
+    return [f"{have} no {where} images: {preview(names)}."] if names else []
 
 
 def _finished(part: Dataset) -> Dataset:

@@ -279,9 +279,10 @@ class RunResults:
         sizes = self.trained.num_classes
         rows.append(["classes", *(str(sizes.get(name, "")) for name in names)])
         lines = [f"{row[0]:<18}" + "".join(f"{x:>9}" for x in row[1:]) for row in rows]
+        worse = len(self.worse_classes)
         lines.append(
-            f"{len(self.worse_classes)} of {self.num_tested} classes are worse than "
-            f"before training; calibration error {self.calibration_error:.3f}."
+            f"{worse} of {self.num_tested} classes {'is' if worse == 1 else 'are'} worse than before training; "
+            f"calibration error {self.calibration_error:.3f}."
         )
         return "\n".join(lines)
 
