@@ -362,8 +362,8 @@ def test_mistyped_flags_and_names_are_answered_at_once(
     with Hub() as hub, monkeypatch.context() as patch:
         patch.setattr(finetune.constants, "HF_HUB_OFFLINE", False)
         patch.setattr(finetune.constants, "ENDPOINT", hub.endpoint)
-        error = fails(capsys, *command, "--model", "clipp")
-        assert "--model 'clipp' is neither here nor on the Hub" in error
+        error = fails(capsys, *command, "--model", "user/clipp")
+        assert "--model 'user/clipp' is neither here nor on the Hub" in error
         patch.setattr(finetune.constants, "ENDPOINT", "http://127.0.0.1:9")
         error = fails(capsys, *command, "--model", "tiny_clip")
         assert "--model 'tiny_clip' does not exist here, and the Hub cannot" in error
