@@ -129,12 +129,8 @@ def test_several_gpus(run):
     done = subprocess.run([*LAUNCH, *script], env=TWO_PROCESSES, **pipes)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 processes, MULTI_CPU: macro" in done.stdout
-    one, two = (
-        load_file(f"{folder}/adapter_model.safetensors")
-        for folder in ("several_gpus", "two")
-    )
-    assert one.keys() == two.keys()
-    assert any(two[name].any() for name in two if name.endswith("peft_sage_up.weight"))
+    weights = load_file("two/adapter_model.safetensors")
+    assert any(w.any() for name, w in weights.items() if "peft_sage_up" in name)
 
 
 def write_stream(folder, *sizes):

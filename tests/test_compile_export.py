@@ -111,14 +111,6 @@ def test_compiles_two_blocks_for_any_depth(pixel_values):
     assert counter.frame_count == 2
 
 
-@pytest.mark.slow
-def test_inductor(model, pixel_values):
-    compiled = torch.compile(model, fullgraph=True)
-    torch.testing.assert_close(
-        compiled(pixel_values), model(pixel_values), atol=1e-4, rtol=1e-4
-    )
-
-
 def test_export_keeps_guidance_as_one_buffer(model, pixel_values):
     expected = model(pixel_values)
     batch = torch.export.Dim("batch", min=1, max=64)

@@ -80,21 +80,6 @@ def test_embeddings_give_the_logits_of_the_model(tiny: Tiny) -> None:
 
 
 @torch.no_grad()
-def test_flava_compares_its_first_tokens() -> None:
-    model, text = build(tiny_named("flava-FlavaModel")), tokens()
-    pixels = images()
-    output = model(**pixels, **text, skip_multimodal_encoder=True)
-    image, words = encode_image(model, **pixels), encode_text(model, text)
-    # As `FlavaForPreTraining` computes its contrastive logits.
-    torch.testing.assert_close(
-        image, model.image_projection(output.image_embeddings[:, 0])
-    )
-    torch.testing.assert_close(
-        words, model.text_projection(output.text_embeddings[:, 0])
-    )
-
-
-@torch.no_grad()
 def test_wrapped_models_embed_alike() -> None:
     model, pixels, text = build(tiny_named("clip-CLIPModel")), images(), tokens()
     expected = encode_image(model, **pixels), encode_text(model, text)

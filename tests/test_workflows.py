@@ -16,7 +16,6 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import (
     BitsAndBytesConfig,
@@ -258,15 +257,10 @@ def test_lora_beside_sage(clip, pixel_values, tmp_path):
     again = PeftModel.from_pretrained(
         tiny_clip(), tmp_path / "s" / "sage", adapter_name="sage"
     )
-    only_sage = features(again, pixel_values)
     outer = PeftModel.from_pretrained(
         again.base_model.model, tmp_path / "l" / "lora", adapter_name="lora"
     )
     torch.testing.assert_close(features(outer, pixel_values), expected)
-    for module in outer.modules():
-        if isinstance(module, LoraLayer):
-            module.enable_adapters(False)
-    torch.testing.assert_close(features(outer, pixel_values), only_sage)
     with outer.disable_adapter():  # of the outer model: both
         assert torch.equal(features(outer, pixel_values), base)
 
