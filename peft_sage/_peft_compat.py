@@ -5,6 +5,7 @@ Tried on PEFT 0.21.0, 0.21.1 and 0.21.2.
 """
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -85,6 +86,12 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
     Unlike PEFT's `enable_adapters(False)` it leaves alone what requires gradients.
     """
+    configs = getattr(model, "peft_config", {}).values()
+    if any(getattr(config, "bias", "none") != "none" for config in configs):
+        warnings.warn(
+            "An adapter with `bias` trains biases of the base model itself, which cannot be switched off.",
+            stacklevel=3,
+        )
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     layers = [
         module

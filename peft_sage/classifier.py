@@ -113,6 +113,10 @@ class SageClassifier(nn.Module, PushToHubMixin):
         rows = torch.empty(0, 0)
         if text_embeds is not None:
             rows = _unit_rows(text_embeds, "text_embeds")
+        if isinstance(class_names, (str, set)):
+            raise TypeError(
+                f"`class_names` must be a list of names, got {class_names!r}."
+            )
         names = None if class_names is None else list(class_names)
         if names is not None and len(names) != len(rows):
             raise ValueError(
@@ -200,7 +204,8 @@ class SageClassifier(nn.Module, PushToHubMixin):
 
         Args:
             pretrained_model_name_or_path: Folder, or repository on the Hub.
-            clip: The base model, where it has no name to be loaded from (open_clip, timm).
+            clip: The base model, where what is saved does not name it (open_clip, timm, or a classifier without PEFT,
+                of which Trainer saves all weights).
             image_processor: Default: the one saved with the head, or else the folder's or the base model's.
             **kwargs: `device`; `dtype` and further arguments for the base model; `revision`, `subfolder`, `token`,
                 `cache_dir` and the like for the Hub.
@@ -221,6 +226,8 @@ class SageClassifier(nn.Module, PushToHubMixin):
         classifier.class_head.base_revision = saved.base_hub.get("revision")
         if saved.config is not None:
             PeftModel.from_pretrained(classifier, saved.source, **saved.hub)
+        elif saved.whole is not None:
+            classifier.load_state_dict(saved.whole)
         if image_processor is not None:
             classifier.image_processor = image_processor
         return classifier.to(device).eval()
@@ -312,7 +319,7 @@ class SageClassifier(nn.Module, PushToHubMixin):
         """
         batch_size = check_integer("batch_size", batch_size, 1)
         embeds = []
-        with eval_mode(self), adapters_off(self.model):
+        with eval_mode(self), adapters_off(self):
             for batch, _ in make_batches(
                 images, self._collate, batch_size, "Embedding images"
             ):

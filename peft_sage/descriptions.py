@@ -30,9 +30,9 @@ def read_class_descriptions(
     """Read class descriptions in any of the common shapes.
 
     Args:
-        source: A list of class names; a dictionary from class name to one or more texts; a `.json` file with either; a
-            `.csv` file whose header has the columns `class` and `description`, with as many rows per class as it has
-            texts; or a `datasets.ClassLabel`.
+        source: A list of class names; a dictionary, or pandas Series, from class name to one or more texts; a `.json`
+            file with either; a `.csv` file whose header has the columns `class` and `description`, with as many rows
+            per class as it has texts; or a `datasets.ClassLabel`.
         class_names: The classes in the order of their indices. Default: those of the source, in its order.
 
     Returns:
@@ -48,10 +48,13 @@ def read_class_descriptions(
     if isinstance(source, (str, os.PathLike)):
         where = f"`source` {os.fspath(source)!r}"
         read = _read_file(Path(source), where)
+    elif hasattr(source, "tolist"):
+        # A pandas Series whose index holds the names has their texts.
+        index = list(source.keys()) if hasattr(source, "keys") else [0]
+        by_name = all(isinstance(name, str) for name in index)
+        read = _without_repeats([*source.items()]) if by_name else read.tolist()
     elif isinstance(names := getattr(source, "names", None), list):
         read = names
-    elif hasattr(source, "tolist"):
-        read = read.tolist()
     try:
         names, texts = normalise_descriptions(read)
     except (TypeError, ValueError) as error:

@@ -72,8 +72,8 @@ def encode_class_descriptions(
 
     if cache_dir is None:
         return _class_means(encode, ids_of_class)
-    pad = getattr(tokenizer, "pad_token_id", None)
-    key = _fingerprint(model, ids_of_class, padding, pad)
+    pads = [getattr(tokenizer, n, None) for n in ("pad_token_id", "padding_side")]
+    key = _fingerprint(model, ids_of_class, padding, pads)
     kept = Path(cache_dir, f"{key}.safetensors")
     if kept.is_file():
         return load_file(kept)["text_embeds"].to(next(model.parameters()).device)

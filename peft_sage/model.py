@@ -293,10 +293,16 @@ def _check_names(model: nn.Module, adapter_name: str, config: SageConfig) -> Non
                 raise ValueError(
                     f"`modules_to_save` must not match the adapter's own parts, but {wanted!r} matches {part!r}."
                 )
-        if not config.saved and not any(name.endswith(wanted) for name in modules):
+        if any(name.endswith(wanted) for name in modules):
+            continue
+        if not config.saved:
             raise ValueError(
                 f"`modules_to_save` must match modules of the model, but {wanted!r} matches none."
             )
+        warnings.warn(
+            f"The adapter holds a trained {wanted!r}, which the model lacks: it is not loaded.",
+            stacklevel=2,
+        )
 
 
 def _start_graph_at_checkpoint(

@@ -12,13 +12,16 @@ from peft import (
     get_peft_model_state_dict,
     load_peft_weights,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoImageProcessor, AutoModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from .config import SageConfig
 from .head import read_extra_state
+
+
+HEAD_STATE = "class_head._extra_state"
 
 
 class Saved:
@@ -41,8 +44,13 @@ class Saved:
         for name in ("revision", "subfolder"):
             if (value := kwargs.pop(name, None)) is not None:
                 self.hub[name] = value
-        self.config = self._find_adapter()
+        self.config = find_adapter(source, self.hub)
         self.image_processor: dict[str, Any] | None = None
+        self.whole = self._find_whole() if self.config is None else None
+        if self.whole is not None:
+            self.base = ""
+            head = read_extra_state(self.whole[HEAD_STATE])
+            self.image_processor = head["image_processor"]
         if self.config is not None:
             head = self._read_head()
             self.image_processor = head["image_processor"]
@@ -55,7 +63,7 @@ class Saved:
         """Load the base model, in float32 if not asked otherwise; ValueError if it is not known or not there."""
         if not self.base:
             raise ValueError(
-                f"The adapter in {self.source!r} does not name its base model: give it as `clip`."
+                f"What is saved in {self.source!r} does not name its base model: give it as `clip`."
             )
         if os.path.isabs(self.base) and not os.path.isdir(self.base):
             raise ValueError(
@@ -72,25 +80,36 @@ class Saved:
             processor = load_if_any(AutoImageProcessor, self.base, self.base_hub)
         return processor
 
-    def _find_adapter(self) -> PeftConfig | None:
-        if find_adapter_config_file(self.source, **self.hub):
-            return PeftConfig.from_pretrained(self.source, **self.hub)
-        folder = Path(self.source, self.hub.get("subfolder", ""))
-        inside = [path.parent.name for path in folder.glob("*/adapter_config.json")]
-        if inside and not (folder / "config.json").exists():
-            raise ValueError(
-                f"{str(folder)!r} holds no adapter, but its subfolders {sorted(inside)} do: name one by `subfolder`."
-            )
-        return None
-
     def _read_head(self) -> dict[str, Any]:
         weights = load_peft_weights(self.source, device="cpu", **self.hub)
-        for key, value in weights.items():
-            if key.endswith("class_head._extra_state"):
-                return read_extra_state(value)
+        state = weights.get(f"base_model.model.{HEAD_STATE}")
+        if state is None:
+            raise ValueError(
+                f"The adapter in {self.source!r} holds no `class_head`: it is not of a SageClassifier."
+            )
+        return read_extra_state(state)
+
+    def _find_whole(self) -> dict[str, torch.Tensor] | None:
+        """The weights of a classifier without PEFT, which Trainer saves whole and without a configuration."""
+        path = Path(self.source, self.hub.get("subfolder", ""), "model.safetensors")
+        if not path.is_file() or path.with_name("config.json").exists():
+            return None
+        state = load_file(path)
+        return state if HEAD_STATE in state else None
+
+
+def find_adapter(source: str, hub: dict[str, Any]) -> PeftConfig | None:
+    """The configuration of an adapter, None without one; ValueError if there are only some in subfolders."""
+    if find_adapter_config_file(source, **hub):
+        return PeftConfig.from_pretrained(source, **hub)
+    folder = Path(source, hub.get("subfolder", ""))
+    inside = [path.parent.name for path in folder.glob("*/adapter_config.json")]
+    if inside and not (folder / "config.json").exists():
         raise ValueError(
-            f"The adapter in {self.source!r} holds no `class_head`: it is not of a SageClassifier."
+            f"{str(folder)!r} holds no adapter, but its subfolders {sorted(inside)} do: give one of them to "
+            "`SageClassifier.from_pretrained` as `subfolder`."
         )
+    return None
 
 
 def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -101,6 +120,10 @@ def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def load_model(name: str, **kwargs: Any) -> nn.Module:
     """A model of transformers, in float32 if not asked otherwise."""
+    if "subfolder" in kwargs:
+        raise ValueError(
+            f"`subfolder` cannot be kept with the name {name!r} of a base model: load the model from it and give that."
+        )
     dtype = kwargs.pop("torch_dtype", torch.float32)
     return AutoModel.from_pretrained(name, **({"dtype": dtype} | kwargs))
 
@@ -116,9 +139,10 @@ def load_if_any(auto_class: Any, name: str, hub: dict[str, Any]) -> Any:
 def refuse_adapter(source: str | os.PathLike[str], **hub: Any) -> None:
     """Raise ValueError if a folder or repository that should hold a model holds an adapter."""
     source = os.fspath(source)
-    if not find_adapter_config_file(source, **hub):
+    config = find_adapter(source, hub)
+    if config is None:
         return
-    base = PeftConfig.from_pretrained(source, **hub).base_model_name_or_path
+    base = config.base_model_name_or_path
     raise ValueError(
         f"`model` must be a CLIP-style model, but {source!r} is an adapter of {base!r}: "
         "load it with `SageClassifier.from_pretrained`, or start from its base model."

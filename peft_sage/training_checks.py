@@ -29,6 +29,11 @@ def check_arguments(
         raise TypeError(
             f"`args` must be SageTrainingArguments, got {type(args).__name__}."
         )
+    if isinstance(model, SageClassifier) and hasattr(model, "peft_config"):
+        raise ValueError(
+            f"`model` has the adapters {list(model.peft_config)}: give the PeftModel that `get_peft_model` returned "
+            "or, to continue training, that of `PeftModel.from_pretrained(classifier, folder, is_trainable=True)`."
+        )
     if peft_config is not None and isinstance(model, PeftModel):
         raise ValueError("`peft_config` needs a `model` that PEFT has not wrapped.")
     defaults = {f.name: f.default for f in dataclasses.fields(args)}

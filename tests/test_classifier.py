@@ -19,6 +19,8 @@ from transformers import (
     Siglip2Config,
     Siglip2ImageProcessor,
     Siglip2Model,
+    Trainer,
+    TrainingArguments,
 )
 
 from peft_sage import SageClassifier, SageConfig, SageLoss, encode_class_descriptions
@@ -210,6 +212,31 @@ def test_an_adapter_of_something_else_is_refused(folder, tmp_path, clip):
     model.save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="no `class_head`"):
         SageClassifier.from_pretrained(tmp_path / "bare", clip=tiny_clip())
+    inner = get_peft_model(SageClassifier.from_texts(folder, NAMES), SageConfig())
+    get_peft_model(inner, CONFIGS["lora"]).save_pretrained(tmp_path / "nested")
+    with pytest.raises(ValueError, match="no `class_head`"):
+        SageClassifier.from_pretrained(tmp_path / "nested", clip=tiny_clip())
+
+
+def test_the_head_of_an_adapter_is_not_dropped_in_silence(folder, tmp_path, clip):
+    model = get_peft_model(SageClassifier.from_texts(folder, NAMES), SageConfig())
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="trained 'class_head', which the model lacks"):
+        PeftModel.from_pretrained(clip, tmp_path)
+    with pytest.raises(TypeError, match="'torch_dtype'.* are for loading a model"):
+        SageClassifier.from_pretrained(tmp_path, clip=clip, torch_dtype=torch.bfloat16)
+
+
+def test_all_weights_that_trainer_saved_without_peft(folder, tmp_path):
+    classifier = SageClassifier.from_texts(folder, NAMES).eval()
+    for parameter in classifier.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    Trainer(classifier, arguments).save_model(tmp_path)
+    loaded = SageClassifier.from_pretrained(tmp_path, clip=tiny_clip())
+    assert_same(loaded.predict(pictures(), 3), classifier.predict(pictures(), 3))
+    with pytest.raises(ValueError, match="does not name its base model: give .*`clip`"):
+        SageClassifier.from_pretrained(tmp_path)
 
 
 def test_set_classes_reaches_the_trained_head_and_the_guidance(folder, pixel_values):
@@ -276,6 +303,7 @@ def test_half_precision_tower_with_float32_head(clip, pixel_values):
             ValueError,
             "`class_names` must have 2 names, one per row, got 1",
         ),
+        ({"class_names": {"a", "b"}}, TypeError, "`class_names` must be a list"),
     ],
 )
 def test_errors(clip, arguments, error, message):
@@ -423,6 +451,10 @@ def test_subfolders_dtypes_and_working_directories(folder, tmp_path, monkeypatch
     assert loaded.predict(pictures()) == model.predict(pictures())
     with pytest.raises(ValueError, match=r"its subfolders \['owls'\] do"):
         SageClassifier.from_pretrained("all")
+    with pytest.raises(ValueError, match=r"its subfolders \['owls'\] do"):
+        SageClassifier.from_texts("all", NAMES)
+    with pytest.raises(ValueError, match="`subfolder` cannot be kept"):
+        SageClassifier.from_texts(Path(folder).parent, NAMES, subfolder="clip")
     arguments = {"subfolder": "owls", "torch_dtype": torch.bfloat16}
     assert SageClassifier.from_pretrained("all", **arguments).dtype == torch.bfloat16
     made = SageClassifier.from_texts(folder, NAMES, torch_dtype="bfloat16")
@@ -493,6 +525,8 @@ def test_old_classes_keep_what_they_learned(folder, tmp_path):
     assert SageClassifier.from_pretrained(tmp_path).predict(pictures(), top_k=2) == want
     with pytest.raises(ValueError, match=r"`texts` has classes .*\['owl'\]"):
         model.add_classes(["elk", "owl"])
+    with pytest.warns(UserWarning, match="may be one class: 'owl' and 'Owl'"):
+        model.add_classes(["Owl"])
 
 
 def test_a_head_that_is_a_target_is_refused(folder, pixel_values):

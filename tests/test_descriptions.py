@@ -4,6 +4,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from datasets import ClassLabel
 
@@ -47,6 +48,8 @@ def test_names_without_texts(tmp_path):
     for source in (
         ["snowy_owl", "cow"],
         ClassLabel(names=["snowy_owl", "cow"]),
+        pd.Index(["snowy_owl", "cow"]),
+        pd.Series(["snowy_owl", "cow"], index=[1, 0]),
         tmp_path / "names.json",
     ):
         assert read_class_descriptions(source) == ["snowy_owl", "cow"]
@@ -54,6 +57,7 @@ def test_names_without_texts(tmp_path):
             "cow",
             "snowy_owl",
         ]
+    assert read_class_descriptions(pd.Series(TEXTS)) == TEXTS
 
 
 def test_refusals(tmp_path, json_file):

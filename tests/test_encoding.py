@@ -146,6 +146,9 @@ def test_kept_rows_are_of_this_tokenizer_and_activation_on_any_machine(clip, tmp
     other.backend_tokenizer.normalizer = Replace("a", "e")
     torch.testing.assert_close(rows(other), rows(other, tmp_path / "new"))
     assert not torch.allclose(rows(other), first, atol=1e-3)
+    left = byte_tokenizer()
+    left.padding_side = "left"
+    torch.testing.assert_close(rows(left), rows(left, tmp_path / "new"))
     for layer in clip.text_model.encoder.layers:
         layer.mlp.activation_fn = torch.nn.ReLU()
     torch.testing.assert_close(rows(), rows(folder=tmp_path / "new"))

@@ -235,6 +235,10 @@ def test_embed_turns_off_what_is_saved_inside_the_tower(folder):
     )
     assert not torch.allclose(adapted, want, atol=0.01)
     torch.testing.assert_close(model.embed(pictures()), want)
+    biased = LoraConfig(target_modules=r".*vision_model.*q_proj", bias="all")
+    get_peft_model(other := SageClassifier.from_texts(folder, NAMES), biased)
+    with pytest.warns(UserWarning, match="`bias` trains biases of the base model"):
+        other.embed(pictures())
 
 
 def test_pipeline_in_batches_of_a_model_in_training_mode(folder):

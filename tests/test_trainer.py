@@ -465,6 +465,11 @@ class DropsLabels:
             ValueError,
             "`text_prior` needs a SageClassifier",
         ),
+        (
+            {"model": get_peft_model(classifier(), SageConfig()).get_base_model()},
+            ValueError,
+            "`model` has the adapters .*is_trainable=True",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_computed(
