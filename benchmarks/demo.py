@@ -35,9 +35,11 @@ def run(checkout: Path, seed: int) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(example), "--seed", str(seed)]
         command += ["--output-dir", folder]
-        start, before = time.perf_counter(), os.times()
+        start = time.perf_counter()
+        before = os.times()
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
-        wall, after = time.perf_counter() - start, os.times()
+        wall = time.perf_counter() - start
+        after = os.times()
         trained = json.loads(Path(folder, "results.json").read_text())["trained"]
     core = after.children_user - before.children_user
     core += after.children_system - before.children_system
@@ -56,7 +58,8 @@ def main() -> None:
         for name in values:
             values[name].append(run(getattr(args, name).resolve(), seed))
             print(seed, name, values[name][-1], flush=True)
-    old, new = np.array(values["old"]), np.array(values["new"])
+    old = np.array(values["old"])
+    new = np.array(values["new"])
     errors = stats.sem(new - old) if len(old) > 1 else np.full(len(COLUMNS), np.nan)
     gaps = zip((new - old).mean(axis=0), errors, strict=True)
     rows = [

@@ -41,7 +41,8 @@ from .markdown import markdown_table
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "finetune.py"
 SCORES = ("overall", "macro", "many", "medium", "few")
 LIFT = ["--method", "adaptformer", "--loss", "la"]
-LEARNING_RATES, TAUS = ("0.0005", "0.002", "0.005"), ("0.75", "1", "1.25")
+LEARNING_RATES = ("0.0005", "0.002", "0.005")
+TAUS = ("0.75", "1", "1.25")
 DIGITS = [
     "zero",
     "one",
@@ -129,7 +130,8 @@ def choose(data: list[str], folder: Path, pool: ThreadPoolExecutor) -> list[str]
 def on_other_images(results: RunResults, folder: Path, parquet: Path) -> RunResults:
     """Return the results with the test accuracies on other images of the same classes."""
     table = datasets.load_dataset("parquet", data_files=str(parquet), split="train")
-    names, labels = results.class_names, list(table["label"])
+    names = results.class_names
+    labels = list(table["label"])
     base = SageClassifier.from_texts(results.settings["model"], results.texts)
     evaluations = []
     for model in (base, SageClassifier.from_pretrained(folder)):

@@ -111,7 +111,8 @@ def load_upper_tower(
     """The last blocks of a task's tower, all by default: its pixels are tokens (B, 10, width)."""
     tower, _ = load_tower(work, f"{TASKS[task]}-{shape}")
     vision = tower.vision_model
-    vision.embeddings, vision.pre_layrnorm = Tokens(), nn.Identity()
+    vision.embeddings = Tokens()
+    vision.pre_layrnorm = nn.Identity()
     vision.encoder.layers = vision.encoder.layers[-(blocks or 0) :]
     tower.config.num_hidden_layers = len(vision.encoder.layers)
     return tower

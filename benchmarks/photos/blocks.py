@@ -25,7 +25,8 @@ class ClassTokenLayer(CLIPEncoderLayer):
         self, hidden_states: Tensor, attention_mask: None = None, **unused: object
     ) -> Tensor:
         """The class token (B, 1, d) of the tokens (B, t, d)."""
-        attention, normed = self.self_attn, self.layer_norm1(hidden_states)
+        attention = self.self_attn
+        normed = self.layer_norm1(hidden_states)
         projected = (
             attention.q_proj(normed[:, :1]),
             attention.k_proj(normed),

@@ -66,7 +66,8 @@ class Concepts:
 
 def pretraining_concepts(data: Path) -> Concepts:
     """The stem's ImageNet classes, the classes of Tiny ImageNet and CIFAR-10, and what is above them in WordNet."""
-    concepts, wordnet = Concepts(), read_wordnet(data)
+    concepts = Concepts()
+    wordnet = read_wordnet(data)
     for label in read_imagenet(data):
         concepts.add(label, captions_of(label.split(", ")))
     for entry in wordnet["tiny-imagenet"].values():

@@ -53,7 +53,8 @@ def load_data(
     rarest = counts.argsort(stable=True)[:RAREST].numpy()
     absent = np.random.default_rng(seed).choice(rarest, without_images, replace=False)
     images = images[~np.isin(task.train.labels[images], absent)]
-    labels, embeds = task.train.labels[images], task.train.embeds[images]
+    labels = task.train.labels[images]
+    embeds = task.train.embeds[images]
     counts = torch.bincount(labels, minlength=len(task.class_names))
     embeds = F.normalize(embeds, dim=-1)
     return Data(work, name, shape, task, images, labels, embeds, counts)
@@ -62,7 +63,8 @@ def load_data(
 @functools.lru_cache(maxsize=3)
 def tower_inputs(data: Data, blocks: float, remembering: bool) -> dict[str, Tensor]:
     """Inputs of the last blocks: (n, views, t, d) of the training images, (n, t, d) of the others."""
-    task, depth = data.task, int(data.shape.split("x")[0])
+    task = data.task
+    depth = int(data.shape.split("x")[0])
     run = functools.partial(
         run_frozen, data.work, data.name, data.shape, round(depth * blocks)
     )

@@ -157,7 +157,8 @@ def reformed(outputs: Mapping[str, Any], form: str) -> Mapping[str, Any]:
 
 def departure(outputs: Mapping[str, Any], rows: Tensor | None) -> Tensor:
     """How far embeddings are from the frozen tower's: divergence over rows, without rows one minus the cosine."""
-    adapted, frozen = outputs["image_embeds"], outputs["base_image_embeds"]
+    adapted = outputs["image_embeds"]
+    frozen = outputs["base_image_embeds"]
     if rows is None:
         return (1 - F.cosine_similarity(adapted, frozen)).mean()
     seen, target = (
@@ -200,7 +201,8 @@ def train_tower(settings: Settings, data: Data, seed: int) -> dict[str, Any]:
     For adapters there are also the logits with half of their output and without it.
     """
     inputs = tower_inputs(data, settings.blocks, settings.method == "adapter")
-    model, objective = make_model(settings, data, seed), Objective(settings, data, seed)
+    model = make_model(settings, data, seed)
+    objective = Objective(settings, data, seed)
     trained = [
         (name, weight)
         for name, weight in model.named_parameters()
@@ -243,7 +245,8 @@ def train_tower(settings: Settings, data: Data, seed: int) -> dict[str, Any]:
 
 def make_model(settings: Settings, data: Data, seed: int) -> nn.Module:
     """The upper blocks of the task's tower with a head, and what the method adds."""
-    texts, depth = data.task.text_embeds, int(data.shape.split("x")[0])
+    texts = data.task.text_embeds
+    depth = int(data.shape.split("x")[0])
     tower = load_fast_tower(
         data.work,
         data.name,

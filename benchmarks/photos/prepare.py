@@ -88,7 +88,8 @@ def make_splits(data: Path) -> dict[str, np.ndarray]:
             rows = np.sort(
                 np.concatenate([rows[start : start + size] for rows in shuffled])
             )
-            arrays[f"{split}.rows"], arrays[f"{split}.labels"] = rows, labels[rows]
+            arrays[f"{split}.rows"] = rows
+            arrays[f"{split}.labels"] = labels[rows]
             start += size
     return arrays
 
@@ -146,7 +147,8 @@ def compute_chunk(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The maps (B, views, 320, 3, 3) of the images, and the stem's best guesses (B, 5) at their ImageNet classes."""
     like = next(stem.parameters())
-    maps, guesses = [], []
+    maps = []
+    guesses = []
     for start in range(0, len(images), BATCH):
         pixels = make_views(decode(images[start : start + BATCH]), views, generator)
         outputs = [
@@ -201,7 +203,8 @@ def make_jobs(
     """The arguments of `write_chunk` for the chunks of all splits."""
     jobs = []
     for split in (split for sizes in PARTS.values() for split in sizes):
-        folder, rows = work / "stem" / split, arrays[f"{split}.rows"]
+        folder = work / "stem" / split
+        rows = arrays[f"{split}.rows"]
         folder.mkdir(parents=True, exist_ok=True)
         for start in range(0, len(rows), CHUNK):
             path = folder / f"{start // CHUNK:03d}.npz"
@@ -225,7 +228,8 @@ def main() -> None:
     jobs = make_jobs(arguments.data, arguments.work, arrays)
     # A process of one thread for each core: threads that wait for each other are slow where others use the cores too.
     workers = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
-    began, views = time.time(), 0
+    began = time.time()
+    views = 0
     with multiprocessing.get_context("spawn").Pool(
         workers, torch.set_num_threads, (1,)
     ) as pool:

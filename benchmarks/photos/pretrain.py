@@ -56,7 +56,9 @@ REGIMES = {
 }
 BATCH = 512
 # Tokens of a map, those kept, and the share of the steps with dropping.
-TOKENS, KEPT, DROPPING = SIDE * SIDE, 5, 0.85
+TOKENS = SIDE * SIDE
+KEPT = 5
+DROPPING = 0.85
 TEXT_LR = 0.1  # The text map's learning rate, as a share of the tower's.
 CHECKPOINT = 100  # Steps between checkpoints.
 EMBED_WIDTH, HEAD_WIDTH = 192, 48
@@ -76,7 +78,8 @@ class TextMap(nn.Linear):
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         centre = captions.mean(0)
         axes = torch.linalg.svd(captions - centre, full_matrices=False).Vh[:width]
-        self.weight.data, self.bias.data = axes.contiguous(), -axes @ centre
+        self.weight.data = axes.contiguous()
+        self.bias.data = -axes @ centre
 
     def forward(self, captions: Tensor) -> Tensor:
         """Embeddings of unit length."""
@@ -119,7 +122,8 @@ def contrastive_loss(
     images: Tensor, texts: Tensor, true: Tensor, scale: Tensor
 ) -> Tensor:
     """The mean of both directions, where every caption that is true of an image counts as its own (B, B)."""
-    logits, true = scale * images @ texts.T, true.float()
+    logits = scale * images @ texts.T
+    true = true.float()
     rows = F.cross_entropy(logits, true / true.sum(1, keepdim=True))
     columns = F.cross_entropy(logits.T, true.T / true.T.sum(1, keepdim=True))
     return (rows + columns) / 2
@@ -135,12 +139,16 @@ class Trainer:
         text_map: TextMap,
         images: Images,
     ) -> None:
-        self.regime, self.images, self.step = regime, images, 0
+        self.regime = regime
+        self.images = images
+        self.step = 0
         self.steps = regime.steps[tower.config.num_hidden_layers]
-        self.tower, self.text_map = tower.to(device()).train(), text_map.to(device())
+        self.tower = tower.to(device()).train()
+        self.text_map = text_map.to(device())
         matrices = [weight for weight in tower.parameters() if weight.ndim > 1]
         vectors = [weight for weight in tower.parameters() if weight.ndim < 2]
-        base, decay = regime.lr, regime.weight_decay
+        base = regime.lr
+        decay = regime.weight_decay
         groups = [
             {"params": matrices, "base": base, "weight_decay": decay},
             {
@@ -192,7 +200,8 @@ class Trainer:
             self.step = state["step"]
             for name, part in parts.items():
                 part.load_state_dict(state[name])
-        start, losses = time.time(), []
+        start = time.time()
+        losses = []
         while self.step < self.steps:
             losses.append(self.train_step())
             if self.step % CHECKPOINT and self.step < self.steps:
@@ -221,7 +230,8 @@ def pretrain(
     data: Path, work: Path, name: str, depth: int, width: int, encoder: Encoder
 ) -> None:
     """Train one of the two models and write it."""
-    regime, concepts = REGIMES[name], pretraining_concepts(data)
+    regime = REGIMES[name]
+    concepts = pretraining_concepts(data)
     if regime.cifar100:
         add_cifar100(concepts, data)
     sources = pretraining_sources(data, work, concepts.ids())
@@ -231,10 +241,12 @@ def pretrain(
         sources, [int(share * BATCH) for share in regime.shares], concepts, encoder
     )
     torch.manual_seed(regime.seed)
-    tower, text_map = new_tower(depth, width), TextMap(images.captions, EMBED_WIDTH)
+    tower = new_tower(depth, width)
+    text_map = TextMap(images.captions, EMBED_WIDTH)
     if regime.cifar100:
         tower, texts = load_tower(work, f"A-{depth}x{width}")
-        images.mean, images.std = texts.pop("mean"), texts.pop("std")
+        images.mean = texts.pop("mean")
+        images.std = texts.pop("std")
         text_map.load_state_dict(texts)
     trainer = Trainer(regime, tower, text_map, images)
     folder = work / "towers" / f"{name}-{depth}x{width}"
@@ -255,7 +267,8 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_memory()
     torch.set_num_threads(arguments.threads)
-    data, work = arguments.data, arguments.work
+    data = arguments.data
+    work = arguments.work
     sizes = arguments.depth, arguments.width
     (work / "towers").mkdir(parents=True, exist_ok=True)
     encoder = Encoder(work / "captions.pt")

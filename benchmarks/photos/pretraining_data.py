@@ -62,7 +62,8 @@ class Images:
         concepts: Concepts,
         encoder: Encoder,
     ) -> None:
-        self.sources, self.counts = sources, counts
+        self.sources = sources
+        self.counts = counts
         captions, self.first, self.captions_of = concepts.flat()
         self.captions = encoder(captions)
         self.mean, self.std = standardization(sources)
@@ -86,7 +87,8 @@ class Images:
 
 def pretraining_sources(data: Path, work: Path, ids: dict[str, int]) -> list[Source]:
     """Tiny ImageNet and CIFAR-10, with the stem's guesses as concepts."""
-    wordnet, imagenet = read_wordnet(data), read_imagenet(data)
+    wordnet = read_wordnet(data)
+    imagenet = read_imagenet(data)
     guess_ids = torch.tensor([ids[label] for label in imagenet])
     tiny = [wordnet["tiny-imagenet"][k] for k in read_names(data, "tiny-imagenet-half")]
     cifar10 = [wordnet["cifar10"][key] for key in read_names(data, "cifar10-part")]

@@ -31,7 +31,8 @@ def read_results(file: Path) -> list[Line]:
 
 def read_score(line: Line, split: str, score: str) -> float:
     """A score of a run, NaN where it has none; "seen" is the mean over the classes with training images."""
-    scores, absent = line[split], line["settings"].get("without_images", 0)
+    scores = line[split]
+    absent = line["settings"].get("without_images", 0)
     if score != "seen":
         return scores.get(score, np.nan)
     if not absent:

@@ -38,7 +38,8 @@ def clap(settings: Settings, data: Data, seed: int) -> dict[str, Tensor]:
 
     The multiplier of a class is the mean probability that zero-shot gives its training images, set once.
     """
-    texts, scale = data.task.text_embeds, data.task.logit_scale
+    texts = data.task.text_embeds
+    scale = data.task.logit_scale
     probability = (
         (scale * data.embeds[:, 0] @ texts.T)
         .softmax(dim=1)
@@ -85,7 +86,8 @@ def tip_adapter(settings: Settings, data: Data, seed: int) -> dict[str, Tensor]:
     Every class weighs as much as one of 16 images does in the paper, where all have as many. The weight and sharpness
     of the cache are searched on the validation split after training, as there.
     """
-    texts, scale = data.task.text_embeds, data.task.logit_scale
+    texts = data.task.text_embeds
+    scale = data.task.logit_scale
     keys = F.normalize(data.embeds.mean(dim=1), dim=-1).requires_grad_()
     values = SHOTS * F.one_hot(data.labels, len(texts)) / data.counts[data.labels, None]
     loss = SageLoss(data.counts, tau=settings.tau, compensation=0)
@@ -121,7 +123,8 @@ def gda(settings: Settings, data: Data, seed: int) -> dict[str, Tensor]:
 
     The weight of the two is searched on the validation split, as in the paper.
     """
-    texts, scale = data.task.text_embeds, data.task.logit_scale
+    texts = data.task.text_embeds
+    scale = data.task.logit_scale
     features, labels = (
         data.embeds.flatten(0, 1),
         data.labels.repeat_interleave(data.embeds.shape[1]),

@@ -55,7 +55,8 @@ class Convolution(nn.Module):
             padding=size // 2 * (stride == 1),
             groups=groups,
         )
-        self.convolution.weight.data, self.convolution.bias.data = weight, bias
+        self.convolution.weight.data = weight
+        self.convolution.bias.data = bias
         # TensorFlow's "same" pads an even side on the right alone when the stride is 2.
         self.pad = stride == 2
         self.relu = relu
@@ -119,7 +120,9 @@ class Stem(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """The map (B, 320, 3, 3) of images (B, 3, 96, 96) between -1 and 1."""
-        kept, hidden, convolutions = [], images, iter(self.convolutions)
+        kept = []
+        hidden = images
+        convolutions = iter(self.convolutions)
         for earlier in self.steps:
             hidden = (
                 next(convolutions)(hidden)

@@ -65,7 +65,8 @@ def write_images(work: Path, folder: Path, name: str, shape: str, split: str) ->
     mean, std = (texts[key].view(-1, 1, 1) for key in ("mean", "std"))
     parts = SPLITS[name][split]
     maps = torch.cat([read_maps(work, part) for part in parts])
-    tokens, embeds = [], []
+    tokens = []
+    embeds = []
     for part in maps.split(BATCH):
         pixels = (part.flatten(0, 1).float() - mean) / std
         hidden = vision.pre_layrnorm(vision.embeddings(pixels.to(device())))
@@ -90,7 +91,8 @@ def write_texts(
 ) -> None:
     """Write a task's class names and the embeddings of its texts."""
     _, text_map = load_tower(work, f"{TASKS[name]}-{shape}")
-    weight, bias = text_map["weight"], text_map["bias"]
+    weight = text_map["weight"]
+    bias = text_map["bias"]
 
     def embed(captions: list[str]) -> Tensor:
         return F.normalize(F.linear(encoder(captions), weight, bias), dim=-1)

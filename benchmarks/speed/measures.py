@@ -115,7 +115,8 @@ class Step:
     """Forward, loss, backward and AdamW on a fixed batch."""
 
     def __init__(self, run: SimpleNamespace) -> None:
-        self.model, self.run = classifier(run).train(), run
+        self.model = classifier(run).train()
+        self.run = run
         torch.manual_seed(1)
         shape = (run.batch, 3, run.sizes["image"], run.sizes["image"])
         self.batch = {"pixel_values": torch.randn(shape, device=run.device)}
@@ -154,7 +155,8 @@ def inference(run: SimpleNamespace) -> Run:
 
 def adapters(run: SimpleNamespace) -> Run:
     """What the adapters alone do in a step of training, or in inference: in whole steps it drowns in the noise."""
-    step, calls = Step(run), []
+    step = Step(run)
+    calls = []
     layers = [
         module for module in step.model.modules() if isinstance(module, SageLayer)
     ]
@@ -273,7 +275,8 @@ def _photograph(path: Path, rng: np.random.Generator) -> None:
 
 @cache
 def _photographs(count: int) -> list[str]:
-    folder, rng = Path(_folder().name, "photographs"), np.random.default_rng(0)
+    folder = Path(_folder().name, "photographs")
+    rng = np.random.default_rng(0)
     files = [folder / f"{i}.jpg" for i in range(count)]
     for file in files:
         _photograph(file, rng)
@@ -282,7 +285,8 @@ def _photographs(count: int) -> list[str]:
 
 def photos(run: SimpleNamespace) -> Run:
     """Decode, resize and crop `photos` JPEG files in this process; the seconds of a core."""
-    processor, files = CLIPImageProcessor(), _photographs(run.photos)
+    processor = CLIPImageProcessor()
+    files = _photographs(run.photos)
     plain = ImageCollator(processor)
     crops = ImageCollator(processor, "resized-crop-flip")
     column = datasets.Dataset.from_dict({"image": files})
@@ -291,7 +295,8 @@ def photos(run: SimpleNamespace) -> Run:
     def by_pil(index: int) -> np.ndarray:
         image = PIL.Image.open(files[index]).convert("RGB")
         width, height = (round(side * 224 / min(image.size)) for side in image.size)
-        left, top = (width - 224) // 2, (height - 224) // 2
+        left = (width - 224) // 2
+        top = (height - 224) // 2
         resized = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
         return np.array(resized.crop((left, top, left + 224, top + 224)))
 

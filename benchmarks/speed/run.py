@@ -167,7 +167,8 @@ def environment(args: argparse.Namespace) -> str:
 
 def processor(args: argparse.Namespace) -> str:
     """Name the processor, its cores and the threads that are used."""
-    name, info = platform.machine(), Path("/proc/cpuinfo")
+    name = platform.machine()
+    info = Path("/proc/cpuinfo")
     for line in info.read_text().splitlines() if info.exists() else []:
         if line.startswith("model name"):
             name = line.split(":")[1].strip()
@@ -271,7 +272,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, and write after every group."""
-    args, file = parse_args(argv), yaml.safe_load((HERE / "rows.yaml").read_text())
+    args = parse_args(argv)
+    file = yaml.safe_load((HERE / "rows.yaml").read_text())
     kept = args.output / "results.json"
     results = json.loads(kept.read_text()) if kept.exists() else {}
     if args.report:
