@@ -93,9 +93,8 @@ class CommandLineParser(HfArgumentParser):
             raise ValueError(
                 f"`--config` {path!r} must map flags to values, got a {type(values).__name__}."
             )
-        known = {
-            f.name for kind in self.dataclass_types for f in dataclasses.fields(kind)
-        }
+        options = {*self._option_string_actions} - {"-h", "--help", "--config"}
+        known = {name.lstrip("-").replace("-", "_") for name in options}
         flags: list[str] = []
         for key, value in values.items():
             name = key.replace("-", "_")
@@ -108,7 +107,9 @@ class CommandLineParser(HfArgumentParser):
         return flags
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+class _HelpFormatter(
+    argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
+):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         # Where the default depends on other things, the help says it.
         return (

@@ -311,13 +311,13 @@ def test_images_that_are_not_cached_give_the_same_result(command, tmp_path):
 def test_the_command_line_wins_over_yaml(command, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(
-        "learning_rate: 1e-3\nbatch-size: null\nmethod: lora\nbf16: false\n"
-        "per_device_train_batch_size: 7\nreport_to: [tensorboard]\nload_best_model_at_end: no\n"
+        "learning_rate: 1e-3\nseed: null\nmethod: lora\nbf16: false\n"
+        "batch-size: 7\nepochs: 3\nreport_to: [tensorboard]\nload_best_model_at_end: no\n"
     )
     data = ["--config", str(config), *command[:4]]
-    config.write_text(config.read_text().replace("batch-size: null\n", "seed: null\n"))
     _, model, args = parse([*data, "--method", "head"])
     assert (args.learning_rate, args.per_device_train_batch_size) == (0.001, 7)
+    assert args.num_train_epochs == 3
     assert (model.method, args.seed, args.report_to) == ("head", 0, ["tensorboard"])
     assert args.load_best_model_at_end is False and args.bf16 is False
 
