@@ -94,16 +94,16 @@ class CommandLineParser(HfArgumentParser):
                 f"`--config` {path!r} must map flags to values, got a {type(values).__name__}."
             )
         options = {*self._option_string_actions} - {"-h", "--help", "--config"}
-        known = {name.lstrip("-").replace("-", "_") for name in options}
+        known = {name.lstrip("-").replace("-", "_"): name for name in options}
         flags: list[str] = []
         for key, value in values.items():
             name = key.replace("-", "_")
             if name not in known:
                 raise ValueError(f"`--config` {path!r} has the unknown key {key!r}.")
             if isinstance(value, list):
-                flags += [f"--{name}", *value]
+                flags += [known[name], *value]
             elif value not in ("", "null"):
-                flags.append(f"--{name}={value}")
+                flags.append(f"{known[name]}={value}")
         return flags
 
 
