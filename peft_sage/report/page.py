@@ -25,55 +25,62 @@ class Page:
     """
 
     def __init__(self, results: RunResults, data: Any) -> None:
-        self.results, self.data = results, data
+        self.results = results
+        self.data = data
         self.names = results.class_names
         self.counts = np.array(results.class_counts)
         self.labels = np.array(results.labels)
         self.predictions = np.array(results.trained.predictions)
         self.confidences, self.right = results.answers
         _, self.right_before = results.zero_shot.answers(results.labels)
-        self.tested = np.bincount(self.labels, minlength=len(self.names)).tolist()
+        self.tested = self._per_class(np.ones_like(self.labels))
+        self.num_right = self._per_class(self.right)
         wrong = np.flatnonzero(~self.right)
+        confidences = self.confidences[wrong]
         #: Wrong answers, most confident first.
-        self.wrong = wrong[np.argsort(-self.confidences[wrong], kind="stable")]
+        self.wrong = wrong[np.argsort(-confidences, kind="stable")]
 
     def describe(self, k: int) -> dict[str, Any]:
         """Return the figures of a class."""
-        right = int(self.right[self.labels == k].sum())
+        right = self.num_right[k]
+        tested = self.tested[k]
         return {
             "name": self.names[k],
             "count": self.results.class_counts[k],
-            "tested": self.tested[k],
+            "tested": tested,
             "right": right,
             "before": self.results.zero_shot.per_class[k],
             "accuracy": self.results.trained.per_class[k],
-            "interval": wilson_interval(right, max(1, self.tested[k])),
+            "interval": wilson_interval(right, max(1, tested)),
         }
 
     def classes(self) -> list[dict[str, Any]]:
         """Return all classes, most frequent first."""
-        return [self.describe(k) for k in np.argsort(-self.counts, kind="stable")]
+        order = np.argsort(-self.counts, kind="stable")
+        return [self.describe(k) for k in order]
 
     def overall_interval(self) -> tuple[float, float]:
         """Return the 95% interval of the accuracy on all test images."""
-        return wilson_interval(int(self.right.sum()), len(self.right))
+        return wilson_interval(sum(self.num_right), len(self.labels))
 
     def lost(self) -> list[dict[str, Any]]:
         """Return the classes that are worse than before training, the clearest losses first."""
-        gained = np.bincount(self.labels, self.right & ~self.right_before)
-        lost = np.bincount(self.labels, ~self.right & self.right_before)
+        gained = self._per_class(self.right & ~self.right_before)
+        lost = self._per_class(~self.right & self.right_before)
         rows = []
         for k in self.results.worse_classes:
-            bounds = paired_difference_interval(gained[k], lost[k], self.tested[k])
-            difference = (gained[k] - lost[k]) / self.tested[k]
-            change = {"bounds": bounds, "difference": difference}
-            rows.append(self.describe(k) | change)
+            row = self.describe(k)
+            tested = row["tested"]
+            row["difference"] = (gained[k] - lost[k]) / tested
+            row["bounds"] = paired_difference_interval(gained[k], lost[k], tested)
+            rows.append(row)
         return sorted(rows, key=lambda row: row["bounds"][1])
 
     def newly_wrong(self) -> list[int]:
         """Return the test images, of classes that are worse than before, that were right before."""
         affected = np.isin(self.labels, self.results.worse_classes)
-        return [i for i in self.wrong if self.right_before[i] and affected[i]]
+        shown = affected & self.right_before
+        return [i for i in self.wrong if shown[i]]
 
     def mistakes(self, k: int) -> list[int]:
         """Return the test images of a class that are taken for others."""
@@ -81,27 +88,38 @@ class Page:
 
     def taken_for(self, k: int) -> list[tuple[str, int]]:
         """Return what a class is taken for most often, and how often."""
-        guesses = Counter(self.names[self.predictions[i]] for i in self.mistakes(k))
-        return guesses.most_common(3)
+        guesses = self.predictions[self.mistakes(k)].tolist()
+        most_common = Counter(guesses).most_common(3)
+        return [(self.names[guess], count) for guess, count in most_common]
 
     def confusions(self) -> list[tuple[tuple[int, int], int]]:
         """Return the most frequent mistakes: a class, what it is taken for, and how often."""
-        pairs = zip(self.labels[self.wrong], self.predictions[self.wrong], strict=True)
-        return Counter(pairs).most_common(15)
+        truths = self.labels[self.wrong].tolist()
+        guesses = self.predictions[self.wrong].tolist()
+        return Counter(zip(truths, guesses, strict=True)).most_common(15)
 
     def gains(self) -> tuple[int, list[dict[str, Any]]]:
         """Return a number of further training images, and the classes that would gain most from them."""
-        right = np.bincount(self.labels, self.right, len(self.names))
-        extra, gains = expected_gains(self.counts, right, np.array(self.tested))
-        best = [k for k in np.argsort(-gains, kind="stable")[:15] if gains[k] > 0]
-        return extra, [self.describe(k) | {"gain": gains[k]} for k in best]
+        right, tested = np.array(self.num_right), np.array(self.tested)
+        extra, gains = expected_gains(self.counts, right, tested)
+        rows = []
+        for k in np.argsort(-gains, kind="stable")[:15]:
+            if gains[k] > 0:
+                rows.append(self.describe(k) | {"gain": gains[k]})
+        return extra, rows
 
     def figure(self, name: str) -> dict[str, str]:
         """Return a figure by the name of the function that draws it."""
-        return figures.embed_figure(getattr(figures, f"draw_{name}"), self.results)
+        draw = getattr(figures, f"draw_{name}")
+        return figures.embed_figure(draw, self.results)
 
     def picture(self, split: str, row: int) -> dict[str, str]:
         """Return a picture of a split and where it is found."""
         item = getattr(self.data, split)[int(row)]
         source = figures.embed_picture(read_image(item["image"]))
         return {"source": source, "file": item["file"]}
+
+    def _per_class(self, counted: np.ndarray) -> list[int]:
+        """Return the number of counted test images of each class."""
+        numbers = np.bincount(self.labels, counted, minlength=len(self.names))
+        return [int(number) for number in numbers]

@@ -35,16 +35,20 @@ def paired_difference_interval(
         lost: Images that only the first model gets right.
         total: All images.
     """
-    up, down = (gained + 1) / (total + 2), (lost + 1) / (total + 2)
+    total += 2
+    up = (gained + 1) / total
+    down = (lost + 1) / total
     middle = up - down
-    half = Z * ((up + down - middle**2) / (total + 2)) ** 0.5
+    variance = (up + down - middle**2) / total
+    half = Z * math.sqrt(variance)
     return max(-1.0, middle - half), min(1.0, middle + half)
 
 
 def calibration_error(confidences: np.ndarray, right: np.ndarray) -> float:
     """Return the expected calibration error over 15 bins (Guo et al. 2017, arXiv 1706.04599)."""
-    scores, truth = torch.as_tensor(confidences), torch.as_tensor(right)
-    return binary_calibration_error(scores, truth.int(), n_bins=15).item()
+    scores = torch.as_tensor(confidences)
+    truth = torch.as_tensor(right).int()
+    return binary_calibration_error(scores, truth, n_bins=15).item()
 
 
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
@@ -55,7 +59,8 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
         return F.cross_entropy(scaled, labels).item()
 
     # Bounded: where every answer is right, ever sharper scores fit ever better.
-    return math.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x)
+    found = minimize_scalar(loss, bounds=(-3, 3), method="bounded")
+    return math.exp(found.x)
 
 
 def accuracy_by_coverage(
@@ -102,15 +107,16 @@ def expected_gains(
     images = np.log1p(counts)[:, None]
     more = np.log1p(counts + extra)
     # Classes without images are answered from their texts, which says nothing about the effect of images.
-    weights = np.concatenate([right, tested - right]) * np.tile(counts > 0, 2)
-    outcomes = np.repeat([1, 0], len(counts))
-    used = weights > 0
-    if len(set(outcomes[used])) < 2:
+    has_images = counts > 0
+    weights = np.concatenate([right * has_images, (tested - right) * has_images])
+    if not weights[: len(counts)].any() or not weights[len(counts) :].any():
         return extra, np.zeros(len(counts))
+    outcomes = np.repeat([1, 0], len(counts))
     regression = LogisticRegression()
-    regression.fit(np.tile(images, (2, 1))[used], outcomes[used], weights[used])
+    regression.fit(np.concatenate([images, images]), outcomes, weights)
     slope = max(0.0, regression.coef_[0, 0])
     fitted = regression.predict_proba(images)[:, 1]
     level = (right + 4 * fitted) / (tested + 4)
-    gains = expit(logit(level) + slope * (more - images[:, 0])) - level
+    rise = slope * (more - images[:, 0])
+    gains = expit(logit(level) + rise) - level
     return extra, np.where(tested > 0, 100 * gains, 0).round(3)
