@@ -75,11 +75,9 @@ def test_every_kind_of_picture(case, tmp_path):
     )
     if isinstance(source, bytes):
         (tmp_path / "x").write_bytes(source)
-        sources = [tmp_path / "x", str(tmp_path / "x"), Image.open(tmp_path / "x")]
-        sources += [
-            {"bytes": source, "path": None},
-            {"bytes": None, "path": str(tmp_path / "x")},
-        ]
+        path = str(tmp_path / "x")
+        sources = [path, tmp_path / "x", Image.open(path)]
+        sources += [{"bytes": source, "path": None}, {"bytes": None, "path": path}]
         for other in sources:
             assert read_image(other).tobytes() == image.tobytes()
 
@@ -89,13 +87,8 @@ def test_every_kind_of_picture(case, tmp_path):
 def test_pictures_are_upright(orientation, kind):
     upright = Image.new("RGB", (32, 16), "white")
     upright.paste("black", (0, 0, 8, 8))  # the upper left corner of a wide picture
-    back = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_90"
-    back = f"{back} TRANSVERSE ROTATE_270".split()
-    stored = (
-        upright.transpose(Image.Transpose[back[orientation - 2]])
-        if orientation > 1
-        else upright
-    )
+    back = (None, None, 0, 3, 1, 5, 2, 6, 4)[orientation]  # PIL's numbers
+    stored = upright if back is None else upright.transpose(back)
     exif = Image.Exif()
     exif[0x0112] = orientation
     image = read_image(saved(stored, kind, exif=exif))
@@ -104,15 +97,11 @@ def test_pictures_are_upright(orientation, kind):
 
 
 def test_failures_name_the_picture(tmp_path, monkeypatch):
-    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    files = {
-        "half.jpg": saved(Image.fromarray(noise), "JPEG"),
-        "half.png": saved(Image.fromarray(noise)),
-    }
-    files = {name: data[: len(data) // 2] for name, data in files.items()} | {
-        "empty.png": b"",
-        "text.png": b"text",
-    }
+    noise = Image.effect_noise((64, 64), 90)
+    files = {"empty.png": b"", "text.png": b"text"}
+    for kind in ("JPEG", "PNG"):
+        data = saved(noise, kind)
+        files[f"half.{kind}"] = data[: len(data) // 2]
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match=f"Image '.*{name}' cannot be read"):
