@@ -60,9 +60,12 @@ class ImageCollator:
             )
         if not 0 < crop_scale <= 1:
             raise ValueError(f"`crop_scale` must lie in (0, 1], got {crop_scale!r}.")
-        self.image_processor, self.augment = image_processor, augment
-        self.image_column, self.label_column = image_column, label_column
-        self.crop_scale, self.seed = crop_scale, seed
+        self.image_processor = image_processor
+        self.augment = augment
+        self.image_column = image_column
+        self.label_column = label_column
+        self.crop_scale = crop_scale
+        self.seed = seed
         self.training = augment is not None
         self.epoch: int | None = None
         if isinstance(augment, str):
@@ -109,21 +112,24 @@ class ImageCollator:
         first = items[0]
         if not isinstance(first, Mapping) or set(first) == {"bytes", "path"}:
             return self._inputs(items, None)
-        others = [key for key in first if key == "index" or key.startswith("base_")]
-        batch = {key: _stack(items, key) for key in others}
+        batch = {}
+        for key in first:
+            ready = key in INPUTS and "pixel_values" in first
+            if ready or key == "index" or key.startswith("base_"):
+                batch[key] = _stack(items, key)
         for label in ("labels", self.label_column):
             if first.get(label) is not None:
                 batch["labels"] = _stack(items, label)
-        indices = batch["index"].tolist() if "index" in batch else None
         if "pixel_values" in first:
-            return {key: _stack(items, key) for key in INPUTS if key in first} | batch
+            return batch
+        indices = batch["index"].tolist() if "index" in batch else None
         if "pixels" in first:
             if self.training and self.needs_pictures:
                 raise ValueError(
                     "`augment` needs the original pictures, but the items hold their `pixels`."
                 )
-            pixels = self.finish(_stack(items, "pixels"), indices)
-            return {"pixel_values": pixels} | batch
+            batch["pixel_values"] = self.finish(_stack(items, "pixels"), indices)
+            return batch
         if self.image_column not in first:
             raise ValueError(
                 f"Items have no {self.image_column!r}, only {[*first]}; `image_column` names the picture."
@@ -145,7 +151,8 @@ class ImageCollator:
             raise ValueError(f"`crops` must be 1 or 5, got {crops!r}.")
         make = self._geometry.pixels if crops == 1 else self._geometry.five_crops
         side = decoding_side(self.image_processor)
-        return torch.cat(_in_threads(lambda part: make(_read(part, side)), pictures))
+        parts = _in_threads(lambda part: make(_read(part, side)), pictures)
+        return torch.cat(parts)
 
     def finish(self, pixels: Tensor, indices: Sequence[int] | None = None) -> Tensor:
         """Scale and normalise pixels on their device; with "crop-flip" in training, augment them before.
@@ -167,7 +174,8 @@ class ImageCollator:
             )
             with self._seeded(indices):
                 images = kornia.RandomHorizontalFlip()(crop(images))
-        return self._geometry.finish(images).unflatten(0, pixels.shape[:-3])
+        finished = self._geometry.finish(images)
+        return finished.unflatten(0, pixels.shape[:-3])
 
     @cached_property
     def _geometry(self) -> "_Geometry":
@@ -184,16 +192,16 @@ class ImageCollator:
         side = decoding_side(self.image_processor)
         if callable(augment):
             side = None
-        elif (
-            augment and side
-        ):  # the smallest crop is to be as sharp as the whole picture
+        elif augment and side:
+            # The smallest crop is to be as sharp as the whole picture.
             side = math.ceil(side / math.sqrt(self.crop_scale))
         parts = _in_threads(lambda part: _read(part, side), pictures)
         images = [image for part in parts for image in part]
         if callable(augment):
             images = [augment(image) for image in images]
         elif augment:
-            return {"pixel_values": self._geometry.finish(self._crops(images, indices))}
+            crops = self._crops(images, indices)
+            return {"pixel_values": self._geometry.finish(crops)}
         if _is_compose(self.image_processor):
             return {"pixel_values": torch.stack([*map(self.image_processor, images)])}
         return dict(self.image_processor(images=images, return_tensors="pt"))
@@ -211,9 +219,14 @@ class ImageCollator:
                 shape = torch.Size((1, 3, image.height, image.width))
                 corners = crop.forward_parameters(shape)["src"][0]
                 flip = torch.rand(()) < 0.5
-            box = (*corners[0].tolist(), *(corners[2] + 1).tolist())
+            left, top = corners[0].tolist()
+            right, bottom = (corners[2] + 1).tolist()
             # By PIL, as kornia does not smooth what it makes smaller.
-            part = image.resize(self.size[::-1], PIL.Image.Resampling.BILINEAR, box=box)
+            part = image.resize(
+                self.size[::-1],
+                PIL.Image.Resampling.BILINEAR,
+                box=(left, top, right, bottom),
+            )
             pixels = torch.from_numpy(np.array(part)).permute(2, 0, 1)
             cut.append(pixels.flip(-1) if flip else pixels)
         return torch.stack(cut)
@@ -239,23 +252,25 @@ class _Geometry:
     def __init__(self, processor: Any) -> None:
         self.processor = processor
         name = type(processor).__name__
-        noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
-        black, white, mixed = (
-            self._whole([PIL.Image.fromarray(array)])
-            for array in (noise * 0, noise * 0 + 255, noise)
+        values = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+        noise = PIL.Image.fromarray(values)
+        black, white = (
+            self._whole([PIL.Image.new("RGB", noise.size, color)])
+            for color in ("black", "white")
         )
         if black.ndim != 4:
             raise ValueError(
                 f"`augment` and prepared pixels need an image processor that returns images; {name} cuts them into "
                 "patches, as NaFlex does. A function as `augment` works with it."
             )
-        self.size: tuple[int, int] = (black.shape[-2], black.shape[-1])
+        height, width = black.shape[-2:]
+        self.size: tuple[int, int] = (height, width)
         # Of the middle, as the margin may be padding.
-        middle = (0, slice(None), self.size[0] // 2, self.size[1] // 2)
+        middle = (0, slice(None), [height // 2], [width // 2])
         self.offset = black[middle].view(3, 1, 1)
         self.factor = (white[middle].view(3, 1, 1) - self.offset) / 255
-        finished = self.finish(self.pixels([PIL.Image.fromarray(noise)]))
-        if not torch.allclose(finished, mixed, atol=0.01):
+        finished = self.finish(self.pixels([noise]))
+        if not torch.allclose(finished, self._whole([noise]), atol=0.01):
             raise ValueError(
                 f"`augment` and prepared pixels need an image processor that ends with a scale and a normalisation "
                 f"for each channel; {name} does not. A function as `augment` works with it."
@@ -273,21 +288,23 @@ class _Geometry:
         """(B, 5, 3, H, W) uint8."""
         if _is_compose(self.processor):
             raise ValueError("`crops` needs an image processor of transformers.")
-        edges = dict(self.processor.size).items()
-        larger = {edge: round(length * 248 / 224) for edge, length in edges if length}
-        crops = []
-        height, width = self.size
-        for image in images:  # whose shapes may differ now
-            pixels = self.pixels([image], size=larger, do_center_crop=False)[0]
-            bottom, right = pixels.shape[-2] - height, pixels.shape[-1] - width
-            corners = [(bottom // 2, right // 2), (0, 0), (0, right)]
-            corners += [(bottom, 0), (bottom, right)]
-            crops += [pixels[:, y : y + height, x : x + width] for y, x in corners]
-        return torch.stack(crops).unflatten(0, (-1, 5))
+        larger = {}
+        for edge, length in dict(self.processor.size).items():
+            if length:
+                larger[edge] = round(length * 248 / 224)
+        # One at a time, as their shapes may differ.
+        enlarged = [
+            self.pixels([image], size=larger, do_center_crop=False)[0]
+            for image in images
+        ]
+        return torch.stack(
+            [_centre_and_corners(image, self.size) for image in enlarged]
+        )
 
     def finish(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) float32."""
-        factor, offset = self.factor.to(pixels.device), self.offset.to(pixels.device)
+        factor = self.factor.to(pixels.device)
+        offset = self.offset.to(pixels.device)
         return torch.addcmul(offset, pixels.float(), factor)
 
     def _whole(self, images: list[PIL.Image.Image], **arguments: Any) -> Tensor:
@@ -295,6 +312,17 @@ class _Geometry:
             return torch.stack([self.processor(image) for image in images])
         processed = self.processor(images=images, return_tensors="pt", **arguments)
         return processed["pixel_values"]
+
+
+def _centre_and_corners(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    height, width = size
+    bottom = pixels.shape[-2] - height
+    right = pixels.shape[-1] - width
+    corners = [(0, 0), (0, right), (bottom, 0), (bottom, right)]
+    crops = []
+    for top, left in [(bottom // 2, right // 2), *corners]:
+        crops.append(pixels[:, top : top + height, left : left + width])
+    return torch.stack(crops)
 
 
 def _is_compose(processor: Any) -> bool:
@@ -330,7 +358,8 @@ def _in_threads(
     # A worker of a loader is one of many.
     cores = available_cores() if get_worker_info() is None else 1
     size = max(1, min(8, math.ceil(len(pictures) / cores)))
-    parts = [pictures[start : start + size] for start in range(0, len(pictures), size)]
+    starts = range(0, len(pictures), size)
+    parts = [pictures[start : start + size] for start in starts]
     if cores == 1 or len(parts) == 1:
         return [function(part) for part in parts]
     with ThreadPoolExecutor(cores) as pool:

@@ -37,9 +37,8 @@ def read_image(
     """
     if isinstance(source, dict):
         source = source.get("path") if source.get("bytes") is None else source["bytes"]
-    name = name or (
-        repr(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else ""
-    )
+    if name is None and isinstance(source, (str, os.PathLike)):
+        name = repr(os.fspath(source))
     try:
         if isinstance(source, PIL.Image.Image):
             return _upright_rgb(source)
@@ -61,23 +60,16 @@ def read_image(
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, PIL.UnidentifiedImageError):
             reason = "empty, or no format that pillow knows (HEIC: pillow-heif)"
-        raise ValueError(
-            f"{f'Image {name}'.strip()} cannot be read: {reason}"
-        ) from error
+        image_name = f"Image {name}" if name else "Image"
+        raise ValueError(f"{image_name} cannot be read: {reason}") from error
 
 
 def decoding_side(image_processor: Any) -> int | None:
     """Return the `min_side` of [`read_image`] that leaves twice the resolution a processor resizes to."""
-    sides = [
-        side
-        for side in dict(getattr(image_processor, "size", None) or {}).values()
-        if side
-    ]
-    return (
-        2 * max(sides)
-        if sides and getattr(image_processor, "do_resize", False)
-        else None
-    )
+    size = getattr(image_processor, "size", None)
+    if not size or not getattr(image_processor, "do_resize", False):
+        return None
+    return 2 * max(side for side in dict(size).values() if side)
 
 
 def find_images(

@@ -4,6 +4,7 @@
 import io
 import os
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,12 @@ def find_unreadable(
         splits: Names of the splits, for errors.
     """
     connected = dist.is_available() and dist.is_initialized()
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if connected else (0, 1)
-    places = [(key, row) for key, part in parts.items() for row in range(len(part))]
+    rank, processes = 0, 1
+    if connected:
+        rank, processes = dist.get_rank(), dist.get_world_size()
+    places: list[tuple[str, int]] = []
+    for key, part in parts.items():
+        places += ((key, row) for row in range(len(part)))
     places = places[rank::processes]
     bar = tqdm(total=len(places), desc="checking images", disable=rank > 0, leave=False)
 
@@ -47,7 +52,7 @@ def find_unreadable(
         shares = [None] * processes
         dist.all_gather_object(shares, found)
     problems: dict[str, dict[int, str]] = {key: {} for key in parts}
-    for key, row, problem in sorted(result for share in shares for result in share):
+    for key, row, problem in sorted(chain.from_iterable(shares)):
         problems[key][row] = problem
     return problems
 

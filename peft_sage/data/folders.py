@@ -9,6 +9,7 @@ import mimetypes
 import os
 import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,8 +41,11 @@ def read_folder(request: Request, root: Path) -> dict[str, Table]:
         tables += [root / name / file for file in inner if is_parquet(file)]
     fitting = [path for path in tables if has_columns(request, path)]
     matched = match_splits(folders, request.splits)
-    inside = _entries(root / matched["train"]) if "train" in matched else ([], [])
-    has_class_folders = bool(inside[0] or set(METADATA) & set(inside[1]))
+    has_class_folders = False
+    if "train" in matched:
+        inner_folders, inner_files = _entries(root / matched["train"])
+        has_metadata = not set(METADATA).isdisjoint(inner_files)
+        has_class_folders = bool(inner_folders) or has_metadata
     for found in (fitting, [] if has_class_folders else tables):
         if splits := _tables_of_splits(request, found):
             used = {path for paths in splits.values() for path in paths}
@@ -151,12 +155,13 @@ def _may_be_image(name: str) -> bool:
 
 def _tables_of_splits(request: Request, paths: list[Path]) -> dict[str, list[Path]]:
     """Group tables by split: called after it, apart from the number of a shard, or in a folder called so."""
-    groups: list[dict[str, list[Path]]] = [{}, {}]
+    by_name, by_folder = defaultdict(list), defaultdict(list)
     for path in paths:
-        groups[0].setdefault(re.sub(r"[-_.]\d.*", "", path.stem), []).append(path)
+        name = re.sub(r"[-_.]\d.*", "", path.stem)
+        by_name[name].append(path)
         if path.parent != request.root:
-            groups[1].setdefault(path.parent.name, []).append(path)
-    for group in groups:
+            by_folder[path.parent.name].append(path)
+    for group in (by_name, by_folder):
         matched = match_splits(group, request.splits)
         if "train" not in matched:
             continue

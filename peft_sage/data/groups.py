@@ -51,7 +51,10 @@ def _joined(tables: dict[str, Table], key: str) -> list[Any]:
 
 def _numbered(values: Sequence[Any], more_than: int) -> list[int] | None:
     """Number the values, if any occurs twice and there are more than so many; what has none is on its own."""
-    keys = [n if v in (None, "") else str(v) for n, v in enumerate(values)]
+    keys = [
+        number if value in (None, "") else str(value)
+        for number, value in enumerate(values)
+    ]
     index = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     if not more_than < len(index) < len(keys):
         return None
@@ -83,7 +86,8 @@ def object_names(stems: list[str]) -> list[str]:
     names = []
     views = Counter(objects)
     for whole, name in zip(plain, objects, strict=True):
-        numbers_class = views[name] > len(stems) / 2 and not re.search(r"\d", name)
+        is_most = views[name] > len(stems) / 2
+        numbers_class = is_most and not re.search(r"\d", name)
         is_object = views[name] <= MOST_VIEWS and not numbers_class
         names.append(name if is_object else whole)
     return names

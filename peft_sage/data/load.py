@@ -113,7 +113,10 @@ def _read(request: Request) -> dict[str, Table]:
         request.source = type(source).__name__
         return read_datasets(request, source)
     request.source = name = os.fspath(source)
-    path = Path(name if os.path.lexists(name) else os.path.expanduser(name)).absolute()
+    path = Path(name)
+    if not os.path.lexists(path):
+        path = path.expanduser()
+    path = path.absolute()
     try:
         if name and path.is_dir():
             request.root = path
@@ -158,7 +161,8 @@ def _choose_classes(
             f"Column {request.label_column!r} has {found}, which cannot be matched."
         )
     ordered = [tidy(name) for name in ordered]
-    names = [*dict.fromkeys([*ordered, *sorted(others, key=natural_key)])]
+    ordered += sorted(others, key=natural_key)
+    names = [*dict.fromkeys(ordered)]
     warn_of_alike(names)
     if not isinstance(described, dict):
         return names, names
@@ -215,11 +219,14 @@ def _drop_unreadable(request: Request, parts: dict[str, Dataset]) -> None:
 
 
 def _draw(request: Request, data: Dataset, seed: int) -> dict[str, Dataset]:
-    groups = np.array(data["group"] if "group" in data.features else range(len(data)))
+    groups = np.arange(len(data))
+    if "group" in data.features:
+        groups = np.array(data["group"])
     drawn = draw_splits(labels_of(data), groups, seed)
     sizes = ", ".join(f"{len(rows)} for {part}" for part, rows in drawn.items())
     note = f"The data have no splits: about 70, 10 and 20% of each class were drawn with seed {seed} ({sizes})"
-    if together := sum(n for n in Counter(groups.tolist()).values() if n > 1):
+    sizes_of_groups = Counter(groups.tolist()).values()
+    if together := sum(size for size in sizes_of_groups if size > 1):
         note += f"; {together} images that share an object stayed together"
     request.notes.append(f"{note}.")
     return {part: data.select(rows) for part, rows in drawn.items()}

@@ -105,7 +105,8 @@ def long_tailed_subset(
     generator = np.random.RandomState(seed)
     kept = []
     for label in range(num_classes):
-        size = int(largest * (1 / imbalance_ratio) ** (label / max(1, num_classes - 1)))
+        position = label / max(1, num_classes - 1)
+        size = int(largest * (1 / imbalance_ratio) ** position)
         members = generator.permutation(np.flatnonzero(labels == label))
         kept.append(members[: max(1, size)])
     return np.sort(np.concatenate(kept))

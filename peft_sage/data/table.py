@@ -177,8 +177,11 @@ def merge(tables: list[Table]) -> Table:
     for key in ("labels", "files", "groups", "splits", "paths"):
         parts = [getattr(table, key) for table in tables]
         columns[key] = None if None in parts else [*chain.from_iterable(parts)]
-    kinds = {kind: file for table in tables for kind, file in table.kinds.items()}
-    classes = [*chain.from_iterable(table.classes for table in tables)]
+    kinds: dict[str, str] = {}
+    classes: list[str] = []
+    for table in tables:
+        kinds |= table.kinds
+        classes += table.classes
     return Table(**columns, kinds=kinds, classes=classes, ordered=True)
 
 
@@ -191,10 +194,14 @@ def encoded(images: Dataset, column: str = "image") -> Dataset:
 
 def labels_of(data: Dataset) -> np.ndarray:
     """Return the labels (N,) without a look at the images."""
-    return np.asarray(data.with_format("numpy", columns=["label"])[:]["label"])
+    labels = data.with_format("numpy", columns=["label"])[:]["label"]
+    return np.asarray(labels)
 
 
 def preview(names: Iterable[str], most: int = 10) -> str:
     """Return the first names for a message."""
     names = [*names]
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+    shown = names[:most]
+    if len(names) > most:
+        shown.append("...")
+    return ", ".join(shown)

@@ -111,8 +111,10 @@ def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
         )
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
-            rows += [(number, dict(json.loads(line)))] if line.strip() else []
+            rows.append((number, dict(json.loads(line))))
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"Line {number} of {str(path)!r} is not a JSON object: {error}"

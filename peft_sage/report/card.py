@@ -23,8 +23,9 @@ def make_model_card(
     base = results.settings.get("model") or ""
     tags = ["peft_sage", "long-tailed-recognition"]
     # The Hub refuses a card whose base model is the path of a folder.
-    known = base if base.count("/") < 2 and not Path(base).exists() else None
-    if known:
+    known = None
+    if base and base.count("/") < 2 and not Path(base).exists():
+        known = base
         tags.append(f"base_model:adapter:{known}")
     metadata = ModelCardData(
         base_model=known,

@@ -78,11 +78,18 @@ def draw_reliability(axis: Axes, results: RunResults) -> None:
 def draw_coverage(axis: Axes, results: RunResults) -> None:
     """Draw the accuracy over the share of test images that are answered, the most confident first."""
     _, share, accuracy = accuracy_by_coverage(*results.answers)
-    axis.plot(100 * share, 100 * accuracy, color=COLORS[1], label=results.method)
+    axis.plot(
+        100 * share,
+        100 * accuracy,
+        color=COLORS[1],
+        label=results.method,
+    )
     axis.axhline(95, color="0.5", linestyle=":", label="95%")
-    if at_threshold := results.at_threshold:
+    if results.at_threshold:
+        answered, right = results.at_threshold
         axis.plot(
-            *(100 * x for x in at_threshold),
+            100 * answered,
+            100 * right,
             "o",
             color=COLORS[1],
             label=f"confidence of at least {results.threshold:.2f}",

@@ -62,7 +62,8 @@ class Evaluation:
         cls, logits: torch.Tensor, labels: list[int], class_counts: list[int]
     ) -> "Evaluation":
         """Evaluate logits (n, K) against labels (n,), given the numbers of training images (K,)."""
-        confidences, predictions = logits.float().softmax(dim=-1).max(dim=-1)
+        probabilities = logits.float().softmax(dim=-1)
+        confidences, predictions = probabilities.max(dim=-1)
         # The predictions of all processes are here already.
         metric = LongTailAccuracy(class_counts, sync_on_compute=False)
         metric.update(predictions, torch.as_tensor(labels))
@@ -167,7 +168,8 @@ class RunResults:
         threshold = _calibrate(trainer, data, counts)
         logits, labels = _predict(trainer, data.test)
         trained = Evaluation.from_logits(logits / head.temperature, labels, counts)
-        similarity = _embed(trainer, data.test) @ head.text_embeds.float().cpu().T
+        text_embeds = head.text_embeds.float().cpu()
+        similarity = _embed(trainer, data.test) @ text_embeds.T
         loss, prior = trainer.loss, trainer.text_prior
         images = fingerprint(data.train["label"])
         return cls(
@@ -247,9 +249,11 @@ class RunResults:
     def worse_classes(self) -> list[int]:
         """The classes that are less accurate than before training."""
         pairs = zip(self.zero_shot.per_class, self.trained.per_class, strict=True)
-        return [
-            k for k, (before, after) in enumerate(pairs) if (after or 0) < (before or 0)
-        ]
+        worse = []
+        for k, (before, after) in enumerate(pairs):
+            if (after or 0) < (before or 0):
+                worse.append(k)
+        return worse
 
     @property
     def worst_classes(self) -> list[int]:
@@ -275,10 +279,14 @@ class RunResults:
         rows = [["test accuracy, %", *names]]
         for run, evaluation in self.runs.items():
             scores = [getattr(evaluation, name) for name in names]
-            rows.append([run, *("-" if x is None else f"{x:.1f}" for x in scores)])
+            shown = ["-" if score is None else f"{score:.1f}" for score in scores]
+            rows.append([run, *shown])
         sizes = self.trained.num_classes
         rows.append(["classes", *(str(sizes.get(name, "")) for name in names)])
-        lines = [f"{row[0]:<18}" + "".join(f"{x:>9}" for x in row[1:]) for row in rows]
+        lines = []
+        for first, *others in rows:
+            cells = [f"{cell:>9}" for cell in others]
+            lines.append(f"{first:<18}" + "".join(cells))
         worse = len(self.worse_classes)
         lines.append(
             f"{worse} of {self.num_tested} classes {'is' if worse == 1 else 'are'} worse than before training; "
@@ -354,7 +362,8 @@ def _suspects(prior: Any, labels: list[int]) -> list[dict[str, Any]]:
 
 def _command(argv: list[str]) -> str:
     """Return the command line without where the script lies and without tokens."""
-    line = shlex.join(["python", Path(argv[0]).name, *argv[1:]])
+    script, *arguments = argv
+    line = shlex.join(["python", Path(script).name, *arguments])
     return re.sub(r"(--[\w-]*token[= ])\S+", r"\1***", line)
 
 

@@ -109,9 +109,9 @@ def expected_gains(
     # Classes without images are answered from their texts, which says nothing about the effect of images.
     has_images = counts > 0
     weights = np.concatenate([right * has_images, (tested - right) * has_images])
-    if not weights[: len(counts)].any() or not weights[len(counts) :].any():
-        return extra, np.zeros(len(counts))
     outcomes = np.repeat([1, 0], len(counts))
+    if len(np.unique(outcomes[weights > 0])) < 2:
+        return extra, np.zeros(len(counts))
     regression = LogisticRegression()
     regression.fit(np.concatenate([images, images]), outcomes, weights)
     slope = max(0.0, regression.coef_[0, 0])
