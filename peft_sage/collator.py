@@ -110,7 +110,8 @@ class ImageCollator:
         if not items:
             raise ValueError("`items` is empty; give at least one.")
         first = items[0]
-        if not isinstance(first, Mapping) or set(first) == {"bytes", "path"}:
+        is_picture = not isinstance(first, Mapping) or set(first) == {"bytes", "path"}
+        if is_picture:
             return self._inputs(items, None)
         batch = {}
         for key in first:
@@ -330,10 +331,8 @@ def _is_compose(processor: Any) -> bool:
 
 
 def _stack(items: list[Any], key: str) -> Tensor:
-    values = [item[key] for item in items]
-    if isinstance(values[0], (int, float, np.number)):
-        return torch.tensor(values)
-    return torch.stack([torch.as_tensor(value) for value in values])
+    values = [torch.as_tensor(item[key]) for item in items]
+    return torch.stack(values)
 
 
 def _read(pictures: Sequence[Any], min_side: int | None) -> list[PIL.Image.Image]:

@@ -164,13 +164,15 @@ class RunResults:
                 "`trainer` must train a SageClassifier for a report, got a "
                 f"{type(trainer.model).__name__}."
             )
-        counts, head = list(data.class_counts), trainer.classifier.head
+        counts = list(data.class_counts)
+        head = trainer.classifier.head
         threshold = _calibrate(trainer, data, counts)
         logits, labels = _predict(trainer, data.test)
         trained = Evaluation.from_logits(logits / head.temperature, labels, counts)
         text_embeds = head.text_embeds.float().cpu()
         similarity = _embed(trainer, data.test) @ text_embeds.T
-        loss, prior = trainer.loss, trainer.text_prior
+        loss = trainer.loss
+        prior = trainer.text_prior
         images = fingerprint(data.train["label"])
         return cls(
             class_names=list(data.class_names),
@@ -232,13 +234,13 @@ class RunResults:
     @property
     def shown_settings(self) -> dict[str, Any]:
         """The settings that have a value, without where folders and files lie on this machine."""
-        return {
-            name: Path(value).name
-            if isinstance(value, str) and value and Path(value).exists()
-            else value
-            for name, value in self.settings.items()
-            if value is not None
-        }
+        shown = {}
+        for name, value in self.settings.items():
+            if isinstance(value, str) and value and Path(value).exists():
+                value = Path(value).name
+            if value is not None:
+                shown[name] = value
+        return shown
 
     @property
     def num_tested(self) -> int:
@@ -272,7 +274,9 @@ class RunResults:
         if self.threshold is None or self.threshold > confidences.max():
             return None
         answered = confidences >= self.threshold
-        return float(answered.mean()), float(right[answered].mean())
+        share = answered.mean()
+        accuracy = right[answered].mean()
+        return float(share), float(accuracy)
 
     def __str__(self) -> str:
         names = self.shown_scores
@@ -333,31 +337,40 @@ def _predict(trainer: Any, dataset: Any) -> tuple[torch.Tensor, list[int]]:
 
 def _history(trainer: Any) -> dict[str, Any]:
     """Return the validation curve and the epoch that was kept."""
-    curve, kept = [], None
+    curve = []
+    kept = None
     for entry in trainer.state.log_history:
         if "eval_macro" not in entry:
             continue
-        scores = {name: 100 * entry[f"eval_{name}"] for name in ("overall", "macro")}
-        curve.append({"epoch": entry["epoch"], **scores})
+        scores = {
+            "epoch": entry["epoch"],
+            "overall": 100 * entry["eval_overall"],
+            "macro": 100 * entry["eval_macro"],
+        }
+        curve.append(scores)
         if entry["step"] == trainer.state.best_global_step:
             kept = entry["epoch"]
-    best = trainer.args.load_best_model_at_end
-    return {"validation": curve, "kept_epoch": kept if best else None}
+    if not trainer.args.load_best_model_at_end:
+        kept = None
+    return {"validation": curve, "kept_epoch": kept}
 
 
 def _suspects(prior: Any, labels: list[int]) -> list[dict[str, Any]]:
     """Return the images that are taken for another class, the least likely labels first."""
-    probability, predicted = prior.label_probability, prior.predicted_label
-    wrong = (predicted >= 0) & (predicted != torch.as_tensor(list(labels)))
+    probability = prior.label_probability
+    predicted = prior.predicted_label
+    held_out = predicted >= 0
+    wrong = held_out & (predicted != torch.as_tensor(list(labels)))
     order = torch.where(wrong, probability, torch.inf).argsort(stable=True)
-    return [
-        {
-            "index": i,
-            "predicted": predicted[i].item(),
-            "probability": probability[i].item(),
+    suspects = []
+    for index in order[: int(wrong.sum())][:MAX_SUSPECTS].tolist():
+        suspect = {
+            "index": index,
+            "predicted": predicted[index].item(),
+            "probability": probability[index].item(),
         }
-        for i in order[: min(MAX_SUSPECTS, int(wrong.sum()))].tolist()
-    ]
+        suspects.append(suspect)
+    return suspects
 
 
 def _command(argv: list[str]) -> str:

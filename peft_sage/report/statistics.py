@@ -70,10 +70,11 @@ def accuracy_by_coverage(
     order = np.argsort(-confidences, kind="stable")
     falling = confidences[order]
     # Images of equal confidence are answered together or not at all.
-    ends = np.flatnonzero(np.append(np.diff(falling) != 0, True))
+    is_last = np.append(np.diff(falling) != 0, True)
+    ends = np.flatnonzero(is_last)
     answered = ends + 1
-    accuracy = np.cumsum(right[order])[ends] / answered
-    return falling[ends], answered / len(right), accuracy
+    num_right = np.cumsum(right[order])[ends]
+    return falling[ends], answered / len(right), num_right / answered
 
 
 def confidence_threshold(
@@ -104,19 +105,21 @@ def expected_gains(
         images, and for classes without test images.
     """
     extra = max(1, int(np.median(counts)))
-    images = np.log1p(counts)[:, None]
+    images = np.log1p(counts)
     more = np.log1p(counts + extra)
     # Classes without images are answered from their texts, which says nothing about the effect of images.
     has_images = counts > 0
-    weights = np.concatenate([right * has_images, (tested - right) * has_images])
+    weights = np.concatenate([right, tested - right])
+    weights = weights * np.tile(has_images, 2)
     outcomes = np.repeat([1, 0], len(counts))
     if len(np.unique(outcomes[weights > 0])) < 2:
         return extra, np.zeros(len(counts))
     regression = LogisticRegression()
-    regression.fit(np.concatenate([images, images]), outcomes, weights)
+    inputs = np.tile(images, 2).reshape(-1, 1)
+    regression.fit(inputs, outcomes, weights)
     slope = max(0.0, regression.coef_[0, 0])
-    fitted = regression.predict_proba(images)[:, 1]
+    fitted = regression.predict_proba(images.reshape(-1, 1))[:, 1]
     level = (right + 4 * fitted) / (tested + 4)
-    rise = slope * (more - images[:, 0])
+    rise = slope * (more - images)
     gains = expit(logit(level) + rise) - level
     return extra, np.where(tested > 0, 100 * gains, 0).round(3)
