@@ -50,9 +50,9 @@ def read_class_descriptions(
         read = _read_file(Path(source), where)
     elif hasattr(source, "tolist"):
         # A pandas Series whose index holds the names has their texts.
-        index = list(source.keys()) if hasattr(source, "keys") else [0]
+        index = list(read.keys()) if hasattr(read, "keys") else [0]
         by_name = all(isinstance(name, str) for name in index)
-        read = _without_repeats([*source.items()]) if by_name else read.tolist()
+        read = _without_repeats([*read.items()]) if by_name else read.tolist()
     elif isinstance(names := getattr(source, "names", None), list):
         read = names
     try:

@@ -29,10 +29,11 @@ def check_arguments(
         raise TypeError(
             f"`args` must be SageTrainingArguments, got {type(args).__name__}."
         )
-    if isinstance(model, SageClassifier) and hasattr(model, "peft_config"):
+    adapters = getattr(model, "peft_config", None)
+    if isinstance(model, SageClassifier) and adapters:
         raise ValueError(
-            f"`model` has the adapters {list(model.peft_config)}: give the PeftModel that `get_peft_model` returned "
-            "or, to continue training, that of `PeftModel.from_pretrained(classifier, folder, is_trainable=True)`."
+            f"`model` has the adapters {[*adapters]}: give the PeftModel that `get_peft_model` returned or, "
+            "to continue training, that of `PeftModel.from_pretrained(classifier, folder, is_trainable=True)`."
         )
     if peft_config is not None and isinstance(model, PeftModel):
         raise ValueError("`peft_config` needs a `model` that PEFT has not wrapped.")
