@@ -62,7 +62,8 @@ def is_target(config: Any, name: str) -> bool:
     Without `target_modules`, for any that `exclude_modules` and `modules_to_save` leave.
     """
     asked = copy.copy(config)
-    asked.target_modules, asked.target_parameters = config.target_modules or set(), None
+    asked.target_modules = config.target_modules or set()
+    asked.target_parameters = None
     found = check_target_module_exists(asked, name)
     if config.target_modules is None:
         return not isinstance(found, _ExcludedModule)

@@ -39,7 +39,9 @@ class ImageBatches(Dataset[Any]):
     def __init__(
         self, source: Any, collator: Callable[[list[Any]], Any], crops: int = 1
     ) -> None:
-        self.source, self.collator, self.crops = source, collator, crops
+        self.source = source
+        self.collator = collator
+        self.crops = crops
         self.pixels: Tensor | None = None
         self.labels: Tensor | None = None
         self.embeds: Tensor | None = None
@@ -121,7 +123,9 @@ class EpochSampler(Sampler[int]):
     """
 
     def __init__(self, length: int, seed: int) -> None:
-        self.length, self.seed, self.epoch = length, seed, 0
+        self.length = length
+        self.seed = seed
+        self.epoch = 0
 
     def __len__(self) -> int:
         return self.length
@@ -143,7 +147,8 @@ def embed_images(
 
     `finish` makes the model's input of `pixels`, without augmentation.
     """
-    world, rank = accelerator.num_processes, accelerator.process_index
+    world = accelerator.num_processes
+    rank = accelerator.process_index
     size = -(-len(batches) // world)
     share = range(len(batches))[rank * size : (rank + 1) * size]
     loader = batches.loader(num_workers, batch_size=batch_size, sampler=share)

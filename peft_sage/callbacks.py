@@ -44,7 +44,8 @@ class LongTailCallback(TrainerCallback):
 
         Images whose label is the loss's `ignore_index` are ignored.
         """
-        outputs, labels = prediction.predictions, prediction.label_ids
+        outputs = prediction.predictions
+        labels = prediction.label_ids
         # Lists of batches, with `eval_do_concat_batches=False`.
         in_batches = isinstance(labels, list)
         batches = (

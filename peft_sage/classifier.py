@@ -363,7 +363,8 @@ class SageClassifier(nn.Module, PushToHubMixin):
             check_number("min_score", min_score, 0, 1)
         if on_error not in ("raise", "skip"):
             raise ValueError(f'`on_error` must be "raise" or "skip", got {on_error!r}.')
-        head, names = self.head, self.config.id2label
+        head = self.head
+        names = self.config.id2label
         if not names:
             raise ValueError(
                 "The head has no classes: load an adapter, or call `set_classes`."
@@ -443,7 +444,8 @@ class SageClassifier(nn.Module, PushToHubMixin):
         Raises:
             TypeError, ValueError: They cannot be read or encoded, or the head has one of them or no class names.
         """
-        head, new = self.head, read_class_descriptions(texts)
+        head = self.head
+        new = read_class_descriptions(texts)
         names = head.class_names
         if names is None:
             raise ValueError(
@@ -534,7 +536,8 @@ class SageClassifier(nn.Module, PushToHubMixin):
     @property
     def config(self) -> ClassifierConfig:
         # Kept, as pipelines ask for it once per class and image.
-        names, count = self.class_names, self.head.out_features
+        names = self.class_names
+        count = self.head.out_features
         if (
             self._config is None
             or self._config[0] is not names

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 import torch
-import yaml  # type: ignore[import-untyped]
+import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import HfArgumentParser, TrainingArguments

@@ -43,7 +43,8 @@ def read_class_descriptions(
         TypeError, ValueError: The source has none of these shapes, or a file cannot be read or names a class twice, a
             text is empty, or a class of `class_names` is missing. The file and the class are named.
     """
-    where, read = "`source`", cast(Any, source)
+    where = "`source`"
+    read = cast(Any, source)
     texts: Any
     if isinstance(source, (str, os.PathLike)):
         where = f"`source` {os.fspath(source)!r}"

@@ -105,7 +105,8 @@ def set_guidance(model: nn.Module, source: Any, adapter_name: str) -> None:
         raise ValueError(
             f"The adapter {adapter_name!r} was made without guidance, so it cannot be given any."
         )
-    names, texts = None, None
+    names = None
+    texts = None
     if source is None:
         names = getattr(model, "class_names", None)
     elif isinstance(source, (Mapping, list, tuple)):
@@ -118,8 +119,10 @@ def set_guidance(model: nn.Module, source: Any, adapter_name: str) -> None:
         shape = None if rows is None else tuple(rows.shape)
         raise ValueError(f"`guidance` must have the shape (M, {width}), got {shape}.")
     shared.rows = rows
-    config.class_names, config.class_descriptions = names, texts
-    config.row_names, config.guidance_shape = row_names, list(rows.shape)
+    config.class_names = names
+    config.class_descriptions = texts
+    config.row_names = row_names
+    config.guidance_shape = list(rows.shape)
     config.guidance = None
 
 
@@ -155,7 +158,8 @@ def pool_guidance(
         sums = torch.zeros_like(means).index_add_(0, _nearest(rows, means), rows)
         # A group without rows, or whose rows cancel out, keeps its direction.
         moved = sums.norm(dim=1, keepdim=True) > 1e-6
-        before, means = means, torch.where(moved, F.normalize(sums, dim=-1), means)
+        before = means
+        means = torch.where(moved, F.normalize(sums, dim=-1), means)
         if torch.equal(before, means):
             break
     return means.to(guidance.device)

@@ -106,7 +106,8 @@ class CosineHead(nn.Linear):
 
     def set_extra_state(self, state: Tensor) -> None:
         saved = read_extra_state(state)
-        self.class_names, self.scale = saved["class_names"], saved["scale"]
+        self.class_names = saved["class_names"]
+        self.scale = saved["scale"]
         self.temperature = saved["temperature"]
         self.tokenizer_name = saved["tokenizer"] and tuple(saved["tokenizer"])
         self.base_revision = saved["base_revision"]
@@ -148,7 +149,8 @@ def _restore(saved: dict[str, Any] | None, present: Any) -> Any:
     if saved is None or saved == _describe(present):
         return present
     if saved["settings"] is not None:
-        name, transformers = saved["class"], importlib.import_module("transformers")
+        name = saved["class"]
+        transformers = importlib.import_module("transformers")
         # Some backends of a processor are not installed everywhere; the plain name takes what there is.
         for kind in (name, saved["settings"].get("image_processor_type", name)):
             if hasattr(transformers, kind):

@@ -148,10 +148,7 @@ class SageLayer(nn.Module, BaseTunerLayer):
         """Return what an adapter adds to the output of the MLP for its input (..., d), in the adapter's precision."""
         norm = self.peft_sage_norm[adapter_name]
         down = self.peft_sage_down[adapter_name]
-        if down.weight.is_meta and not x.is_meta:
-            raise RuntimeError(
-                f"The weights of the adapter {adapter_name!r} were not loaded."
-            )
+        self._check_loaded(down.weight, x, adapter_name)
         z = down(norm(self._cast_input_dtype(x, down.weight.dtype)))
         if adapter_name in self.shared_guidance:
             z = z + self.attend(z, adapter_name)
@@ -164,7 +161,9 @@ class SageLayer(nn.Module, BaseTunerLayer):
     def attend(self, z: Tensor, adapter_name: str) -> Tensor:
         """Return the attention (..., r) of queries (..., r) to the guidance; the weights are never kept."""
         # Blocks may be on several devices, and in other precisions than the rows.
-        guidance = self.shared_guidance[adapter_name].rows.to(z)
+        rows = self.shared_guidance[adapter_name].rows
+        self._check_loaded(rows, z, adapter_name)
+        guidance = rows.to(z)
         keys = self.peft_sage_key[adapter_name](guidance)
         values = self.peft_sage_value[adapter_name](guidance)
         heads = self.num_heads[adapter_name]
@@ -174,6 +173,14 @@ class SageLayer(nn.Module, BaseTunerLayer):
             for t in (z, keys, values)
         )
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(z.shape)
+
+    @staticmethod
+    def _check_loaded(weights: Tensor, x: Tensor, adapter_name: str) -> None:
+        # Weights that are still to be loaded are on the meta device.
+        if weights.is_meta and not x.is_meta:
+            raise RuntimeError(
+                f"The weights of the adapter {adapter_name!r} were not loaded."
+            )
 
     def _mixed_batch_forward(
         self, x: Tensor, result: Tensor, adapter_names: list[str]

@@ -109,11 +109,13 @@ class SageLoss(nn.Module):
         target = torch.ones(len(counts), dtype=torch.float64)
         if target_prior is not None:
             target = _check_target_prior(target_prior, len(counts))
-        present, gamma = counts > 0, 0.4 + 8 / counts.double().clamp(min=1)
+        present = counts > 0
+        gamma = 0.4 + 8 / counts.double().clamp(min=1)
         # Left out while training, such a class still has a place in the loss of evaluation.
         prior = counts.double().where(present, self.absent or 1.0)
         adjustment = self.tau * (prior / prior.sum() / target * target.sum()).log()
-        trained, position = None, torch.full_like(counts, len(counts))
+        trained = None
+        position = torch.full_like(counts, len(counts))
         if self.absent is None and not present.all():
             trained = present.nonzero()[:, 0]
             position[trained] = torch.arange(len(trained))
@@ -206,7 +208,8 @@ class SageLoss(nn.Module):
     ) -> Tensor:
         """The loss (B,) of each image, where the label -1 is ignored."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        adjustment, gamma = self.adjustment.to(logits), self.gamma.to(logits)
+        adjustment = self.adjustment.to(logits)
+        gamma = self.gamma.to(logits)
         if not (self.training and torch.is_grad_enabled()):
             return self._cross_entropy(logits + adjustment, labels)
         self._check_entries(entries, logits)
@@ -217,7 +220,9 @@ class SageLoss(nn.Module):
             self.covariance.update(entries["image_embeds"].detach(), seen)
         if self.trained_classes is not None:
             kept = self.trained_classes
-            logits, adjustment, gamma = logits[:, kept], adjustment[kept], gamma[kept]
+            logits = logits[:, kept]
+            adjustment = adjustment[kept]
+            gamma = gamma[kept]
             if "class_embeds" in entries:
                 entries["class_embeds"] = entries["class_embeds"][kept]
             hard = None if soft else self.position[labels.clamp(min=0)]
@@ -228,7 +233,8 @@ class SageLoss(nn.Module):
         compensated = self._compensate(adjusted, gamma, entries, labels)
         if self.label_smoothing:
             # The noise belongs to the denominator, not to the classes that smoothing aims at.
-            noise, targets = compensated - adjusted, labels.clamp(min=0)[:, None]
+            noise = compensated - adjusted
+            targets = labels.clamp(min=0)[:, None]
             of_targets = noise.gather(1, targets)[:, 0]
             extra = extra + self.label_smoothing * (noise.mean(dim=1) - of_targets)
         return self._cross_entropy(compensated, labels) + extra
@@ -252,14 +258,16 @@ class SageLoss(nn.Module):
             covariance = self.covariance.matrix.to(logits)
         else:
             residuals, degrees = within_class_residuals(logits, labels)
-            rows, covariance = (residuals / degrees.clamp(min=1).sqrt()).T, None
+            rows = (residuals / degrees.clamp(min=1).sqrt()).T
+            covariance = None
         return logits + compensation(rows, covariance, gamma[targets], targets)
 
     def _text_terms(self, entries: dict[str, Any]) -> Tensor | int:
         """The prior, which is one number, and the guidance (B,)."""
         total: Tensor | int = 0
         if self.text_prior:
-            rows, texts = entries["class_embeds"], entries["text_embeds"].detach()
+            rows = entries["class_embeds"]
+            texts = entries["text_embeds"].detach()
             total = self.text_prior * (1 - F.cosine_similarity(rows, texts)).mean()
         if self.text_guidance:
             # Detached, as a learned scale would shrink to please the term.
@@ -278,7 +286,8 @@ class SageLoss(nn.Module):
         return total
 
     def _check_targets(self, logits: Tensor, labels: Tensor, soft: bool) -> None:
-        shape, num_classes = tuple(logits.shape), len(self.adjustment)
+        shape = tuple(logits.shape)
+        num_classes = len(self.adjustment)
         if shape[1:] != (num_classes,):
             raise ValueError(
                 f"`logits` must have shape (B, {num_classes}), got {shape}."
@@ -303,9 +312,11 @@ class SageLoss(nn.Module):
                 raise ValueError(
                     f"`{term}` needs {missing} in `outputs`, as a training `SageClassifier` gives."
                 )
-        widths, on_cpu = {}, not torch.compiler.is_compiling()
+        widths = {}
+        on_cpu = not torch.compiler.is_compiling()
         for name in [name for name in EMBEDS if name in entries]:
-            embeds, rows = entries[name], logits.shape["image" not in name]
+            embeds = entries[name]
+            rows = logits.shape["image" not in name]
             is_tensor = isinstance(embeds, Tensor)
             if not is_tensor or embeds.ndim != 2 or len(embeds) != rows:
                 found = getattr(embeds, "shape", type(embeds))
@@ -313,7 +324,8 @@ class SageLoss(nn.Module):
             on_cpu = on_cpu and embeds.device.type == "cpu"
             if on_cpu and not embeds.isfinite().all():
                 raise ValueError(f"`{name}` must be finite, got NaN or infinity.")
-            entries[name], widths[name] = embeds.to(logits), embeds.shape[1]
+            entries[name] = embeds.to(logits)
+            widths[name] = embeds.shape[1]
         if len(set(widths.values())) > 1:
             raise ValueError(
                 f"`outputs` must hold embeddings of one width, got {widths}."

@@ -85,7 +85,8 @@ class LongTailAccuracy(Metric):
         """
         seen = self.total > 0
         per_class = self.correct / self.total  # 0 / 0 is NaN: the class did not occur
-        accuracy, counts = per_class[seen], self.class_counts[seen]
+        accuracy = per_class[seen]
+        counts = self.class_counts[seen]
         groups = {
             "many": counts > self.many,
             "medium": (counts >= self.few) & (counts <= self.many) & (counts > 0),

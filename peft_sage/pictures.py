@@ -156,7 +156,8 @@ def _from_array(array: np.ndarray[Any, Any], is_16_bit: bool = False) -> Image:
         )
     if array.dtype == np.uint8:
         return PIL.Image.fromarray(array)
-    low, high = float(array.min()), float(array.max())
+    low = float(array.min())
+    high = float(array.max())
     if not (low >= 0 and high <= 65535):
         raise ValueError(f"its values must lie in [0, 65535], got {low:g} to {high:g}")
     factor = 1 / 257 if is_16_bit or array.dtype.name == "uint16" or high > 255 else 1.0

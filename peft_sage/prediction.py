@@ -224,7 +224,8 @@ def fit_temperature(logits: Tensor, labels: Tensor, num_classes: int) -> float:
         )
     check_labels(labels, len(logits), num_classes)
     of_label = logits.gather(1, labels.long()[:, None]).mean()
-    low, high = math.log(0.05), math.log(20)
+    low = math.log(0.05)
+    high = math.log(20)
     # The cross-entropy is convex in 1 / T; its derivative there is the mean logit minus that of the labels.
     while high - low > 1e-4:
         middle = (low + high) / 2

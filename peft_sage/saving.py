@@ -73,7 +73,8 @@ class Saved:
 
     def load_image_processor(self) -> Any:
         """The image processor of the folder, or else of the base model, unless the head brings its own."""
-        saved, processor = self.image_processor, None
+        saved = self.image_processor
+        processor = None
         if not (saved and saved["settings"]):
             processor = load_if_any(AutoImageProcessor, self.source, self.hub)
         if processor is None and saved is None:

@@ -151,7 +151,8 @@ def _cross_validate(
     sample: _Sample, strengths: list[float], rng: Generator
 ) -> tuple[Tensor, Tensor]:
     """Probability of its label, and the likeliest class, of each held-out image: (strengths, n) each."""
-    fold, labels = sample.fold, sample.labels
+    fold = sample.fold
+    labels = sample.labels
     probability = torch.full((len(strengths), len(labels)), torch.nan)
     predicted = torch.zeros(probability.shape, dtype=torch.int64)
     for k in fold[fold >= 0].unique():
@@ -198,7 +199,8 @@ def _train(
     rng: Generator,
 ) -> Tensor:
     """A head for each pair of strength and absent count, trained on some of the images."""
-    labels, classes = sample.labels[train], len(sample.texts)
+    labels = sample.labels[train]
+    classes = len(sample.texts)
     images = torch.bincount(labels, minlength=classes)
     share = images / torch.bincount(sample.labels, minlength=classes)
     counts = (sample.counts * share).round().clamp(min=1) * (images > 0)

@@ -230,9 +230,11 @@ class SageTrainer(Trainer):
         name = eval_dataset if isinstance(eval_dataset, str) else None
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         dataset = dataset if name is None else self.eval_dataset[name]
-        role, crops = "test", self.args.test_crops
+        role = "test"
+        crops = self.args.test_crops
         if name is not None or dataset is self.eval_dataset:  # Trainer hands it over
-            role, crops = f"validation {name}", 1
+            role = f"validation {name}"
+            crops = 1
         if not is_map_style(dataset) or isinstance(dataset, dict):
             return super().get_eval_dataloader(eval_dataset)
         batches = self._batches(role, dataset, self._plain, crops)
@@ -287,8 +289,11 @@ class SageTrainer(Trainer):
 
     def _choose_text_terms(self, checkpoint: str | None) -> None:
         """Make the loss with the text prior, the guidance and what stands for absent classes."""
-        args, classifier = self.args, self.classifier
-        prior, guidance, absent = args.text_prior, args.text_guidance, args.absent
+        args = self.args
+        classifier = self.classifier
+        prior = args.text_prior
+        guidance = args.text_guidance
+        absent = args.absent
         if classifier is None:
             return
         trained = [n for n, p in self.model.named_parameters() if p.requires_grad]
@@ -355,7 +360,8 @@ class SageTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of `optim`, with a learning rate of its own for the head."""
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
-            args, trained = self.args, cast(Any, self.model if model is None else model)
+            args = self.args
+            trained = cast(Any, self.model if model is None else model)
             kind, settings = self.get_optimizer_cls_and_kwargs(args, trained)
             # Others choose the parameters themselves.
             if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
@@ -370,7 +376,8 @@ class SageTrainer(Trainer):
         self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
     ) -> Tensor:
         """A step whose augmentation and dropout depend on the seed, its number and the process alone."""
-        step, part = self.state.global_step, self._micro_batch
+        step = self.state.global_step
+        part = self._micro_batch
         process = self.args.process_index
         set_seed(derived_seed(self.args.seed, step, part, process))
         self._micro_batch = 0 if self.accelerator.sync_gradients else part + 1
@@ -392,7 +399,8 @@ class SageTrainer(Trainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Loss, logits and labels of a batch; the logits of several crops are averaged in float32."""
         inputs = self._model_inputs(inputs, self._plain)
-        labels, pixels = inputs.pop("labels", None), inputs["pixel_values"]
+        labels = inputs.pop("labels", None)
+        pixels = inputs["pixel_values"]
         crops = pixels.shape[1] if pixels.ndim == 5 else 1
         if crops > 1:
             inputs["pixel_values"] = pixels.flatten(0, 1)

@@ -47,7 +47,8 @@ def fitted_arguments(
         logger.info(f"Batches of {most} images, as there are only {num_images}")
         args.per_device_train_batch_size = most
     if eval_dataset is None:
-        args.eval_strategy, args.do_eval = IntervalStrategy.NO, False
+        args.eval_strategy = IntervalStrategy.NO
+        args.do_eval = False
         args.load_best_model_at_end = False
     return args
 

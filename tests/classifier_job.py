@@ -113,9 +113,12 @@ def own_loss(folder: Path) -> None:
 
 def sharded_head(folder: Path) -> None:
     """FSDP2 with PEFT's own choice of units, which takes the head for one."""
-    rank, processes = dist.get_rank(), dist.get_world_size()
-    sharded, whole = make_model("sage"), make_model("sage")
-    mesh, units = init_device_mesh("cpu", (processes,)), []
+    rank = dist.get_rank()
+    processes = dist.get_world_size()
+    sharded = make_model("sage")
+    whole = make_model("sage")
+    mesh = init_device_mesh("cpu", (processes,))
+    units = []
     policy = fsdp_auto_wrap_policy(sharded)
     for name, module in sharded.named_modules():
         if name and policy(module, recurse=False, nonwrapped_numel=0):

@@ -126,7 +126,8 @@ def train(folder: Path) -> None:
 def train_by_trainer(folder: Path) -> None:
     """Four steps of two micro-batches in float64, resumed where the folder holds a checkpoint."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    model, data = make_model().double(), make_data(64)
+    model = make_model().double()
+    data = make_data(64)
     embeds = torch.randn(64, 16, generator=torch.Generator().manual_seed(6))
     for k, (item, embed) in enumerate(zip(data, embeds.double(), strict=True)):
         # Whole shares of a process too.
@@ -184,8 +185,10 @@ def loss_of_parts(folder: Path) -> None:
     """The losses of each image, with 7 images in one process and 6 in the other; then 13 in the other alone."""
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-    rank, processes = dist.get_rank(), dist.get_world_size()
-    function, losses = SageLoss(COUNTS, reduction="none"), []
+    rank = dist.get_rank()
+    processes = dist.get_world_size()
+    function = SageLoss(COUNTS, reduction="none")
+    losses = []
     accuracy = LongTailAccuracy(COUNTS)
     for step, kind in enumerate(["shared"] * 3 + ["soft", "ignored", "empty"]):
         outputs, labels = loss_outputs(step)
@@ -210,8 +213,10 @@ def fsdp2(folder: Path) -> None:
     """Sharded by `fully_shard`, against the whole model on the whole batch."""
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-    rank, processes = dist.get_rank(), dist.get_world_size()
-    sharded, whole = make_model(), make_model()
+    rank = dist.get_rank()
+    processes = dist.get_world_size()
+    sharded = make_model()
+    whole = make_model()
     mesh = init_device_mesh("cpu", (processes,))
     # As PEFT's policy for wrapping does: every trained module is a unit, the head too.
     for module in sharded.modules():
@@ -226,7 +231,9 @@ def fsdp2(folder: Path) -> None:
         mesh=mesh,
         ignored_params={p for p in sharded.parameters() if p.ndim == 0},
     )
-    loss, alone, batches = SageLoss(COUNTS), LossOfOneProcess(COUNTS), make_batches()
+    loss = SageLoss(COUNTS)
+    alone = LossOfOneProcess(COUNTS)
+    batches = make_batches()
     optimizers = [
         torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2)
         for m in (sharded, whole)
@@ -252,8 +259,10 @@ def deepspeed(folder: Path) -> None:
     from deepspeed import init_distributed, initialize
 
     init_distributed("gloo")
-    rank, processes = dist.get_rank(), dist.get_world_size()
-    spread, whole = make_vision_model(), make_vision_model()
+    rank = dist.get_rank()
+    processes = dist.get_world_size()
+    spread = make_vision_model()
+    whole = make_vision_model()
     optimizers = [
         torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2)
         for m in (spread, whole)
@@ -266,7 +275,9 @@ def deepspeed(folder: Path) -> None:
         "gradient_clipping": 0.0,
     }
     engine, *_ = initialize(model=spread, optimizer=optimizers[0], config=settings)
-    loss, alone, batches = SageLoss(COUNTS), LossOfOneProcess(COUNTS), make_batches()
+    loss = SageLoss(COUNTS)
+    alone = LossOfOneProcess(COUNTS)
+    batches = make_batches()
     for images, labels in batches:
         engine.backward(
             loss(engine(pixel_values=images[rank::processes]), labels[rank::processes])

@@ -19,7 +19,9 @@ USER = "user"
 
 class Refusal(Exception):
     def __init__(self, status, code, message=""):
-        self.status, self.code, self.message = status, code, message
+        self.status = status
+        self.code = code
+        self.message = message
 
 
 class Hub:

@@ -36,7 +36,8 @@ def watch(
 def note_images(classifier, pixel_values):
     if classifier.training:
         processor = classifier.image_processor
-        std, mean = processor.image_std[0], processor.image_mean[0]
+        std = processor.image_std[0]
+        mean = processor.image_mean[0]
         red = pixel_values[:, 0, 0, 0] * std + mean
         seen[-1].append((red * 255).round().int().tolist())
 

@@ -83,7 +83,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, restores):
 
 
 def test_a_run_from_step_0_starts_fresh(tmp_path):
-    loss, states = SageLoss(COUNTS), []
+    loss = SageLoss(COUNTS)
+    states = []
     for run in ("first", "second"):
         trainer = make_trainer(tmp_path / run, loss, save_strategy="no")
         trainer.train()

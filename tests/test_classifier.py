@@ -506,7 +506,8 @@ def test_old_classes_keep_what_they_learned(folder, tmp_path):
     texts = {name: [f"{name}, closely"] for name in NAMES}
     model = get_peft_model(SageClassifier.from_texts(folder, texts), SageConfig())
     trained(model)
-    weight, embeds = model.head.weight.clone(), model.text_embeds.clone()
+    weight = model.head.weight.clone()
+    embeds = model.text_embeds.clone()
     fresh = SageClassifier.from_texts(folder, ["owl", "Kuh"]).text_embeds
     model.set_classes(["owl", "Kuh", "a cat"])
     assert model.class_names == ["owl", "Kuh", "a cat"]

@@ -125,7 +125,8 @@ def test_random_crops_of_the_original_picture():
     )
     crops = ((crops - black) / (white - black))[:, 0]
     edges = torch.stack([crops[..., 0].mean(1), crops[..., -1].mean(1)])
-    left, right = edges.min(0).values, edges.max(0).values
+    left = edges.min(0).values
+    right = edges.max(0).values
     # A crop of the share s of 100 x 40 pixels and aspect a is sqrt(4000 s a) wide: 17 to 73 of the ramp's pixels.
     width = (right - left) * 100 * 16 / 15
     assert (width > 15).all() and (width < 75).all() and width.std() > 5

@@ -165,7 +165,8 @@ def test_file_names_that_tell_objects(stems, objects):
 
 def test_groups_of_a_column(tmp_path):
     concepts = [f"c{i // 4}" for i in range(40)]
-    labels, path = [*"ab"] * 20, tmp_path / "all.parquet"
+    labels = [*"ab"] * 20
+    path = tmp_path / "all.parquet"
     labels.sort()
     write_parquet(path, labels, concept=[*concepts[:-1], None], scene=concepts)
     for column in (None, "scene"):
@@ -466,7 +467,8 @@ def test_damaged_images_are_found_before_training(tmp_path):
 
 
 def test_damaged_images_of_tables_are_named_by_row(tmp_path):
-    good, bad = encoded(1), encoded(2)[:40]
+    good = encoded(1)
+    bad = encoded(2)[:40]
     for split, images in {"train": [good, good, bad], "test": [good, None]}.items():
         columns = {
             "image": pa.array(images, pa.binary()),
@@ -501,7 +503,8 @@ def test_processes_share_the_check(tmp_path):
     ]
     for job in jobs:
         job.start()
-    first, second = results.get(), results.get()
+    first = results.get()
+    second = results.get()
     for job in jobs:
         job.join()
     alone = load_images(tmp_path / "photos", on_bad_image="skip")
@@ -516,7 +519,8 @@ def test_tables_of_files(tmp_path):
         "train": [("0.png", "cow"), ("sub/1.png", "owl")],
         "test": [("2.png", "owl")],
     }
-    paths, labels = [], []
+    paths = []
+    labels = []
     for split, files in rows.items():
         for file, name in files:
             draw(tmp_path / split / file, len(paths))
@@ -599,7 +603,8 @@ def data_sets(draw):
     names = draw(st.lists(st.sampled_from(NAMES), min_size=2, max_size=5, unique=True))
     kinds = ["folders", "parquet", "lists", "metadata", "one list"]
     kind = draw(st.sampled_from(kinds))
-    rows, number = {}, 0
+    rows = {}
+    number = 0
     for split in ["train", "test"] + ["validation"] * draw(st.booleans()):
         rows[split] = []
         for name in names:
@@ -614,7 +619,8 @@ def data_sets(draw):
 
 def write(root, kind, rows, random):
     """Write the images; return their files, by split."""
-    files, table = {}, []
+    files = {}
+    table = []
     places = {"folders": "{0}/{1}", "metadata": "{0}"}
     for split, images in rows.items():
         paths = []
@@ -670,7 +676,8 @@ def test_the_loader_returns_what_was_written(case):
             for split, images in rows.items()
         }
         if odd == "broken" and kind != "parquet":
-            broken, image = files["test"][-1], rows["test"][-1]
+            broken = files["test"][-1]
+            image = rows["test"][-1]
             broken.write_bytes(broken.read_bytes()[:20])
             named = f"Image '{broken.relative_to(root)}', split 'test'"
             with pytest.raises(ValueError) as caught:

@@ -88,7 +88,8 @@ def test_trainer_gives_the_weights_and_losses_of_one_process(
     run(tmp_path, processes, "trainer")
     expected, found = (torch.load(folder / "run.pt") for folder in (alone, tmp_path))
     torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
-    weights, start = expected[0], get_peft_model_state_dict(make_model().double())
+    weights = expected[0]
+    start = get_peft_model_state_dict(make_model().double())
     moved = [
         (weights[name] - start[name]).abs().max() for name in start if "up.w" in name
     ]
@@ -104,7 +105,8 @@ def folder(tmp_path_factory):
 
 def test_the_loss_of_two_processes_is_that_of_one(folder):
     """Also where the other process has soft labels, ignored images only, or no images."""
-    one, accuracy = SageLoss(COUNTS, reduction="none"), LongTailAccuracy(COUNTS)
+    one = SageLoss(COUNTS, reduction="none")
+    accuracy = LongTailAccuracy(COUNTS)
     whole = [one(*loss_outputs(step)) for step in range(6)]
     for step in range(3):
         outputs, labels = loss_outputs(step)

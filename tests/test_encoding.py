@@ -24,7 +24,8 @@ def by_hand(model, tokenizer, text: str) -> torch.Tensor:
 @pytest.mark.parametrize("make", [tiny_clip, tiny_siglip])
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
 def test_rows_are_means_of_normalised_embeddings(make, batch_size):
-    model, tokenizer = make(), byte_tokenizer()
+    model = make()
+    tokenizer = byte_tokenizer()
     descriptions = {
         "cat": ["fur", "a long tail"],
         "dog": "barks",
@@ -135,7 +136,8 @@ def test_kept_rows_are_of_this_tokenizer_and_activation_on_any_machine(clip, tmp
         return encode_class_descriptions(clip, tokenizer, names, cache_dir=folder)
 
     first = rows()
-    before, threads = list(tmp_path.iterdir()), torch.get_num_threads()
+    before = list(tmp_path.iterdir())
+    threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1 if threads > 1 else 2)
         assert torch.equal(rows(), first)

@@ -200,9 +200,12 @@ def test_config_and_weights_that_disagree(values, message, adapter_dir):
 def test_other_configs_that_disagree(adapter_dir):
     edit_config(adapter_dir, modules_to_save=["visual_projection"])
     assert_load_fails(adapter_dir, KeyError, "visual_projection")
-    for other in (["self_attn.q_proj"], r".*text_model.*mlp"):
+    for other, message in (
+        (["self_attn.q_proj"], "do not fit the model"),
+        (r".*text_model.*mlp", "must match modules of the vision tower"),
+    ):
         edit_config(adapter_dir, modules_to_save=None, target_modules=other)
-        assert_load_fails(adapter_dir, ValueError, "do not fit the model")
+        assert_load_fails(adapter_dir, ValueError, message)
     edit_config(
         adapter_dir, target_modules=None, guidance_shape=None
     )  # an AdaptFormer, by its configuration
@@ -347,7 +350,7 @@ import resource, sys, torch
 from peft import get_peft_model
 from peft_sage import SageConfig
 from tests.conftest import tiny_clip
-model = get_peft_model(tiny_clip(), SageConfig(guidance=torch.randn(20000, 64), r=8))
+model = get_peft_model(tiny_clip(), SageConfig(guidance=torch.randn(20000, 64), guidance_rows=20000, r=8))
 limit = int(sys.argv[2])
 if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

@@ -88,7 +88,8 @@ def test_fixed_scaling_is_taken_literally_and_not_trained():
 
 
 def test_dropout_only_while_training():
-    layer, x = make(torch.randn(5, 6), dropout=0.5), torch.randn(3, 12)
+    layer = make(torch.randn(5, 6), dropout=0.5)
+    x = torch.randn(3, 12)
     randomise(layer)
     assert torch.equal(layer.eval()(x), layer(x))
     assert not torch.equal(layer.train()(x), layer(x))

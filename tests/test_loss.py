@@ -41,7 +41,8 @@ def value_and_grad(loss_fn, logits, *args, **kwargs):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_without_corrections_is_cross_entropy(batch, labels_of, reduction, smoothing):
-    logits, labels = batch[0], labels_of(batch[1])
+    logits = batch[0]
+    labels = labels_of(batch[1])
     settings = {"reduction": reduction, "label_smoothing": smoothing}
     loss = SageLoss(COUNTS, tau=0, compensation=0, **settings)
     want = value_and_grad(F.cross_entropy, logits, labels, **settings)
@@ -109,7 +110,8 @@ def compensated(logits, labels, covariance):
 
 
 def test_of_logits_it_is_the_documented_formula_with_its_gradient(batch):
-    logits, labels = batch[0].double(), batch[1]
+    logits = batch[0].double()
+    labels = batch[1]
     got = value_and_grad(SageLoss(COUNTS, reduction="none"), logits, labels)
     want = value_and_grad(
         lambda z, y: compensated(z, y, pooled_covariance(z, y)), logits, labels
@@ -118,7 +120,8 @@ def test_of_logits_it_is_the_documented_formula_with_its_gradient(batch):
 
 
 def test_of_features_it_is_the_documented_formula_with_the_gradient_of_the_head(batch):
-    outputs, labels = features_of_batch(batch[1]), batch[1]
+    outputs = features_of_batch(batch[1])
+    labels = batch[1]
     covariance = pooled_covariance(outputs["image_embeds"], labels)
 
     def of(loss):
@@ -140,13 +143,15 @@ def test_the_covariance_is_a_moving_average_in_which_batches_count_by_their_pair
 ):
     labels = batch[1]
     loss = SageLoss(COUNTS)
-    scatter, pairs = 0, 0
+    scatter = 0
+    pairs = 0
     for part in (labels, labels[:6]):
         outputs = features_of_batch(part)
         loss(outputs, part)
         degrees = len(part) - len(part.unique())
         own = pooled_covariance(outputs["image_embeds"], part)
-        scatter, pairs = 0.95 * scatter + degrees * own, 0.95 * pairs + degrees
+        scatter = 0.95 * scatter + degrees * own
+        pairs = 0.95 * pairs + degrees
     torch.testing.assert_close(loss.covariance.matrix, scatter / pairs)
     # A batch without pairs says nothing, and takes nothing away; nor does one that overflowed.
     loss(features_of_batch(torch.arange(K)), torch.arange(K))
@@ -167,7 +172,8 @@ def test_a_reset_and_another_width_start_fresh(batch):
 
 def test_where_there_is_nothing_to_compensate_it_is_logit_adjustment(batch):
     logits, labels = batch
-    adjusted, one_each = SageLoss(COUNTS, compensation=0), torch.arange(K)
+    adjusted = SageLoss(COUNTS, compensation=0)
+    one_each = torch.arange(K)
     loss = SageLoss(COUNTS, text_prior=1.0, text_guidance=1.0)
     for given in ((logits[:K], one_each), (logits, soft(labels))):
         torch.testing.assert_close(SageLoss(COUNTS)(*given), adjusted(*given))
@@ -218,7 +224,8 @@ def test_absent_classes_left_out_change_nothing_for_the_others(batch, labels_of)
 
 
 def test_the_text_terms_are_the_documented_formulas(batch):
-    outputs, labels = features_of_batch(batch[1]), batch[1]
+    outputs = features_of_batch(batch[1])
+    labels = batch[1]
     plain = SageLoss(COUNTS, reduction="none")(outputs, labels)
     prior = SageLoss(COUNTS, text_prior=0.3, reduction="none")(outputs, labels)
     distance = 1 - F.cosine_similarity(outputs["class_embeds"], outputs["text_embeds"])
@@ -244,7 +251,8 @@ def test_the_text_terms_are_the_documented_formulas(batch):
     ],
 )
 def test_a_text_term_without_what_it_needs_is_refused(batch, term, missing):
-    outputs, loss = features_of_batch(batch[1]), SageLoss(COUNTS, **{term: 1.0})
+    outputs = features_of_batch(batch[1])
+    loss = SageLoss(COUNTS, **{term: 1.0})
     with pytest.raises(ValueError, match=f"`{term}` needs `{missing}`"):
         loss(outputs | {missing: None}, batch[1])
     with pytest.raises(ValueError, match=term):
@@ -253,7 +261,8 @@ def test_a_text_term_without_what_it_needs_is_refused(batch, term, missing):
 
 @pytest.mark.parametrize("name", EMBEDS)
 def test_embeddings_are_checked(batch, name):
-    outputs, loss = features_of_batch(batch[1]), SageLoss(COUNTS)
+    outputs = features_of_batch(batch[1])
+    loss = SageLoss(COUNTS)
     right = outputs[name]
     for wrong in (right[:-1], right[:, 0], right * torch.nan, right.tolist()):
         with pytest.raises(ValueError, match=f"`{name}` must be"):
@@ -324,7 +333,8 @@ def test_soft_labels_that_are_no_probabilities_are_refused(labels):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_logits_are_computed_in_float32(batch, dtype):
-    logits, labels = batch[0].to(dtype), batch[1]
+    logits = batch[0].to(dtype)
+    labels = batch[1]
     loss = SageLoss([10**6, 10**4, 100, 1, 1])
     value, grad = value_and_grad(loss, logits, labels)
     want, want_grad = value_and_grad(loss, logits.float(), labels)
@@ -348,7 +358,8 @@ def test_buffers_keep_float32_and_their_values():
 
 
 def test_under_autocast_it_is_computed_in_float32(batch):
-    outputs, labels = features_of_batch(batch[1]), batch[1]
+    outputs = features_of_batch(batch[1])
+    labels = batch[1]
     halves = {
         name: v.bfloat16() if isinstance(v, torch.Tensor) else v
         for name, v in outputs.items()
@@ -362,7 +373,8 @@ def test_under_autocast_it_is_computed_in_float32(batch):
 
 @pytest.mark.slow
 def test_compiles_to_one_graph(batch):
-    outputs, labels = features_of_batch(batch[1]), batch[1].clamp(max=K - 2)
+    outputs = features_of_batch(batch[1])
+    labels = batch[1].clamp(max=K - 2)
     terms = {"label_smoothing": 0.1, "text_prior": 0.3, "text_guidance": 0.2}
     for given, settings in ((outputs, terms), (batch[0], {"absent": None})):
         loss, twin = (SageLoss(COUNTS, **settings) for _ in range(2))
@@ -374,7 +386,8 @@ def test_compiles_to_one_graph(batch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
 def test_follows_the_logits_to_their_device(batch):
-    outputs, labels = features_of_batch(batch[1]), batch[1]
+    outputs = features_of_batch(batch[1])
+    labels = batch[1]
     loss = SageLoss(COUNTS)
     want = loss(outputs, labels)
     moved = {
@@ -396,7 +409,8 @@ def test_takes_the_logits_out_of_model_outputs(batch):
 @pytest.mark.parametrize("labels_of", [lambda labels: labels, soft])
 def test_parts_of_a_batch_add_up_to_the_whole(batch, labels_of):
     """As Trainer accumulates them: it counts all elements of the labels that are not -100."""
-    logits, labels = batch[0], labels_of(batch[1])
+    logits = batch[0]
+    labels = labels_of(batch[1])
     if labels.ndim == 1:
         labels[:3] = -100
     loss = SageLoss(COUNTS, compensation=0)  # which each part measures for itself
@@ -473,7 +487,8 @@ def test_settings_of_a_wrong_type(arguments):
         SageLoss(**{"class_counts": [3, 1], **arguments})
 
 
-ZEROS, LABELS = torch.zeros(2, K), torch.tensor([0, 1])
+ZEROS = torch.zeros(2, K)
+LABELS = torch.tensor([0, 1])
 
 
 @pytest.mark.parametrize(
@@ -497,7 +512,8 @@ def test_wrong_input(outputs, labels, error, match):
 def test_a_target_prior_is_read_by_its_index():
     shares = pd.Series([0, 1, 1, 2, 2, 2]).value_counts(normalize=True)
     assert list(shares.index) == [2, 1, 0]
-    counts, want = [3, 2, 1], [1 / 6, 2 / 6, 3 / 6]
+    counts = [3, 2, 1]
+    want = [1 / 6, 2 / 6, 3 / 6]
     got = SageLoss(counts, target_prior=shares).adjustment
     torch.testing.assert_close(got, SageLoss(counts, target_prior=want).adjustment)
 

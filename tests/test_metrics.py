@@ -111,6 +111,7 @@ def test_wrong_settings():
 
 def test_numbers_by_position():
     pandas = pytest.importorskip("pandas")
-    accuracy, order = LongTailAccuracy(COUNTS), range(len(LABELS))[::-1]
+    accuracy = LongTailAccuracy(COUNTS)
+    order = range(len(LABELS))[::-1]
     accuracy.update(PREDS.numpy(), pandas.Series(LABELS.tolist(), index=order))
     check(accuracy.compute())

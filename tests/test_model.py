@@ -131,7 +131,8 @@ def test_without_guidance_the_user_is_told(clip, recwarn):
 @pytest.mark.parametrize("name", ["default", "second"])
 def test_a_peft_model_is_refused(clip, pixel_values, name):
     model = get_peft_model(clip, SageConfig(guidance=torch.randn(5, 24)))
-    config, parts = model.peft_config["default"], list(model.modules())
+    config = model.peft_config["default"]
+    parts = list(model.modules())
     with pytest.raises(ValueError, match="`model` must not be a PeftModel: .*add_ad"):
         get_peft_model(model, SageConfig(), adapter_name=name)
     assert model.peft_config == {"default": config} and list(model.modules()) == parts
@@ -139,7 +140,8 @@ def test_a_peft_model_is_refused(clip, pixel_values, name):
 
 def test_unload_gives_the_base_model_back(clip, pixel_values):
     classifier = SageClassifier(clip, torch.randn(3, 16), ["a", "b", "c"]).eval()
-    parts, expected = list(classifier.modules()), classifier(pixel_values).logits
+    parts = list(classifier.modules())
+    expected = classifier(pixel_values).logits
     model = get_peft_model(classifier, SageConfig())
     model.add_adapter("second", SageConfig(layers_to_transform=[0]))
     randomise(model)
@@ -314,14 +316,16 @@ def test_a_saved_config_alone_cannot_run(clip, pixel_values, tmp_path):
         with pytest.raises(RuntimeError, match="weights .* were not loaded"):
             features(model, pixel_values)
     config = SageConfig.from_pretrained(tmp_path)
-    config.guidance_shape, config.guidance = None, torch.randn(3, 24)
+    config.guidance_shape = None
+    config.guidance = torch.randn(3, 24)
     assert features(get_peft_model(tiny_clip(), config), pixel_values).isfinite().all()
 
 
 class CallsByKeyword(torch.nn.Module):
     def __init__(self, mlp):
         super().__init__()
-        self.attention, self.mlp = torch.nn.Linear(8, 8), mlp
+        self.attention = torch.nn.Linear(8, 8)
+        self.mlp = mlp
 
     def forward(self, x):
         return x + self.mlp(hidden_states=self.attention(x))
@@ -347,7 +351,8 @@ def plain_tower():
 
 
 def test_an_mlp_that_is_called_by_keyword():
-    tower, images = plain_tower(), torch.randn(2, 3, 8, 8)
+    tower = plain_tower()
+    images = torch.randn(2, 3, 8, 8)
     expected = tower(images)
     model = get_peft_model(tower, SageConfig(guidance=torch.randn(5, 24)))
     assert torch.equal(model(images), expected) and len(adapted(model)) == 2

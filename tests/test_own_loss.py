@@ -42,7 +42,8 @@ def test_accumulation_is_one_batch(kind, tmp_path):
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    folder, root = tmp_path_factory.mktemp("two"), Path(__file__).parent.parent
+    folder = tmp_path_factory.mktemp("two")
+    root = Path(__file__).parent.parent
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(

@@ -169,7 +169,8 @@ def test_dry_run(method, imagenet, example, tmp_path):
 
 def test_a_download_is_checked_and_whole(tmp_path, monkeypatch):
     (tmp_path / "list.txt").write_text("a 0\n")
-    url, sources = (tmp_path / "list.txt").as_uri(), tmp_path / "sources"
+    url = (tmp_path / "list.txt").as_uri()
+    sources = tmp_path / "sources"
     monkeypatch.setitem(prepare.CHECKSUMS, "checked.txt", "0" * 64)
     with pytest.raises(ValueError, match="not the file that was published"):
         prepare.download(url, sources, "checked.txt")

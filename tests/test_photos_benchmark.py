@@ -37,7 +37,8 @@ def bed(tmp_path_factory):
         work / "towers" / f"A-{SHAPE}"
     )
     np.savez(work / "towers" / f"A-{SHAPE}" / "text_map.npz", log_scale=np.float32(3))
-    folder, generator = work / "tasks" / f"A-{SHAPE}", np.random.default_rng(0)
+    folder = work / "tasks" / f"A-{SHAPE}"
+    generator = np.random.default_rng(0)
     folder.mkdir(parents=True)
     for split, images, views in (
         ("train", 20, 3),

@@ -12,7 +12,8 @@ from transformers import CLIPImageProcessorPil
 from peft_sage.pictures import decoding_side, find_images, read_image
 
 
-RED, WHITE = (200, 10, 30), (255, 255, 255)
+RED = (200, 10, 30)
+WHITE = (255, 255, 255)
 
 
 def saved(image, kind="PNG", **options):

@@ -158,14 +158,16 @@ def test_calibration_is_that_of_torchmetrics_and_the_temperature_mends_it():
 
 
 def test_the_threshold_is_the_lowest_that_is_right_often_enough():
-    confidences, right = np.array([0.9, 0.8, 0.8, 0.7]), np.array([1, 1, 0, 0]) > 0
+    confidences = np.array([0.9, 0.8, 0.8, 0.7])
+    right = np.array([1, 1, 0, 0]) > 0
     assert confidence_threshold(confidences, right, 0.6) == 0.8
     assert confidence_threshold(confidences, right) == 0.9
     assert confidence_threshold(confidences, ~right, 0.95) is None
 
 
 def test_rare_classes_gain_most_from_more_images_also_those_that_are_never_right():
-    counts, tested = np.array([400, 100, 25, 6, 6, 0, 9]), np.full(7, 50)
+    counts = np.array([400, 100, 25, 6, 6, 0, 9])
+    tested = np.full(7, 50)
     tested[4] = 0
     right = np.array([48, 40, 30, 20, 0, 0, 0])
     extra, gains = expected_gains(counts, right, tested)

@@ -26,7 +26,8 @@ def _threads():
 
 
 def test_rows_end_up_in_the_table_and_others_stay(tmp_path):
-    first, second = ["loss_memory"], ["loss_step"]
+    first = ["loss_memory"]
+    second = ["loss_step"]
     for groups in (first, second):
         run.main([*SMALL, "--output", str(tmp_path), "--rows", *groups])
     results = json.loads((tmp_path / "results.json").read_text())

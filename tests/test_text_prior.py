@@ -51,7 +51,8 @@ def test_it_is_seeded_and_leaves_the_random_state_alone():
 
 def test_label_errors_have_a_low_probability_and_another_likeliest_class():
     features, true, texts = make_bed([30] * 5, "true", noise=0.2)
-    labels, wrong = true.clone(), torch.arange(0, 150, 30)
+    labels = true.clone()
+    wrong = torch.arange(0, 150, 30)
     labels[wrong] = (labels[wrong] + 1) % 5
     prior = choose_text_prior(features, labels, texts, strengths=(0, 1))
     assert set(wrong.tolist()) <= set(prior.label_probability.argsort()[:8].tolist())

@@ -65,7 +65,9 @@ def scaled(model: nn.Module, cosines: torch.Tensor) -> torch.Tensor:
 @every_model_with_text
 @torch.no_grad()
 def test_embeddings_give_the_logits_of_the_model(tiny: Tiny) -> None:
-    model, pixels, text = build(tiny), tiny.text(), tokens()
+    model = build(tiny)
+    pixels = tiny.text()
+    text = tokens()
     logits = own_logits(tiny, model, pixels, text)
     assert has_text_tower(model)
     assert logits.std() > 1e-4  # not one row repeated
@@ -81,7 +83,9 @@ def test_embeddings_give_the_logits_of_the_model(tiny: Tiny) -> None:
 
 @torch.no_grad()
 def test_wrapped_models_embed_alike() -> None:
-    model, pixels, text = build(tiny_named("clip-CLIPModel")), images(), tokens()
+    model = build(tiny_named("clip-CLIPModel"))
+    pixels = images()
+    text = tokens()
     expected = encode_image(model, **pixels), encode_text(model, text)
     wrapped = SageClassifier(model, torch.randn(5, 24))
     wrapped = get_peft_model(
@@ -99,7 +103,9 @@ def test_wrapped_models_embed_alike() -> None:
 
 @torch.no_grad()
 def test_parts_of_a_model_embed_alike() -> None:
-    model, pixels, text = build(tiny_named("clip-CLIPModel")), images(), tokens()
+    model = build(tiny_named("clip-CLIPModel"))
+    pixels = images()
+    text = tokens()
     state = model.state_dict()
     for part, encode, inputs in (
         ("Text", encode_text, (text,)),
@@ -121,7 +127,8 @@ def test_towers_alone_give_what_they_pool_or_the_mean() -> None:
         ("dinov2-Dinov2Model", True),
         ("ijepa-IJepaModel", False),
     ):
-        model, pixels = build(tiny_named(name)), images()
+        model = build(tiny_named(name))
+        pixels = images()
         output = model.base_model(**pixels)
         expected = (
             output.pooler_output if pooled else output.last_hidden_state.mean(dim=1)
@@ -133,7 +140,8 @@ def test_towers_alone_give_what_they_pool_or_the_mean() -> None:
             model, SageConfig(guidance=torch.randn(5, 12), r=4, num_heads=2)
         )
         torch.testing.assert_close(encode_image(wrapped, **pixels), expected)
-    model, pixels = build(tiny_named("clip-CLIPForImageClassification")), images()
+    model = build(tiny_named("clip-CLIPForImageClassification"))
+    pixels = images()
     torch.testing.assert_close(
         encode_image(model, **pixels), model.vision_model(**pixels).pooler_output
     )

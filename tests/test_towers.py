@@ -91,7 +91,9 @@ def gradients(
 def test_blocks_identity_gradients_and_saving(tiny: Tiny, tmp_path: Any) -> None:
     torch.manual_seed(0)
     model = tiny.build().requires_grad_(False)  # what torch computes with depends on it
-    other, blocks, inputs = copy.deepcopy(model), expected(tiny), tiny.inputs()
+    other = copy.deepcopy(model)
+    blocks = expected(tiny)
+    inputs = tiny.inputs()
     assert find_mlps(model) == blocks
     before = run(tiny, model, inputs)
     model = adapted(model)
@@ -204,7 +206,8 @@ class PlainClip(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.visual, self.token_embedding = nn.Module(), nn.Embedding(64, 32)
+        self.visual = nn.Module()
+        self.token_embedding = nn.Embedding(64, 32)
         self.visual.conv1 = nn.Conv2d(3, 32, 8, 8)
         self.visual.transformer = plain_transformer()
         self.transformer = plain_transformer()
@@ -219,7 +222,8 @@ class PlainClip(nn.Module):
 
 def test_sequence_first_layout_of_plain_modules() -> None:
     model = PlainClip().eval().requires_grad_(False)
-    images, text = torch.randn(3, 3, 16, 16), torch.randint(0, 64, (3, 5))
+    images = torch.randn(3, 3, 16, 16)
+    text = torch.randint(0, 64, (3, 5))
     blocks = [f"visual.transformer.resblocks.{i}.mlp" for i in range(2)]
     assert find_mlps(model) == blocks
     with pytest.raises(ValueError, match="reads no images"):
@@ -304,14 +308,16 @@ def test_layer_scale_is_the_factor_of_the_update(tiny: Tiny) -> None:
     with torch.no_grad():
         for scale in scales:
             scale.uniform_(0.1, 0.2)
-    model, inputs = adapted(model, init_weights=False), tiny.inputs()
+    model = adapted(model, init_weights=False)
+    inputs = tiny.inputs()
     name, layer = next(
         (name, m) for name, m in model.named_modules() if isinstance(m, SageLayer)
     )
     with torch.no_grad():
         for scaling in layer.peft_sage_scaling.values():
             scaling.fill_(1.0)
-    residuals, updates = [], []
+    residuals = []
+    updates = []
     block = model.get_submodule(name.rpartition(".")[0])
     block.register_forward_hook(
         lambda _, __, output: residuals.append(first_tensor(output).detach())

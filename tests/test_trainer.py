@@ -28,7 +28,8 @@ from peft_sage.run_files import is_complete, latest_checkpoint
 from tests.conftest import tiny_clip
 
 
-NAMES, COUNTS = ["blue", "green", "red"], [12, 6, 3]
+NAMES = ["blue", "green", "red"]
+COUNTS = [12, 6, 3]
 COLOURS = [(30, 40, 220), (40, 200, 60), (220, 30, 40)]
 TEXTS = torch.randn(3, 16, generator=torch.Generator().manual_seed(3))
 LORA = LoraConfig(r=4, target_modules=["q_proj"], exclude_modules=".*text_model.*")
@@ -51,11 +52,13 @@ def pictures(counts, seed=0, groups=False):
         "file": Value("string"),
     }
     if groups:
-        columns["group"], features["group"] = labels, Value("int64")
+        columns["group"] = labels
+        features["group"] = Value("int64")
     return Dataset.from_dict(columns, features=Features(features))
 
 
-TRAIN, VALIDATION = pictures(COUNTS), pictures([3, 3, 3], seed=1)
+TRAIN = pictures(COUNTS)
+VALIDATION = pictures([3, 3, 3], seed=1)
 
 
 def tensors(dataset):
@@ -172,7 +175,8 @@ def test_guidance_gets_the_embeddings_of_its_own_images(tmp_path):
     args = arguments(tmp_path, text_guidance=1.0, num_train_epochs=1)
     trainer = SageTrainer(sage(), args, TRAIN)
     trainer.train()
-    embeds, seen = trainer.base_image_embeds, []
+    embeds = trainer.base_image_embeds
+    seen = []
     plain = trainer.classifier.embed(list(TRAIN["image"]))
     for batch in trainer.get_train_dataloader():
         seen.append(batch["base_image_embeds"])
@@ -211,7 +215,8 @@ def cross_entropy(outputs, labels, num_items_in_batch=None):
 @pytest.mark.parametrize("as_tensors", [True, False])
 def test_accumulation_equals_the_whole_batch(loss, as_tensors, tmp_path):
     """The compensation is left out, which each micro-batch measures for itself."""
-    ends, data = [], pictures([9, 6, 3])
+    ends = []
+    data = pictures([9, 6, 3])
     data = tensors(data) if as_tensors else data
     for size, steps in ((6, 1), (3, 2)):
         own = {"text_prior": 1.0, "compensation": 0.0} if loss is None else {}

@@ -136,7 +136,8 @@ class MessageEncoder(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.clip, self.message_encoder = tiny_clip(), torch.nn.Linear(2, 2)
+        self.clip = tiny_clip()
+        self.message_encoder = torch.nn.Linear(2, 2)
         self.sage_norm = torch.nn.LayerNorm(2)
 
 
@@ -268,7 +269,8 @@ def test_lora_beside_sage(clip, pixel_values, tmp_path):
 def test_one_name_for_lora_and_sage_is_refused(clip):
     """PEFT keeps one configuration per name, so one of the two would be lost when they are saved."""
     lora = get_peft_model(clip, LoraConfig(target_modules=r".*vision_model.*q_proj"))
-    config, sage = lora.peft_config["default"], SageConfig(guidance=torch.randn(5, 24))
+    config = lora.peft_config["default"]
+    sage = SageConfig(guidance=torch.randn(5, 24))
     with pytest.raises(ValueError, match="`adapter_name` must not be .*got 'default'"):
         get_peft_model(lora.get_base_model(), sage)
     assert lora.peft_config == {"default": config}

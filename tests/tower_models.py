@@ -128,7 +128,8 @@ class Tiny:
 def tokens() -> dict[str, torch.Tensor]:
     """Three texts that start with BOS and end with EOS, one of them padded."""
     ids = torch.randint(4, 60, (3, 7))
-    ids[:, 0], ids[:, -1] = TEXT["bos_token_id"], TEXT["eos_token_id"]
+    ids[:, 0] = TEXT["bos_token_id"]
+    ids[:, -1] = TEXT["eos_token_id"]
     ids[2, 4:] = torch.tensor(
         [TEXT["eos_token_id"], TEXT["pad_token_id"], TEXT["pad_token_id"]]
     )

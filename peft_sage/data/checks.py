@@ -28,9 +28,11 @@ def find_unreadable(
         splits: Names of the splits, for errors.
     """
     connected = dist.is_available() and dist.is_initialized()
-    rank, processes = 0, 1
+    rank = 0
+    processes = 1
     if connected:
-        rank, processes = dist.get_rank(), dist.get_world_size()
+        rank = dist.get_rank()
+        processes = dist.get_world_size()
     places: list[tuple[str, int]] = []
     for key, part in parts.items():
         places += ((key, row) for row in range(len(part)))

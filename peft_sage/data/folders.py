@@ -115,7 +115,8 @@ def _class_folders(request: Request, folder: Path, key: str) -> Table:
     classes: list[str] = []
     labels: list[str] = []
     paths: list[str] = []
-    others, unread = [], []
+    others = []
+    unread = []
     for name in folders:
         inner, files = _entries(folder / name)
         deep = [path for one in inner for path in _below(folder / name / one)]
@@ -155,7 +156,8 @@ def _may_be_image(name: str) -> bool:
 
 def _tables_of_splits(request: Request, paths: list[Path]) -> dict[str, list[Path]]:
     """Group tables by split: called after it, apart from the number of a shard, or in a folder called so."""
-    by_name, by_folder = defaultdict(list), defaultdict(list)
+    by_name = defaultdict(list)
+    by_folder = defaultdict(list)
     for path in paths:
         name = re.sub(r"[-_.]\d.*", "", path.stem)
         by_name[name].append(path)

@@ -32,7 +32,8 @@ def number_groups(
     source = f"column {request.grouped_by!r}"
     numbers = _numbered(values, more_than)
     if numbers is None:
-        request.grouped_by, source = None, "file names"
+        request.grouped_by = None
+        source = "file names"
         numbers = _numbered(_objects(tables), 0)
     start = 0
     for table in tables.values():
@@ -63,7 +64,8 @@ def _numbered(values: Sequence[Any], more_than: int) -> list[int] | None:
 
 def _objects(tables: dict[str, Table]) -> list[Any]:
     """Return what the files of each class call their objects."""
-    paths, labels = _joined(tables, "paths"), _joined(tables, "labels")
+    paths = _joined(tables, "paths")
+    labels = _joined(tables, "labels")
     members = defaultdict(list)
     for row, (path, label) in enumerate(zip(paths, labels, strict=True)):
         if path is not None:

@@ -18,7 +18,8 @@ SAVED = {"dataset_dict.json", "state.json"}
 
 def read_hub(request: Request) -> dict[str, Table]:
     """Read a data set of the Hub; a mistyped folder is refused at once, which `load_dataset` offline is slow to do."""
-    source, fault = request.source, "is neither a folder nor on the Hub"
+    source = request.source
+    fault = "is neither a folder nor on the Hub"
     try:
         HfApi().dataset_info(source, timeout=5)
     except Exception as error:
@@ -52,7 +53,8 @@ def read_datasets(request: Request, data: Dataset | DatasetDict) -> dict[str, Ta
 def _read(request: Request, data: Dataset, name: str) -> Table:
     chosen = request.choose_columns(data.column_names, f"Split {name!r} of `source`")
     columns: Any = data.select_columns(chosen).with_format("arrow")[:]
-    image, feature = request.image_column, data.features[request.label_column]
+    image = request.image_column
+    feature = data.features[request.label_column]
     try:
         images = encoded(data.select_columns([image]), image)
     except Exception as error:

@@ -58,7 +58,8 @@ class ImageData:
         Raises:
             ValueError: `imbalance_ratio` is below 1, or above the images of the largest class.
         """
-        labels, classes = labels_of(self.train), len(self.class_names)
+        labels = labels_of(self.train)
+        classes = len(self.class_names)
         kept = long_tailed_subset(labels, classes, imbalance_ratio, seed)
         return replace(self, train=self.train.select(kept))
 

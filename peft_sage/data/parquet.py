@@ -19,7 +19,8 @@ def is_parquet(path: str | Path) -> bool:
 
 def read_parquet(request: Request, paths: dict[str, list[Path]]) -> dict[str, Table]:
     """Read the labels of each file, whose `ClassLabel`s may differ, and by `datasets` the images of all."""
-    tables, with_images = {}, {}
+    tables = {}
+    with_images = {}
     for key, files in paths.items():
         parts = {path: _read_columns(request, path) for path in files}
         filled = [path for path, part in parts.items() if part.files]
@@ -35,7 +36,8 @@ def read_parquet(request: Request, paths: dict[str, list[Path]]) -> dict[str, Ta
 
 def _read_columns(request: Request, path: Path) -> Table:
     """Read all but the images."""
-    name, image = request.relative(path), request.image_column
+    name = request.relative(path)
+    image = request.image_column
     try:
         file = pq.ParquetFile(path)
         schema = file.schema_arrow

@@ -17,7 +17,8 @@ OTHER_NAMES = {
 
 def match_splits(found: Iterable[str], wanted: dict[str, str]) -> dict[str, str]:
     """Return which of the names is which split; other spellings count where the wanted one is missing."""
-    left, matched = list(found), {}
+    left = list(found)
+    matched = {}
     for key, name in sorted(wanted.items(), key=lambda item: item[1] not in left):
         for candidate in [name, *OTHER_NAMES.get(name, [])]:
             hits = [other for other in left if other == candidate]

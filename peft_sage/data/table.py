@@ -63,10 +63,12 @@ class Table:
         columns["file"] = self.files
         features = {"label": label, "file": Value("string")}
         if self.groups is not None:
-            columns["group"], features["group"] = self.groups, Value("int64")
+            columns["group"] = self.groups
+            features["group"] = Value("int64")
         images = self.images
         if self.paths is not None:
-            columns["path"], features["path"] = self.paths, Value("string")
+            columns["path"] = self.paths
+            features["path"] = Value("string")
             text = Features({"image": Value("string")})
             images = encoded(Dataset.from_dict({"image": self.paths}, text))
         more = Dataset.from_dict(columns, Features(features))

@@ -25,7 +25,8 @@ FILE_COLUMNS = ["file_name", "filename", "file", "path", "image_path"]
 
 def read_tables(request: Request, paths: dict[str, list[Path]]) -> dict[str, Table]:
     """Read the tables of each split: parquet files, of which it may have several, or one list of files."""
-    parquet, tables = {}, {}
+    parquet = {}
+    tables = {}
     for key, files in paths.items():
         if is_parquet(files[0]):
             parquet[key] = files
@@ -70,7 +71,8 @@ def read_list(request: Request, path: Path) -> Table:
             raise ValueError(
                 f"Column {file_column!r} has no file name in {locate(index)}."
             )
-    base, inside = path.parent, path.with_suffix("")
+    base = path.parent
+    inside = path.with_suffix("")
     if not os.path.lexists(base / rows[0][file_column]) and inside.is_dir():
         base = inside
     paths = [os.path.normpath(base / row[file_column]) for row in rows]

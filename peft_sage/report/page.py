@@ -100,7 +100,8 @@ class Page:
 
     def gains(self) -> tuple[int, list[dict[str, Any]]]:
         """Return a number of further training images, and the classes that would gain most from them."""
-        right, tested = np.array(self.num_right), np.array(self.tested)
+        right = np.array(self.num_right)
+        tested = np.array(self.tested)
         extra, gains = expected_gains(self.counts, right, tested)
         rows = []
         for k in np.argsort(-gains, kind="stable")[:15]:

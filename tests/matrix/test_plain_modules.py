@@ -193,7 +193,8 @@ def tokens() -> torch.Tensor:
 
 @every_model
 def test_blocks_identity_gradients_and_saving(name: str, tmp_path: Any) -> None:
-    model, images = build(name), pixels(name)
+    model = build(name)
+    images = pixels(name)
     assert find_mlps(model) == expected(name)
     with torch.no_grad():
         before = encode_image(model, images)
@@ -232,7 +233,9 @@ def test_blocks_identity_gradients_and_saving(name: str, tmp_path: Any) -> None:
 )
 @torch.no_grad()
 def test_text_of_open_clip(name: str) -> None:
-    model, images, text = build(name), pixels(name), tokens()
+    model = build(name)
+    images = pixels(name)
+    text = tokens()
     assert has_text_tower(model)
     before = encode_text(model, {"input_ids": text})
     output = model(images, text)

@@ -33,7 +33,9 @@ def unpack(source: Path, folder: Path) -> Path:
 
 def report(results: Path) -> int:
     """Print the counts, and each failure and reason to skip. Return the number of failures."""
-    passed, failures, skipped = 0, [], Counter()
+    passed = 0
+    failures = []
+    skipped = Counter()
     for case in ElementTree.parse(results).iter("testcase"):
         name = f"{case.get('classname', '').rsplit('.', 1)[-1]}::{case.get('name')}"
         failure = (
