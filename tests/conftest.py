@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small models that every test can afford."""
 
+import os
+
+
+# Has to come before huggingface_hub, which would try again for minutes where there is no network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
