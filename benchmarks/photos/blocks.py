@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPMLP, CLIPEncoderLayer
 
 from .bed import load_upper_tower
-from .stem import has_fast_bfloat16
+from .hardware import has_fast_bfloat16
 
 
 BATCH = 500

@@ -24,9 +24,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from .bed import ATTENTION, TASKS, TEXT_MAP, keep_memory, load_tower
 from .captions import Encoder, add_cifar100, pretraining_concepts
+from .hardware import device, has_fast_bfloat16
 from .prepare import SEED
 from .pretraining_data import Images, cifar100_source, pretraining_sources
-from .stem import CHANNELS, SIDE, device, has_fast_bfloat16
+from .stem import CHANNELS, SIDE
 from .tasks import write_task
 
 

@@ -7,23 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .hardware import device, has_fast_bfloat16
+
 
 CHANNELS, SIDE = 320, 3  # The stem's last map, of images of 96 x 96.
 IMAGE_SIDE = 96
 OPERATORS = tflite.BuiltinOperator
 TYPES = {tflite.TensorType.UINT8: torch.uint8, tflite.TensorType.INT32: torch.int32}
-
-
-def has_fast_bfloat16() -> bool:
-    """Whether this machine computes in bfloat16 faster than in float32."""
-    info = Path("/proc/cpuinfo")
-    flags = info.read_text() if info.exists() else ""
-    return torch.cuda.is_available() or "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def device() -> torch.device:
-    """The GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def dequantized(model: tflite.Model, graph: tflite.SubGraph, index: int) -> Tensor:

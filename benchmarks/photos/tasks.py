@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .bed import TASKS, load_tower
 from .captions import Encoder, class_captions, other_captions
-from .stem import device, has_fast_bfloat16
+from .hardware import device, has_fast_bfloat16
 
 
 BATCH = 200
