@@ -55,14 +55,6 @@ def test_descriptions_name_no_held_out_concept(emoji):
             assert not re.search(rf"(?<!\w)({names})(?!\w)", text.lower()), text
 
 
-def test_distractors_are_split_by_concept():
-    path = str(FOLDER / "distractors.parquet")
-    table = load_dataset("parquet", data_files=path, split="train")
-    pairs = set(zip(table["concept"], table["split"], strict=True))
-    assert len(pairs) == len({concept for concept, _ in pairs})
-    assert {split for _, split in pairs} == set(SPLITS)
-
-
 def run(script, *arguments):
     command = [sys.executable, str(BUILD / script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -74,53 +66,3 @@ def test_checkpoint_beats_chance():
     row = run("evaluate_zero_shot.py").splitlines()[-1].split(" | ")
     low, high = map(float, row[1].split(" to "))
     assert 10 * 100 / 86 < low < float(row[0].strip("| ")) < high
-
-
-@pytest.mark.slow
-def test_pretraining_ends_with_a_model(tmp_path):
-    descriptions = json.loads((FOLDER / "descriptions.json").read_text("utf-8"))
-    texts = [f"text {i}" for i in range(3200)]
-    texts += [text for group in descriptions.values() for text in group]
-    layout = {
-        "emoji": 160,
-        "icon": 3040,
-        "per_emoji": 8,
-        "per_icon": 2,
-    }
-    (tmp_path / "texts.json").write_text(json.dumps({**layout, "texts": texts}))
-    rng = np.random.default_rng(0)
-    embeddings = rng.normal(size=(len(texts), 384)).astype(np.float16)
-    np.savez(tmp_path / "texts.npz", embeddings=embeddings)
-    clutter = np.arange(20) >= 16
-    for name, count in {
-        "emoji": 20,
-        "styles": 16,
-        "icons": 1520,
-    }.items():
-        pixels = rng.integers(256, size=(count, 64, 64, 4), dtype=np.uint8)
-        arrays = {
-            "pixels": pixels,
-            "concept": np.arange(count),
-            "clutter": clutter,
-        }
-        np.savez(tmp_path / f"{name}.npz", **arrays)
-
-    vision, text, clip = (tmp_path / name for name in ("vision", "text", "clip"))
-    quick = [
-        "--archive",
-        tmp_path,
-        "--batch-size",
-        32,
-        "--steps",
-        3,
-    ]
-    run("pretrain.py", "vision", *quick, "--output", vision)
-    run("pretrain.py", "text", *quick, "--output", text)
-    both = [
-        "--vision",
-        vision,
-        "--text",
-        text,
-    ]
-    run("pretrain.py", "join", *quick, *both, "--output", clip)
-    assert "| macro |" in run("evaluate_zero_shot.py", "--model", clip)

@@ -5,7 +5,7 @@
     python build_dataset.py --cache ~/.cache/emoji-lt
 
 `--styles DIR` also renders the drawing styles that are not shipped (share-alike licence) as
-`DIR/unseen_styles.parquet`; `--archive DIR` packs what pretraining may see, with captions.
+`DIR/unseen_styles.parquet`.
 """
 
 import argparse
@@ -21,9 +21,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from sources import (
-    DISTRACTOR_SUBGROUPS,
     DROPPED_SUBGROUPS,
-    PRETRAINING_VENDORS,
     UNSEEN_STYLES,
     VENDORS,
     Concept,
@@ -37,10 +35,8 @@ from sources import (
 
 
 HERE = Path(__file__).parent
-ARCHIVE_SIZE = 64
 DESCRIPTIONS_PER_CLASS = 4
 EXAMPLES_PER_DESCRIPTION = 3
-DRAWINGS_PER_DISTRACTOR = 2
 
 
 @dataclass
@@ -174,68 +170,29 @@ def encode(pixels: np.ndarray) -> dict[str, bytes | None]:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def write_parquet(path: Path, drawings: list[Drawing], **extra: tuple) -> None:
-    """Write the columns image, concept, vendor and those of `extra`, each given as (feature, values)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = Value("string")
-    columns = {
-        "image": (Image(), [encode(drawing.pixels) for drawing in drawings]),
-        "concept": (text, [drawing.concept.name for drawing in drawings]),
-        "vendor": (text, [drawing.vendor for drawing in drawings]),
-        **extra,
-    }
-    features = Features({name: feature for name, (feature, _) in columns.items()})
-    values = {name: values for name, (_, values) in columns.items()}
-    Dataset.from_dict(values, features=features).to_parquet(path)
-
-
-def write_labelled(
+def write_parquet(
     path: Path,
     drawings: list[Drawing],
     class_names: list[str],
 ) -> None:
-    """Write drawings with their class."""
-    labels = [class_names.index(drawing.concept.label) for drawing in drawings]
-    write_parquet(path, drawings, label=(ClassLabel(names=class_names), labels))
-
-
-def write_distractors(
-    path: Path, drawings: list[Drawing], splits: dict[str, str], seed: int
-) -> None:
-    """Write some drawings of each distractor, with the split whose scenes may show it."""
-    rng = random.Random(seed)
-    kept = []
-    for members in group(drawings, lambda drawing: drawing.concept.name).values():
-        kept += rng.sample(members, min(DRAWINGS_PER_DISTRACTOR, len(members)))
-    owners = [splits[drawing.concept.name] for drawing in kept]
-    write_parquet(path, kept, split=(Value("string"), owners))
-
-
-def write_archive(
-    folder: Path,
-    node_modules: Path,
-    concepts: list[Concept],
-    distractors: list[Concept],
-    held_out: list[Concept],
-) -> None:
-    """Pack what pretraining may see: other makers' drawings of concepts that are not held out, with captions."""
-    everything = concepts + distractors
-    drawings = draw(node_modules, PRETRAINING_VENDORS, everything, ARCHIVE_SIZE)
-    index = {id(concept): i for i, concept in enumerate(everything)}
-    owners = np.array([index[id(drawing.concept)] for drawing in drawings])
-    folder.mkdir(parents=True, exist_ok=True)
-    np.savez(
-        folder / "emoji.npz",
-        pixels=np.stack([drawing.pixels for drawing in drawings]),
-        concept=owners,
-        clutter=owners >= len(concepts),
+    """Write the columns image, concept, vendor and label."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    features = Features(
+        image=Image(),
+        concept=Value("string"),
+        vendor=Value("string"),
+        label=ClassLabel(names=class_names),
     )
-    captions = {
-        key: [{"name": c.name, "keywords": c.keywords} for c in members]
-        for key, members in {"concepts": everything, "held_out": held_out}.items()
-    }
-    text = json.dumps(captions, ensure_ascii=False)
-    (folder / "captions.json").write_text(text, encoding="utf-8")
+    rows = [
+        {
+            "image": encode(drawing.pixels),
+            "concept": drawing.concept.name,
+            "vendor": drawing.vendor,
+            "label": drawing.concept.label,
+        }
+        for drawing in drawings
+    ]
+    Dataset.from_list(rows, features=features).to_parquet(path)
 
 
 def size_table(splits: dict[str, list[Drawing]]) -> str:
@@ -296,7 +253,6 @@ def parse_args() -> argparse.Namespace:
         help="seed of splits and long tail",
     )
     add("--styles", type=Path, help="also render the unseen styles, into this folder")
-    add("--archive", type=Path, help="also pack pretraining images, into this folder")
     return parser.parse_args()
 
 
@@ -304,9 +260,11 @@ def main() -> None:
     """Build the data set."""
     args = parse_args()
     node_modules = fetch(args.cache)
-    everything = load_concepts(node_modules)
-    distractors = [c for c in everything if c.subgroup in DISTRACTOR_SUBGROUPS]
-    concepts = [c for c in everything if c.subgroup not in DROPPED_SUBGROUPS]
+    concepts = [
+        concept
+        for concept in load_concepts(node_modules)
+        if concept.subgroup not in DROPPED_SUBGROUPS
+    ]
     sizes = Counter(concept.label for concept in concepts)
     concepts = [concept for concept in concepts if sizes[concept.label] > 1]
     class_names = sorted({concept.label for concept in concepts})
@@ -324,31 +282,14 @@ def main() -> None:
         "test": test,
     }
     for name, drawings in splits.items():
-        write_labelled(args.output / f"{name}.parquet", drawings, class_names)
+        write_parquet(args.output / f"{name}.parquet", drawings, class_names)
     descriptions = describe(splits["train"], held_out, args.seed)
     text = json.dumps(descriptions, indent=1, ensure_ascii=False)
     (args.output / "descriptions.json").write_text(text + "\n", encoding="utf-8")
 
-    rng = random.Random(args.seed)
-    shares = {
-        "train": 0.6,
-        "validation": 0.15,
-        "test": 0.25,
-    }
-    drawn = rng.choices(list(shares), list(shares.values()), k=len(distractors))
-    clutter = {c.name: split for c, split in zip(distractors, drawn, strict=True)}
-    drawings = draw(node_modules, VENDORS, distractors, args.size)
-    path = args.output / "distractors.parquet"
-    write_distractors(path, drawings, clutter, args.seed)
-
     if args.styles:
         unseen = draw(node_modules, UNSEEN_STYLES, by_split["test"], args.size)
-        write_labelled(args.styles / "unseen_styles.parquet", unseen, class_names)
-    if args.archive:
-        in_training = [c for c in distractors if clutter[c.name] == "train"]
-        hidden = {id(c) for c in [*held_out, *distractors]}
-        others = [c for c in everything if id(c) not in hidden]
-        write_archive(args.archive, node_modules, others, in_training, held_out)
+        write_parquet(args.styles / "unseen_styles.parquet", unseen, class_names)
     print(size_table(splits))
 
 

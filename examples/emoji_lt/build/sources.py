@@ -27,13 +27,16 @@ VENDORS = (
     "fluent-emoji-flat",
     "fluent-emoji-high-contrast",
 )
-# Not in the data set, so a model may be pretrained on them.
-PRETRAINING_VENDORS = ("twemoji", "emojione", "fxemoji")
 # Share-alike (CC-BY-SA-4.0): never shipped, never trained on, rendered on request as unseen drawing styles.
 UNSEEN_STYLES = ("openmoji", "emojione-v1")
 
-# Clutter for scenes, never classes: flags, keycaps, letters, shapes and the standard's catch-all groups.
-DISTRACTOR_SUBGROUPS = (
+# No classes: flags, keycaps, letters, shapes and the standard's catch-all groups.
+DROPPED_SUBGROUPS = (
+    "family",
+    "skin-tone",
+    "hair-style",
+    "other-object",
+    "place-other",
     "flag",
     "country-flag",
     "subdivision-flag",
@@ -43,17 +46,8 @@ DISTRACTOR_SUBGROUPS = (
     "other-symbol",
     "person-symbol",
 )
-DROPPED_SUBGROUPS = (
-    "family",
-    "skin-tone",
-    "hair-style",
-    "other-object",
-    "place-other",
-    *DISTRACTOR_SUBGROUPS,
-)
-# `classes`: Unicode's subgroup names, written for sorting, as noun phrases. `fxemoji`: code points of Firefox OS names
-# that no standard name covers, each checked by eye.
-NAMES = json.loads((HERE / "names.json").read_text(encoding="utf-8"))
+# Unicode's subgroup names, written for sorting, as noun phrases.
+CLASS_NAMES = json.loads((HERE / "names.json").read_text(encoding="utf-8"))
 
 
 @dataclass
@@ -75,7 +69,7 @@ class Concept:
     @property
     def label(self) -> str:
         """Name of the concept's class."""
-        return NAMES["classes"].get(self.subgroup, self.subgroup.replace("-", " "))
+        return CLASS_NAMES.get(self.subgroup, self.subgroup.replace("-", " "))
 
 
 def fetch(cache: Path) -> Path:
@@ -219,27 +213,15 @@ def match_icons(
         if pack.chars:
             pairs = [(canonical(code), icon) for code, icon in pack.chars.items()]
         else:
-            pairs = [(_code_of(icon, codes, pack_name), icon) for icon in pack.parents]
+            pairs = [
+                (codes.get(icon.replace("-", ""), ""), icon) for icon in pack.parents
+            ]
         matches: dict[str, set[str]] = defaultdict(set)
         for code, icon in pairs:
             if code in owner and icon in pack.parents:
                 matches[owner[code]].add(pack.parents[icon])
         found[pack_name] = {name: sorted(icons) for name, icons in matches.items()}
     return found
-
-
-def _code_of(
-    icon: str,
-    codes: dict[str, str],
-    pack: str,
-) -> str:
-    key = icon.replace("-", "")
-    if pack == "fxemoji":
-        if key in NAMES["fxemoji"]:
-            return NAMES["fxemoji"][key]
-        if key not in codes:
-            key = key.removesuffix("side")
-    return codes.get(key, "")
 
 
 def _codes_by_name(node_modules: Path, codes: set[str]) -> dict[str, str]:
