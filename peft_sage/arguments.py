@@ -81,6 +81,10 @@ class SageTrainingArguments(TrainingArguments):
     cache_gib: float = _setting(
         2.0, "Decode a split once and keep it if it is no larger than this, in GiB"
     )
+    choose_adapter_scale: bool = _setting(
+        True,
+        "After training keep all, half or none of the adapters' update, by the validation images",
+    )
     test_crops: Literal[1, 5] = _setting(
         1, "5: on test images, the mean of the logits over centre and corners"
     )

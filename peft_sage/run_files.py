@@ -23,6 +23,7 @@ STATE_FILE = "trainer_state.json"
 #: The arguments that the trained weights depend on. All others may differ when a run is resumed.
 RESULT_ARGUMENTS = (
     *("text_prior", "text_guidance", "tau", "compensation", "absent", "min_steps"),
+    "choose_adapter_scale",
     *("head_learning_rate", "augment", "crop_scale", "learning_rate"),
     *("num_train_epochs", "max_steps", "lr_scheduler_type", "lr_scheduler_kwargs"),
     *("warmup_steps", "optim", "optim_args", "weight_decay", "max_grad_norm"),

@@ -20,11 +20,13 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from .adapter_scale import AdapterScale, choose_adapter_scale
 from .arguments import SageTrainingArguments
 from .cached_images import EpochSampler, ImageBatches, derived_seed, embed_images
 from .callbacks import LongTailCallback
 from .classifier import SageClassifier
 from .collator import ImageCollator
+from .fitting import fit_head
 from .loss import SageLoss
 from .optimization import parameter_groups
 from .run_files import (
@@ -84,6 +86,7 @@ class SageTrainer(Trainer):
         class_counts: Numbers of training images (K); None if they are not known.
         loss: The [`SageLoss`] of the run, or None.
         text_prior: The [`TextPrior`] that was chosen, or None.
+        adapter_scale: The [`AdapterScale`] that was chosen after training, or None.
         base_image_embeds: (n, e) embeddings of the training images by the frozen tower, or None.
 
     Raises:
@@ -171,6 +174,7 @@ class SageTrainer(Trainer):
 
     def _set_loss(self, args: SageTrainingArguments, compute_loss_func: Any) -> None:
         self.text_prior: Any = None
+        self.adapter_scale: AdapterScale | None = None
         self.base_image_embeds: Any = None
         self.loss: SageLoss | None = None
         self._long_tail: Any = None
@@ -188,7 +192,11 @@ class SageTrainer(Trainer):
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.model.parameters())
         text = f"Training {trained:,} of {total:,} parameters on {len(self._labels):,} images"
-        return text if self.text_prior is None else f"Chosen: {self.text_prior}\n{text}"
+        if self.text_prior is None:
+            return text
+        groups = read_groups(self.train_dataset)
+        grouped = "" if groups is None else "; the images of a group share a fold"
+        return f"Chosen: {self.text_prior}{grouped}\n{text}"
 
     # Data
 
@@ -252,7 +260,7 @@ class SageTrainer(Trainer):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Train, after the strengths of the text terms were chosen.
+        """Train, after the strengths of the text terms were chosen; then choose how much of the adapters to keep.
 
         Args:
             resume_from_checkpoint: A checkpoint; True for the complete one of the highest step in `output_dir`;
@@ -271,7 +279,9 @@ class SageTrainer(Trainer):
             several = isinstance(self.eval_dataset, dict)
             for name in self.eval_dataset if several else [None]:
                 self.get_eval_dataloader(name)
-        return super().train(checkpoint, *args, **kwargs)
+        output = super().train(checkpoint, *args, **kwargs)
+        self._choose_adapter_scale()
+        return output
 
     def _find_checkpoint(self, wanted: Any) -> str | None:
         found = wanted or None
@@ -318,6 +328,42 @@ class SageTrainer(Trainer):
         self._long_tail.loss = self.loss
         batches = self._batches("train", self.train_dataset, self.data_collator)
         batches.embeds = self.base_image_embeds if guidance else None
+
+    def _choose_adapter_scale(self) -> None:
+        args = self.args
+        if not (args.choose_adapter_scale and args.load_best_model_at_end):
+            return
+        outputs = [
+            weights
+            for name, weights in self.model.named_parameters()
+            if "peft_sage_up" in name and weights.requires_grad
+        ]
+        several = isinstance(self.eval_dataset, dict)
+        divided = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.classifier is None or not outputs or several or divided:
+            return
+        metric = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+        sign = 1 if args.greater_is_better else -1
+
+        def score() -> float:
+            evaluation = self.predict(self.eval_dataset, metric_key_prefix="eval")
+            return sign * evaluation.metrics[metric]
+
+        self.adapter_scale = choose_adapter_scale(
+            outputs, self.classifier.head.weight, self._fit_frozen_head(), score
+        )
+
+    def _fit_frozen_head(self) -> Tensor | None:
+        """The head (K, e) that goes with the frozen tower; None without embeddings of the training images."""
+        loss = self.loss
+        if self.base_image_embeds is None or loss is None or loss.label_smoothing:
+            return None
+        head = None
+        if self.is_world_process_zero():
+            embeds = self.base_image_embeds.to(self.args.device)
+            texts = self.classifier.text_embeds
+            head = fit_head(embeds, self._labels, texts, loss).cpu()
+        return broadcast_object_list([head])[0]
 
     def _embed_training_images(self) -> Tensor:
         batches = self._batches("train", self.train_dataset, self.data_collator)

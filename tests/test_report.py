@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run leaves for people: its numbers, a page in a browser, and a card whose snippet runs."""
 
+import dataclasses
 import json
 import math
 import re
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from peft_sage import SageClassifier, SageTrainer, SageTrainingArguments
+from peft_sage import SageClassifier, SageConfig, SageTrainer, SageTrainingArguments
 from peft_sage.data import ImageData, load_images
 from peft_sage.report import Evaluation, RunResults, make_model_card, write_report
 from peft_sage.report.statistics import (
@@ -92,7 +93,9 @@ def run(tmp_path_factory):
         report_to="none",
         hub_token="hf_secret",
     )
-    trainer = SageTrainer(classifier, args, data.train, data.validation)
+    trainer = SageTrainer(
+        classifier, args, data.train, data.validation, peft_config=SageConfig(r=8)
+    )
     trainer.train()
     settings = {"model": str(CLIP), "dataset": str(root / "photos")}
     results = RunResults.collect(trainer, data, method="sage", settings=settings)
@@ -191,6 +194,11 @@ def test_results_come_back_from_their_file_and_fit_the_console(run, tmp_path):
     assert f"{worse} of 4 classes {verb} worse than before training" in str(results)
     assert f"{results.trained.none:.1f}" in str(results)
     assert len(results.validation) == 2 and results.kept_epoch in (1, 2)
+    scores = results.adapter_scale_scores
+    assert [*scores] == ["1", "0.5", "0"]
+    assert scores[f"{results.adapter_scale:g}"] == max(scores.values())
+    half = dataclasses.replace(results, adapter_scale=0.5)
+    assert "Of the adapters' update 50% is kept" in str(half)
 
 
 def test_results_are_what_the_saved_model_says(run):
@@ -226,6 +234,7 @@ def test_the_page_of_a_run(run):
     for value in (results.command, results.date, results.versions["torch"]):
         assert escape(value) in page
     assert re.search(r"colour_\d/\d\.png", page) and "Validation accuracy" in page
+    assert f"{100 * results.adapter_scale:g}% of the adapters' update is kept" in page
     assert 'src="http' not in page and str(folder.parent) not in page
 
 

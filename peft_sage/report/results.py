@@ -101,6 +101,8 @@ class RunResults:
         text_prior: Strength of the text prior.
         text_guidance: Strength of the text guidance.
         text_prior_scores: From each strength that was tried to its held-out balanced accuracy, in [0, 1].
+        adapter_scale: What the adapters' update was multiplied with after training.
+        adapter_scale_scores: From each scale that was tried to its validation score, in [0, 1].
         absent: The number of images that a class without any is given in the loss; None: it is left out.
         suspects: Training images that held-out models take for another class, least likely label first: their
             `index`, `predicted` class and the `probability` of their label. None if there was no cross-validation.
@@ -127,6 +129,8 @@ class RunResults:
     text_prior: float = 0.0
     text_guidance: float = 0.0
     text_prior_scores: dict[str, float] | None = None
+    adapter_scale: float = 1.0
+    adapter_scale_scores: dict[str, float] | None = None
     absent: float | None = None
     suspects: list[dict[str, Any]] | None = None
     calibration_error: float = 0.0
@@ -171,7 +175,6 @@ class RunResults:
         trained = Evaluation.from_logits(logits / head.temperature, labels, counts)
         text_embeds = head.text_embeds.float().cpu()
         similarity = _embed(trainer, data.test) @ text_embeds.T
-        loss = trainer.loss
         prior = trainer.text_prior
         images = fingerprint(data.train["label"])
         return cls(
@@ -186,10 +189,7 @@ class RunResults:
             zero_shot=Evaluation.from_logits(head.scale * similarity, labels, counts),
             trained=trained,
             **_history(trainer),
-            text_prior=getattr(loss, "text_prior", 0.0),
-            text_guidance=getattr(loss, "text_guidance", 0.0),
-            absent=getattr(loss, "absent", None),
-            text_prior_scores=prior and {str(k): v for k, v in prior.scores.items()},
+            **_choices(trainer),
             suspects=prior and _suspects(prior, data.train["label"]),
             calibration_error=calibration_error(*trained.answers(labels)),
             temperature=head.temperature,
@@ -291,12 +291,36 @@ class RunResults:
         for first, *others in rows:
             cells = [f"{cell:>9}" for cell in others]
             lines.append(f"{first:<18}" + "".join(cells))
+        if self.adapter_scale != 1:
+            lines.append(
+                f"Of the adapters' update {100 * self.adapter_scale:g}% is kept, by the validation images."
+            )
         worse = len(self.worse_classes)
         lines.append(
             f"{worse} of {self.num_tested} classes {'is' if worse == 1 else 'are'} worse than before training; "
             f"calibration error {self.calibration_error:.3f}."
         )
         return "\n".join(lines)
+
+
+def _choices(trainer: Any) -> dict[str, Any]:
+    """Return what the data decided, or the user."""
+    loss = trainer.loss
+    prior = trainer.text_prior
+    kept = trainer.adapter_scale
+    return {
+        "text_prior": getattr(loss, "text_prior", 0.0),
+        "text_guidance": getattr(loss, "text_guidance", 0.0),
+        "absent": getattr(loss, "absent", None),
+        "text_prior_scores": prior and _by_name(prior.scores),
+        "adapter_scale": 1.0 if kept is None else kept.scale,
+        "adapter_scale_scores": kept and _by_name(kept.scores),
+    }
+
+
+def _by_name(scores: dict[float, float]) -> dict[str, float]:
+    """Scores with keys that JSON can have."""
+    return {f"{key:g}": score for key, score in scores.items()}
 
 
 def _percent(fraction: float) -> float | None:
