@@ -58,13 +58,15 @@ class TextPrior:
 
 
 class _Sample(NamedTuple):
-    """The images that decide: unit rows, labels and counts of the classes they have, and folds."""
+    """The images that decide, and the classes that they have."""
 
-    features: Tensor
-    labels: Tensor
-    texts: Tensor
-    counts: Tensor
-    fold: Tensor
+    images: Tensor  # (n,) indices of the images,
+    classes: Tensor  # and (K,) of the classes, among all.
+    features: Tensor  # (n, e) unit rows
+    labels: Tensor  # (n,) indices among these classes
+    texts: Tensor  # (K, e) unit rows
+    counts: Tensor  # (K,)
+    fold: Tensor  # (n,) -1: never held out
 
 
 def choose_text_prior(
@@ -99,51 +101,32 @@ def choose_text_prior(
         TypeError, ValueError: An argument does not fit, or no class has two images (or groups).
     """
     labels = check_features(features, labels, text_embeds)
-    if groups is None:
-        groups = torch.arange(len(labels))
-    groups = as_numbers(groups, "groups")
-    check_labels(groups, len(features), None, name="groups")
     check_integer("folds", folds, 2)
     tried: list[Any] = list(strengths) or [None]
     strengths = sorted({check_number("strengths", strength, 0) for strength in tried})
     if class_counts is None:
         class_counts = torch.bincount(labels, minlength=len(text_embeds))
     counts = check_class_counts(class_counts, len(text_embeds))
-
     rng = Generator().manual_seed(seed)
-    images, classes = _draw(labels, rng)
-    own = torch.searchsorted(classes, labels[images])
-    fold = _folds(own, groups[images], folds, rng)
-    if not (fold >= 0).any():
-        raise ValueError(
-            "`labels` must have a class with two images (or groups) to hold out; give a text prior."
-        )
-    sample = _Sample(
-        F.normalize(features[images].float(), dim=-1),
-        own,
-        F.normalize(text_embeds[classes].float(), dim=-1),
-        counts[classes].clamp(min=1),
-        fold,
-    )
-
+    sample = _draw(features, labels, text_embeds, counts, groups, folds, rng)
     probability, predicted = _cross_validate(sample, strengths, rng)
-    correct = (predicted == own).float().masked_fill(fold < 0, torch.nan)
-    scores = _balanced(correct, own)
-    chosen = int(scores.argmax())
+    correct = (predicted == sample.labels).float()
+    scores = _balanced(correct.where(sample.fold >= 0, torch.nan), sample.labels)
+    best = int(scores.argmax())
+    missing = int((counts == 0).sum()) / len(counts)
     absent: float | None = 1.0
-    missing = int((counts == 0).sum())
-    if missing and len(classes) > 1:
-        absent = _choose_absent(sample, strengths[chosen], missing / len(counts), rng)
+    if missing and len(sample.classes) > 1:
+        absent = _choose_absent(sample, strengths[best], missing, rng)
     label_probability = torch.full(labels.shape, torch.nan)
-    label_probability[images] = probability[chosen]
+    label_probability[sample.images] = probability[best]
     predicted_label = torch.full(labels.shape, -1)
-    predicted_label[images] = classes[predicted[chosen]].masked_fill(fold < 0, -1)
+    predicted_label[sample.images] = sample.classes[predicted[best]]
     return TextPrior(
-        strengths[chosen],
+        strengths[best],
         absent,
         dict(zip(strengths, scores.tolist(), strict=True)),
         label_probability,
-        predicted_label,
+        predicted_label.masked_fill(label_probability.isnan(), -1),
     )
 
 
@@ -225,13 +208,40 @@ def _balanced(values: Tensor, labels: Tensor) -> Tensor:
     return means.nanmean(dim=1)
 
 
-def _draw(labels: Tensor, rng: Generator) -> tuple[Tensor, Tensor]:
-    """The images that decide, and their classes in order."""
+def _draw(
+    features: Tensor,
+    labels: Tensor,
+    text_embeds: Tensor,
+    counts: Tensor,
+    groups: Sequence[int] | Tensor | None,
+    folds: int,
+    rng: Generator,
+) -> _Sample:
+    """The images that decide, and their folds."""
+    if groups is None:
+        groups = torch.arange(len(labels))
+    groups = as_numbers(groups, "groups")
+    check_labels(groups, len(features), None, name="groups")
     present = labels.unique()
     present = present[torch.randperm(len(present), generator=rng)[:MAX_CLASSES]]
     few_enough = _rank(labels, rng) < MAX_IMAGES
     images = (torch.isin(labels, present) & few_enough).nonzero()[:, 0]
-    return images, present.sort().values
+    classes = present.sort().values
+    own = torch.searchsorted(classes, labels[images])
+    fold = _folds(own, groups[images], folds, rng)
+    if not (fold >= 0).any():
+        raise ValueError(
+            "`labels` must have a class with two images (or groups) to hold out; give a text prior."
+        )
+    return _Sample(
+        images,
+        classes,
+        F.normalize(features[images].float(), dim=-1),
+        own,
+        F.normalize(text_embeds[classes].float(), dim=-1),
+        counts[classes].clamp(min=1),
+        fold,
+    )
 
 
 def _rank(labels: Tensor, rng: Generator) -> Tensor:
