@@ -32,12 +32,13 @@ def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-def check_source(name: str | None, flag: str, kind: str) -> None:
-    """Raise ValueError if there is neither such a path nor such a repository."""
+def find_source(name: str | None, flag: str, kind: str) -> str:
+    """Return a path as an absolute one, a repository by its name; ValueError if there is neither."""
     if name is None:
         raise ValueError(f"{flag} is missing: there is no demo next to finetune.py")
-    if Path(name).expanduser().exists():
-        return
+    path = os.path.abspath(os.path.expanduser(name))
+    if os.path.exists(path):
+        return path
     if name.startswith((".", "/", "~")):
         raise ValueError(f"{flag} {name!r} does not exist")
     try:
@@ -49,6 +50,7 @@ def check_source(name: str | None, flag: str, kind: str) -> None:
         raise ValueError(
             f"{flag} {name!r} does not exist here, and the Hub cannot be asked: {error}"
         ) from error
+    return name
 
 
 @dataclass
@@ -69,7 +71,7 @@ class DataArguments:
     imbalance_ratio: float | None = option(None, "Thin the training images to a tail")
 
     def __post_init__(self) -> None:
-        check_source(self.dataset, "--dataset", "dataset")
+        self.dataset = find_source(self.dataset, "--dataset", "dataset")
         if self.descriptions and not Path(self.descriptions).is_file():
             raise ValueError(f"--descriptions {self.descriptions!r} is not a file")
 
@@ -85,8 +87,8 @@ class ModelArguments:
     guidance_rows: int = option(64, "Most rows that the adapters attend to")
 
     def __post_init__(self) -> None:
-        check_source(self.model, "--model", "model")
-        if Path(str(self.model), "adapter_config.json").is_file():
+        self.model = find_source(self.model, "--model", "model")
+        if Path(self.model, "adapter_config.json").is_file():
             raise ValueError(
                 f"--model {self.model!r} is an adapter: give its base model"
             )
@@ -106,10 +108,8 @@ if __name__ == "__main__" and not {"--config", "-h", "--help"} & {*sys.argv}:
 
 from peft import LoraConfig, PeftConfig
 
-from peft_sage import SageClassifier, SageConfig, SageTrainer, SageTrainingArguments
-from peft_sage.command_line import check_output_dir, claim_output_dir, run
-from peft_sage.data import load_images
-from peft_sage.report import RunResults, write_report
+from peft_sage import SageClassifier, SageConfig, SageTrainer
+from peft_sage.command_line import RunArguments, check_run, claim_output_dir, run
 from peft_sage.run_files import check_saved_model, fingerprint
 from peft_sage.towers.mlps import find_mlps
 
@@ -117,14 +117,6 @@ from peft_sage.towers.mlps import find_mlps
 #: Logit adjustment and cross-entropy are the Sage loss without its other terms.
 NO_TEXTS = {"compensation": 0.0, "text_prior": 0.0, "text_guidance": 0.0}
 LOSSES = {"sage": {}, "la": NO_TEXTS, "ce": NO_TEXTS | {"tau": 0.0}}
-
-
-@dataclass
-class RunArguments(SageTrainingArguments):
-    _argument_group_name = "Recipe and output"
-    output_dir: str | None = option("finetuned", "For adapter, report, checkpoints")
-    resume_from_checkpoint: str | None = option(None, "A checkpoint, or latest")
-    overwrite_output_dir: bool = option(False, "Replace a run with other settings")
 
 
 def peft_config(args: ModelArguments, classifier: SageClassifier) -> PeftConfig | None:
@@ -148,12 +140,16 @@ def peft_config(args: ModelArguments, classifier: SageClassifier) -> PeftConfig 
 
 def finetune(
     data_args: DataArguments, model_args: ModelArguments, args: RunArguments
-) -> RunResults:
-    """Do the whole job."""
+) -> Any:
+    """Do the whole job; return its `RunResults`."""
+    # They take seconds to import, and wrong flags are known before.
+    from peft_sage.data import load_images
+    from peft_sage.report import RunResults, write_report
+
     for name, value in LOSSES[model_args.loss].items():
         setattr(args, name, value)
     settings = vars(data_args) | vars(model_args)
-    check_output_dir(args)
+    check_run(args)
     claim_output_dir(args, settings, args.overwrite_output_dir, write=False)
     push, args.push_to_hub = args.push_to_hub, False  # at the end, with the card
     is_main, folder = args.process_index == 0, Path(str(args.output_dir))
@@ -165,14 +161,17 @@ def finetune(
         data = data.thin(data_args.imbalance_ratio, args.seed)
     if is_main:
         print(data)
+    # On a CPU the gradient of fused attention is slow in bfloat16.
+    attention = {"attn_implementation": "eager"} if args.bf16 and args.use_cpu else {}
     with args.main_process_first():
         classifier = SageClassifier.from_texts(
-            model_args.model, data.texts, cache_dir=folder / "text_embeds"
+            model_args.model, data.texts, cache_dir=folder / "text_embeds", **attention
         )
     config = peft_config(model_args, classifier)
     trainer = SageTrainer(
         classifier, args, data.train, data.validation, peft_config=config
     )
+    trainer.grouped_by = data.grouped_by
     settings["data"] = fingerprint([*data.train["file"], *data.train["label"]])
     claim_output_dir(args, settings, args.overwrite_output_dir)
     trainer.train(args.resume_from_checkpoint)

@@ -3,8 +3,10 @@
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from transformers import TrainingArguments
 
 from .validation import check_integer, check_number
@@ -25,6 +27,15 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether computations run on a CPU, and it has instructions for bfloat16."""
+    info = Path("/proc/cpuinfo")
+    if torch.accelerator.is_available() or not info.exists():
+        return False
+    flags = info.read_text(encoding="utf-8").split()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def _setting(default: Any, help: str, *aliases: str) -> Any:
@@ -110,8 +121,13 @@ class SageTrainingArguments(TrainingArguments):
     )
     lr_scheduler_type: str = _setting("cosine", "Schedule of the learning rates")
     max_grad_norm: float = _setting(0.0, "Clip gradients at this norm; 0: never")
-    eval_strategy: str = _setting("epoch", "When the validation images are evaluated")
-    save_strategy: str = _setting("epoch", "When checkpoints are saved")
+    eval_strategy: str = _setting(
+        "epoch",
+        "When the validation images are evaluated; epoch: about ten times in longer runs",
+    )
+    save_strategy: str = _setting(
+        "epoch", "When checkpoints are saved; epoch: about ten times in longer runs"
+    )
     load_best_model_at_end: bool = _setting(
         True, "End with the epoch that is best on the validation images, if any"
     )

@@ -19,14 +19,38 @@ import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
-from .arguments import SageTrainingArguments, available_cores
+from .arguments import SageTrainingArguments, available_cores, has_fast_bfloat16
 from .run_files import RESULT_ARGUMENTS, changed_settings, latest_checkpoint
 
 
 ARGUMENTS_FILE = "arguments.json"
 #: With less free space a run is refused at once.
 MIN_FREE_BYTES = 50 * 2**20
+
+
+def _option(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass
+class RunArguments(SageTrainingArguments):
+    """What a script asks in addition to the recipe."""
+
+    _argument_group_name = "Recipe and output"
+    output_dir: str | None = _option("finetuned", "For adapter, report, checkpoints")
+    resume_from_checkpoint: str | None = _option(None, "A checkpoint, or latest")
+    overwrite_output_dir: bool = _option(False, "Replace a run with other settings")
+    bf16: bool = _option(
+        has_fast_bfloat16(), "bfloat16 mixed precision; by default on CPUs made for it"
+    )
+
+    def __post_init__(self) -> None:
+        if has_fast_bfloat16():
+            self.use_cpu = True  # transformers wants to hear it
+            self.bf16 = self.bf16 and not self.fp16
+        super().__post_init__()
 
 
 class CommandLineParser(HfArgumentParser):
@@ -130,7 +154,7 @@ def run(
     """
     given = list(sys.argv[1:] if argv is None else argv)
     argv = [flag for flag in given if flag != "--debug"]
-    folder = None
+    folder, note = None, _note_of_launcher()
     try:
         parsed = CommandLineParser(dataclass_types, description).parse(argv)
         folder = parsed[-1].output_dir
@@ -144,13 +168,22 @@ def run(
         if "--debug" in given:
             raise
         if is_first_process():
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}{note}", file=sys.stderr)
         sys.exit(2)
 
 
 def is_first_process() -> bool:
     """Whether this process is the first on its machine; it needs no process group."""
     return os.environ.get("LOCAL_RANK", "0") in ("0", "-1")
+
+
+def _note_of_launcher() -> str:
+    """A line below an error, which tells it from what a launcher prints afterwards."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return "\nWhat follows is torchrun's report that a process ended."
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return "\nWhat follows is accelerate's report that the process ended; `accelerate launch --quiet` omits it."
+    return ""
 
 
 def _interruption(folder: str | None, argv: Sequence[str]) -> str:
@@ -175,8 +208,13 @@ def _use_all_cores() -> None:
         torch.set_num_threads(max(1, share))
 
 
-def check_output_dir(args: SageTrainingArguments) -> None:
-    """Raise ValueError or OSError unless there is room to write and, for a push, a login and a name."""
+def check_run(args: SageTrainingArguments) -> None:
+    """Raise ValueError or OSError unless there are the trackers, room to write and, for a push, a login and a name."""
+    for tracker in args.report_to:
+        if tracker not in get_available_reporting_integrations():
+            raise ValueError(
+                f"`report_to` {tracker!r} is unknown or not installed: pip install {tracker}"
+            )
     folder = Path(str(args.output_dir)).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):

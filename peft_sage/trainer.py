@@ -88,6 +88,7 @@ class SageTrainer(Trainer):
         text_prior: The [`TextPrior`] that was chosen, or None.
         adapter_scale: The [`AdapterScale`] that was chosen after training, or None.
         base_image_embeds: (n, e) embeddings of the training images by the frozen tower, or None.
+        grouped_by: What the column `group` of `train_dataset` is made from, for messages.
 
     Raises:
         TypeError, ValueError: An argument, or the data set, does not fit; before anything is computed or changed.
@@ -98,6 +99,7 @@ class SageTrainer(Trainer):
     train_dataset: Any
     eval_dataset: Any
     class_counts: Any
+    grouped_by: str | None = "column 'group'"
 
     def __init__(
         self,
@@ -194,8 +196,8 @@ class SageTrainer(Trainer):
         text = f"Training {trained:,} of {total:,} parameters on {len(self._labels):,} images"
         if self.text_prior is None:
             return text
-        groups = read_groups(self.train_dataset)
-        grouped = "" if groups is None else "; the images of a group share a fold"
+        is_grouped = read_groups(self.train_dataset) is not None
+        grouped = f", grouped by {self.grouped_by}" if is_grouped else ""
         return f"Chosen: {self.text_prior}{grouped}\n{text}"
 
     # Data

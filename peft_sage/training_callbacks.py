@@ -12,7 +12,7 @@ from .arguments import EPOCHS
 
 
 class ScheduleCallback(TrainerCallback):
-    """Tell what is random its epoch, and evaluate and save about ten times where there are many short epochs.
+    """Tell what is random its epoch, and evaluate and save about ten times where there are more epochs.
 
     Args:
         starts: Things with an `epoch` or a `set_epoch`: sampler and collator.
@@ -49,7 +49,7 @@ class ScheduleCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        every = max(1, state.num_train_epochs // EPOCHS) if args.min_steps else 1
+        every = max(1, state.num_train_epochs // EPOCHS)
         epoch = round(state.epoch or 0)
         if epoch % every == 0 or epoch >= state.num_train_epochs:
             return

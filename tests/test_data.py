@@ -242,8 +242,11 @@ def test_a_class_needs_no_images(tmp_path):
     assert alike == ["3 classes have no training or test images: empty, new, told."]
     named = load_images(tmp_path, descriptions=["zebra"])
     assert named.texts == named.class_names == ["cow", "empty", "new", "owl", "zebra"]
-    with pytest.raises(ValueError, match=r"`descriptions` has no entry .*\['empty'"):
-        load_images(tmp_path, descriptions={"cow": "a cow", "owl": "an owl"})
+    file = tmp_path / "descriptions.json"
+    file.write_text(json.dumps({"cow": "a cow", "owl": "an owl"}))
+    message = rf"no entry for the classes \['empty', .*add them to '{file}', or delete"
+    with pytest.raises(ValueError, match=message):
+        load_images(tmp_path)
 
 
 def test_names_that_are_alike(tmp_path):

@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from peft_sage import SageClassifier, SageTrainer, command_line
+from peft_sage.arguments import has_fast_bfloat16
 from peft_sage.report import RunResults
 from tests.hub_stand_in import Hub
 
@@ -135,7 +136,9 @@ def command(clip_folder, image_folder, tmp_path):
     flags = (
         f"--model {clip_folder} --dataset {image_folder} --output-dir {tmp_path}/out"
     )
-    flags += " --epochs 2 --batch-size 4 --r 8 --lr 0.01 --disable-tqdm true"
+    flags += (
+        " --epochs 2 --batch-size 4 --r 8 --lr 0.01 --disable-tqdm true --bf16 false"
+    )
     return flags.split()
 
 
@@ -363,6 +366,7 @@ def test_mistyped_flags_and_names_are_answered_at_once(
         (["--r", "0"], "--r must be at least 1, got 0"),
         (["--model", "./clip"], "--model './clip' does not exist"),
         (["--push-to-hub", "--hub-model-id", "my name"], "my name"),
+        (["--report-to", "neptun"], "not installed: pip install neptun"),
     ]
     for wrong, message in flags:
         error = fails(capsys, *command, *wrong)
@@ -390,8 +394,10 @@ def test_views_of_one_object_stay_together(command, tmp_path, capsys):
         for number, path in enumerate(sorted(folder.iterdir())):
             path.rename(folder / f"{'abcdef'[number // 2]}_{number % 2}.png")
     main([*command, "--dataset", str(source), "--method", "head", "--epochs", "1"])
-    assert "48 images that share an object stayed together" in capsys.readouterr().out
-    assert ", grouped by file names:" in (tmp_path / "out/report.html").read_text()
+    printed = capsys.readouterr()
+    assert "48 images that share an object stayed together" in printed.out
+    for name, end in (("report.html", ":"), ("README.md", ".")):
+        assert f", grouped by file names{end}" in (tmp_path / "out" / name).read_text()
 
 
 def test_bad_input_is_refused_before_training(command, clip_folder, tmp_path, capsys):
@@ -413,7 +419,9 @@ def test_bad_input_is_refused_before_training(command, clip_folder, tmp_path, ca
     assert "is an adapter" in fails(capsys, *command, "--model", str(tmp_path))
 
 
-def test_the_folder_of_another_run_is_refused(command, image_folder, tmp_path, capsys):
+def test_the_folder_of_another_run_is_refused(
+    command, clip_folder, image_folder, tmp_path, capsys, monkeypatch
+):
     command += ["--method", "head"]
     main(command)
     error = fails(capsys, *command, "--lr", "0.5")
@@ -422,6 +430,8 @@ def test_the_folder_of_another_run_is_refused(command, image_folder, tmp_path, c
     shutil.copytree(image_folder, other)
     next((other / "train/red").iterdir()).unlink()
     assert "dataset: " in fails(capsys, *command, "--dataset", str(other))
+    monkeypatch.chdir(clip_folder.parent)
+    main([*command, "--model", clip_folder.name])  # the same one
     main([*command, "--lr", "0.5", "--overwrite-output-dir", "--epochs", "1"])
     kept = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))
     assert kept == ["checkpoint-5"]
@@ -448,6 +458,30 @@ def test_a_script_alone_says_what_is_wrong_and_how_to_continue(command, tmp_path
     assert saved.startswith("Interrupted; ") and "checkpoint-" in saved
     assert command_line_.startswith("Continue with: python ")
     assert command_line_.endswith("--resume_from_checkpoint latest")
+
+
+def test_an_error_under_a_launcher_says_whose_lines_follow(
+    command, monkeypatch, capsys
+):
+    command += ["--lr", "0"]
+    assert "accelerate" not in fails(capsys, *command)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert "`accelerate launch --quiet` omits it" in fails(capsys, *command)
+
+
+def test_bfloat16_is_the_default_on_cpus_that_are_made_for_it(command, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "flags : avx512 amx_bf16")
+    assert has_fast_bfloat16()
+    command = command[: command.index("--bf16")]
+    args = parse([*command, "--bf16"])[-1]
+    assert args.mixed_precision == "bf16" and args.device.type == "cpu"
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert not has_fast_bfloat16()
+    monkeypatch.undo()
+    expected = "bf16" if has_fast_bfloat16() else "no"
+    assert parse(command)[-1].mixed_precision == expected
+    assert parse([*command, "--bf16", "false"])[-1].mixed_precision == "no"
 
 
 def test_help_has_sections_and_defaults(capsys):
@@ -481,3 +515,5 @@ def test_unreadable_images_are_named_or_skipped(command, tmp_path, capsys):
     results = main([*command, "--on-bad-image", "skip"])
     assert results.class_counts == [11, 6, 4, 1]
     assert bad.name in json.dumps(results.data["skipped"])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Skipped 1 file in train that cannot be read" in page and bad.name in page

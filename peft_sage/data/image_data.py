@@ -73,7 +73,12 @@ class ImageData:
                 "classes": sum(count > 0 for count in counts),
                 "images_per_class": dict(zip(self.class_names, counts, strict=True)),
             }
-        return {"splits": splits, "skipped": self.skipped, "notes": self.notes}
+        return {
+            "splits": splits,
+            "skipped": self.skipped,
+            "notes": self.notes,
+            "grouped_by": self.grouped_by,
+        }
 
     def __str__(self) -> str:
         """A table of splits, images, classes and images per class; below it what was skipped, and why."""

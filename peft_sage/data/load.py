@@ -168,8 +168,11 @@ def _choose_classes(
         return names, names
     texts = {tidy(name): entry for name, entry in described.items()}
     if missing := [name for name in names if name not in texts]:
+        is_file = isinstance(descriptions, (str, os.PathLike))
+        file = repr(os.fspath(descriptions)) if is_file else "it"
         raise ValueError(
-            f"`descriptions` has no entry for the classes {missing[:10]}; it has {[*texts][:10]}."
+            f"`descriptions` has no entry for the classes {missing[:10]}, but for {[*texts][:10]}; add them to "
+            f"{file}, or delete their folders, if they are empty, or their images."
         )
     return names, {name: texts[name] for name in names}
 
