@@ -377,11 +377,13 @@ def test_a_full_disk_leaves_earlier_checkpoints_alone(tmp_path, monkeypatch):
     assert latest_checkpoint(tmp_path).name == "checkpoint-5"
 
 
-def test_few_images_get_more_epochs_and_small_batches(tmp_path):
+@pytest.mark.parametrize("epochs", [None, 40])
+def test_few_images_get_more_epochs_and_small_batches(tmp_path, epochs):
+    """And ten evaluations, whether the epochs are given or follow from the steps."""
     args = arguments(
         tmp_path,
-        num_train_epochs=None,
-        min_steps=40,
+        num_train_epochs=epochs,
+        min_steps=None if epochs else 40,
         per_device_train_batch_size=128,
         save_strategy="no",
     )
@@ -402,7 +404,7 @@ def test_of_equal_epochs_the_last_is_kept(tmp_path):
     scores = iter([0.1, 0.3, 0.3, 0.2])
     trainer = SageTrainer(
         sage(),
-        arguments(tmp_path, num_train_epochs=4),
+        arguments(tmp_path, num_train_epochs=4, choose_adapter_scale=False),
         TRAIN,
         VALIDATION,
         compute_metrics=lambda _: {"macro": next(scores)},
@@ -424,7 +426,7 @@ def test_trackers_and_bfloat16(tmp_path, monkeypatch):
     test = pictures([3, 3, 3], seed=1)
     five = torch.as_tensor(trainer.predict(test).predictions)
     batch = trainer.get_test_dataloader(test).dataset.__getitems__([0])
-    pixels = trainer.data_collator.finish(batch["pixels"][0])
+    pixels = ImageCollator(processor()).finish(batch["pixels"][0])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         logits = trainer.model(pixel_values=pixels).logits.float()
     assert batch["pixels"].shape == (1, 5, 3, 16, 16) and five.dtype == torch.float32
