@@ -16,6 +16,10 @@ from .statistics import (
 )
 
 
+#: What the template shows of a class.
+Row = dict[str, Any]
+
+
 class Page:
     """The sections of the report, for the template.
 
@@ -32,15 +36,16 @@ class Page:
         self.labels = np.array(results.labels)
         self.predictions = np.array(results.trained.predictions)
         self.confidences, self.right = results.answers
-        _, self.right_before = results.zero_shot.answers(results.labels)
-        self.tested = self._per_class(np.ones_like(self.labels))
+        self.tested = self._per_class(self.labels >= 0)
         self.num_right = self._per_class(self.right)
-        wrong = np.flatnonzero(~self.right)
-        confidences = self.confidences[wrong]
+        order = np.argsort(-self.confidences, kind="stable")
         #: Wrong answers, most confident first.
-        self.wrong = wrong[np.argsort(-confidences, kind="stable")]
+        self.wrong = order[~self.right[order]]
+        _, right_before = results.zero_shot.answers(results.labels)
+        self.gained = self.right & ~right_before
+        self.lost = ~self.right & right_before
 
-    def describe(self, k: int) -> dict[str, Any]:
+    def describe(self, k: int) -> Row:
         """Return the figures of a class."""
         right = self.num_right[k]
         tested = self.tested[k]
@@ -54,33 +59,34 @@ class Page:
             "interval": wilson_interval(right, max(1, tested)),
         }
 
-    def classes(self) -> list[dict[str, Any]]:
+    def classes(self) -> list[Row]:
         """Return all classes, most frequent first."""
         order = np.argsort(-self.counts, kind="stable")
         return [self.describe(k) for k in order]
 
     def overall_interval(self) -> tuple[float, float]:
         """Return the 95% interval of the accuracy on all test images."""
-        return wilson_interval(sum(self.num_right), len(self.labels))
+        right = int(self.right.sum())
+        return wilson_interval(right, len(self.labels))
 
-    def lost(self) -> list[dict[str, Any]]:
+    def worse(self) -> list[Row]:
         """Return the classes that are worse than before training, the clearest losses first."""
-        gained = self._per_class(self.right & ~self.right_before)
-        lost = self._per_class(~self.right & self.right_before)
+        gained = self._per_class(self.gained)
+        lost = self._per_class(self.lost)
         rows = []
         for k in self.results.worse_classes:
             row = self.describe(k)
-            tested = row["tested"]
-            row["difference"] = (gained[k] - lost[k]) / tested
-            row["bounds"] = paired_difference_interval(gained[k], lost[k], tested)
+            counts = gained[k], lost[k], row["tested"]
+            row["difference"] = (gained[k] - lost[k]) / row["tested"]
+            row["bounds"] = paired_difference_interval(*counts)
             rows.append(row)
         return sorted(rows, key=lambda row: row["bounds"][1])
 
     def newly_wrong(self) -> list[int]:
         """Return the test images, of classes that are worse than before, that were right before."""
-        affected = np.isin(self.labels, self.results.worse_classes)
-        shown = affected & self.right_before
-        return [i for i in self.wrong if shown[i]]
+        worse = self.results.worse_classes
+        affected = np.isin(self.labels, worse)
+        return [i for i in self.wrong if affected[i] and self.lost[i]]
 
     def mistakes(self, k: int) -> list[int]:
         """Return the test images of a class that are taken for others."""
@@ -88,25 +94,31 @@ class Page:
 
     def taken_for(self, k: int) -> list[tuple[str, int]]:
         """Return what a class is taken for most often, and how often."""
-        guesses = self.predictions[self.mistakes(k)].tolist()
-        most_common = Counter(guesses).most_common(3)
-        return [(self.names[guess], count) for guess, count in most_common]
+        guesses = self.predictions[self.mistakes(k)]
+        names = [self.names[guess] for guess in guesses]
+        return Counter(names).most_common(3)
 
     def confusions(self) -> list[tuple[tuple[int, int], int]]:
         """Return the most frequent mistakes: a class, what it is taken for, and how often."""
-        truths = self.labels[self.wrong].tolist()
-        guesses = self.predictions[self.wrong].tolist()
-        return Counter(zip(truths, guesses, strict=True)).most_common(15)
+        pairs = Counter()
+        for i in self.wrong:
+            pairs[self.labels[i], self.predictions[i]] += 1
+        return pairs.most_common(15)
 
-    def gains(self) -> tuple[int, list[dict[str, Any]]]:
+    def gains(self) -> tuple[int, list[Row]]:
         """Return a number of further training images, and the classes that would gain most from them."""
-        right = np.array(self.num_right)
-        tested = np.array(self.tested)
-        extra, gains = expected_gains(self.counts, right, tested)
+        extra, gains = expected_gains(
+            self.counts,
+            np.array(self.num_right),
+            np.array(self.tested),
+        )
+        best = np.argsort(-gains, kind="stable")
         rows = []
-        for k in np.argsort(-gains, kind="stable")[:15]:
+        for k in best[:15]:
             if gains[k] > 0:
-                rows.append(self.describe(k) | {"gain": gains[k]})
+                row = self.describe(k)
+                row["gain"] = gains[k]
+                rows.append(row)
         return extra, rows
 
     def figure(self, name: str) -> dict[str, str]:
@@ -116,11 +128,14 @@ class Page:
 
     def picture(self, split: str, row: int) -> dict[str, str]:
         """Return a picture of a split and where it is found."""
-        item = getattr(self.data, split)[int(row)]
-        source = figures.embed_picture(read_image(item["image"]))
+        images = getattr(self.data, split)
+        item = images[int(row)]
+        picture = read_image(item["image"])
+        source = figures.embed_picture(picture)
         return {"source": source, "file": item["file"]}
 
     def _per_class(self, counted: np.ndarray) -> list[int]:
         """Return the number of counted test images of each class."""
-        numbers = np.bincount(self.labels, counted, minlength=len(self.names))
-        return [int(number) for number in numbers]
+        labels = self.labels[counted]
+        numbers = np.bincount(labels, minlength=len(self.names))
+        return numbers.tolist()

@@ -19,11 +19,7 @@ from accelerate.utils import gather_object
 
 from ..metrics import LongTailAccuracy
 from ..run_files import fingerprint, run_settings
-from .statistics import (
-    calibration_error,
-    confidence_threshold,
-    fit_temperature,
-)
+from .statistics import calibration_error, confidence_threshold
 
 
 GROUPS = ("many", "medium", "few", "none")
@@ -175,28 +171,24 @@ class RunResults:
         trained = Evaluation.from_logits(logits / head.temperature, labels, counts)
         text_embeds = head.text_embeds.float().cpu()
         similarity = _embed(trainer, data.test) @ text_embeds.T
-        prior = trainer.text_prior
         images = fingerprint(data.train["label"])
+        run = run_settings(trainer.args, trainer.model, images)
         return cls(
             class_names=list(data.class_names),
             class_counts=counts,
             texts=data.texts,
             method=method,
-            settings=run_settings(trainer.args, trainer.model, images)
-            | (settings or {}),
+            settings={**run, **(settings or {})},
             data=data.to_dict(),
             labels=labels,
             zero_shot=Evaluation.from_logits(head.scale * similarity, labels, counts),
             trained=trained,
-            **_history(trainer),
-            **_choices(trainer),
-            suspects=prior and _suspects(prior, data.train["label"]),
             calibration_error=calibration_error(*trained.answers(labels)),
             temperature=head.temperature,
             threshold=threshold,
-            command=_command(sys.argv),
-            date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-            versions=_versions(),
+            **_history(trainer),
+            **_choices(trainer, data.train["label"]),
+            **_origin(),
         )
 
     def save(self, folder: str | Path) -> None:
@@ -303,8 +295,8 @@ class RunResults:
         return "\n".join(lines)
 
 
-def _choices(trainer: Any) -> dict[str, Any]:
-    """Return what the data decided, or the user."""
+def _choices(trainer: Any, labels: list[int]) -> dict[str, Any]:
+    """Return what the training images and their labels (n,) decided, or the user."""
     loss = trainer.loss
     prior = trainer.text_prior
     kept = trainer.adapter_scale
@@ -313,6 +305,7 @@ def _choices(trainer: Any) -> dict[str, Any]:
         "text_guidance": getattr(loss, "text_guidance", 0.0),
         "absent": getattr(loss, "absent", None),
         "text_prior_scores": prior and _by_name(prior.scores),
+        "suspects": prior and _suspects(prior, labels),
         "adapter_scale": 1.0 if kept is None else kept.scale,
         "adapter_scale_scores": kept and _by_name(kept.scores),
     }
@@ -331,13 +324,12 @@ def _calibrate(trainer: Any, data: Any, counts: list[int]) -> float | None:
     """Fit the temperature of the head, and return the threshold for 95% right answers, on validation images."""
     if data.validation is None:
         return None
-    head = trainer.classifier.head
-    head.temperature = 1.0
+    classifier = trainer.classifier
+    classifier.head.temperature = 1.0
     logits, labels = _predict(trainer, data.validation)
     evaluation = Evaluation.from_logits(logits, labels, counts)
     if calibration_error(*evaluation.answers(labels)) > MAX_CALIBRATION_ERROR:
-        head.temperature = fit_temperature(logits, torch.tensor(labels))
-        logits = logits / head.temperature
+        logits = logits / classifier.fit_temperature(logits, labels)
         evaluation = Evaluation.from_logits(logits, labels, counts)
     return confidence_threshold(*evaluation.answers(labels))
 
@@ -404,7 +396,14 @@ def _command(argv: list[str]) -> str:
     return re.sub(r"(--[\w-]*token[= ])\S+", r"\1***", line)
 
 
-def _versions() -> dict[str, str]:
+def _origin() -> dict[str, Any]:
+    """Return what the results were made by, and when."""
     names = ("peft_sage", "peft", "transformers", "torch")
     versions = {name: str(sys.modules[name].__version__) for name in names}
-    return versions | {"python": platform.python_version()}
+    versions["python"] = platform.python_version()
+    now = datetime.now(timezone.utc)
+    return {
+        "command": _command(sys.argv),
+        "date": now.strftime("%Y-%m-%d %H:%M UTC"),
+        "versions": versions,
+    }

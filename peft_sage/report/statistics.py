@@ -5,8 +5,6 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
 from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
@@ -19,8 +17,9 @@ Z = 1.959964
 
 def wilson_interval(right: int, total: int) -> tuple[float, float]:
     """Return the 95% interval of `right` of `total` images, as fractions (Wilson 1927)."""
-    interval = binomtest(right, total).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
+    result = binomtest(right, total)
+    low, high = result.proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
 def paired_difference_interval(
@@ -41,7 +40,9 @@ def paired_difference_interval(
     middle = up - down
     variance = (up + down - middle**2) / total
     half = Z * math.sqrt(variance)
-    return max(-1.0, middle - half), min(1.0, middle + half)
+    low = max(-1.0, middle - half)
+    high = min(1.0, middle + half)
+    return low, high
 
 
 def calibration_error(confidences: np.ndarray, right: np.ndarray) -> float:
@@ -49,18 +50,6 @@ def calibration_error(confidences: np.ndarray, right: np.ndarray) -> float:
     scores = torch.as_tensor(confidences)
     truth = torch.as_tensor(right).int()
     return binary_calibration_error(scores, truth, n_bins=15).item()
-
-
-def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """Return the temperature by which to divide logits (n, K) for the lowest cross-entropy on `labels` (n,)."""
-
-    def loss(log_temperature: float) -> float:
-        scaled = logits.double() / math.exp(log_temperature)
-        return F.cross_entropy(scaled, labels).item()
-
-    # Bounded: where every answer is right, ever sharper scores fit ever better.
-    found = minimize_scalar(loss, bounds=(-3, 3), method="bounded")
-    return math.exp(found.x)
 
 
 def accuracy_by_coverage(
@@ -73,8 +62,10 @@ def accuracy_by_coverage(
     is_last = np.append(np.diff(falling) != 0, True)
     ends = np.flatnonzero(is_last)
     answered = ends + 1
-    num_right = np.cumsum(right[order])[ends]
-    return falling[ends], answered / len(right), num_right / answered
+    num_right = np.cumsum(right[order])
+    share = answered / len(right)
+    accuracy = num_right[ends] / answered
+    return falling[ends], share, accuracy
 
 
 def confidence_threshold(
@@ -83,7 +74,9 @@ def confidence_threshold(
     """Return the lowest confidence at or above which `accuracy` of the answers are right; None if there is none."""
     thresholds, _, accuracies = accuracy_by_coverage(confidences, right)
     enough = thresholds[accuracies >= accuracy]
-    return float(enough[-1]) if len(enough) else None
+    if not len(enough):
+        return None
+    return float(enough[-1])
 
 
 def expected_gains(
@@ -106,20 +99,20 @@ def expected_gains(
     """
     extra = max(1, int(np.median(counts)))
     images = np.log1p(counts)
-    more = np.log1p(counts + extra)
+    rise = np.log1p(counts + extra) - images
     # Classes without images are answered from their texts, which says nothing about the effect of images.
-    has_images = counts > 0
-    weights = np.concatenate([right, tested - right])
-    weights = weights * np.tile(has_images, 2)
-    outcomes = np.repeat([1, 0], len(counts))
-    if len(np.unique(outcomes[weights > 0])) < 2:
+    known = counts > 0
+    wrong = tested - right
+    weights = np.concatenate([right[known], wrong[known]])
+    inputs = np.tile(images[known], 2)
+    outcomes = np.repeat([1, 0], known.sum())
+    if not right[known].any() or not wrong[known].any():
         return extra, np.zeros(len(counts))
     regression = LogisticRegression()
-    inputs = np.tile(images, 2).reshape(-1, 1)
-    regression.fit(inputs, outcomes, weights)
+    regression.fit(inputs[:, None], outcomes, weights)
     slope = max(0.0, regression.coef_[0, 0])
-    fitted = regression.predict_proba(images.reshape(-1, 1))[:, 1]
+    _, fitted = regression.predict_proba(images[:, None]).T
     level = (right + 4 * fitted) / (tested + 4)
-    rise = slope * (more - images)
-    gains = expit(logit(level) + rise) - level
-    return extra, np.where(tested > 0, 100 * gains, 0).round(3)
+    gains = expit(logit(level) + slope * rise) - level
+    gains[tested == 0] = 0
+    return extra, (100 * gains).round(3)
