@@ -23,10 +23,11 @@ from .validation import (
 
 #: With more classes, or more images of a class, a random part of them decides, so that the choice takes seconds.
 MAX_CLASSES, MAX_IMAGES = 500, 500
-#: What a class without images may be given as its count; with None it is left out of the softmax.
-ABSENT_COUNTS = (1.0, 0.1, 0.01, None)
-#: The share of the classes that is treated as absent in a fold is one of this number.
-ABSENT_PARTS = 5
+#: What a class without images may be given as its count, each with the next stronger prior: the less the loss pushes
+#: such classes away, the closer the others must stay to their texts. With None it is left out of the softmax.
+ABSENT_COUNTS = (1.0, 0.1, None)
+#: The share of the classes that is treated as absent in a fold is one of this number; and the number of such folds.
+ABSENT_PARTS, ABSENT_FOLDS = 5, 3
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class TextPrior:
     """What [`choose_text_prior`] found.
 
     Attributes:
-        strength: The chosen strength, for `SageLoss(text_prior=...)`.
+        strength: The chosen strength, for `SageLoss(text_prior=...)`; for the sake of classes without images it may be
+            beyond that with the best score.
         absent: The count to give to classes without training images, for `SageLoss(absent=...)`; None leaves them out
             of the softmax.
         scores: Held-out balanced accuracy of each strength, in [0, 1].
@@ -54,7 +56,12 @@ class TextPrior:
             f"{strength:g}: {100 * score:.1f}%"
             for strength, score in self.scores.items()
         )
-        return f"text prior {self.strength:g} (held-out balanced accuracy by strength: {tried})"
+        shown = f"text prior {self.strength:g} (held-out balanced accuracy by strength: {tried})"
+        if self.absent is None:
+            return f"{shown}, classes without images left out of the loss"
+        if self.absent != 1:
+            shown += f", classes without images counted as {self.absent:g}"
+        return shown
 
 
 class _Sample(NamedTuple):
@@ -84,8 +91,9 @@ def choose_text_prior(
 
     For each strength and fold a cosine head that starts from the texts is trained on the other folds with the loss of
     [`SageLoss`]. Chosen is the strength with the best balanced accuracy on the held-out images. If there are classes
-    without images, further folds treat a fifth of the other classes as absent, and choose how such classes stand in
-    the loss, by the accuracy over absent and present classes in the proportion in which they will be met.
+    without images, further folds treat a fifth of the others as absent. These are given a count of one at the chosen
+    strength, 0.1 at the next, or are left out of the softmax at the one after it: what is best for the accuracy over
+    absent and present classes in the proportion in which they will be met.
 
     Args:
         features: (n, e) image embeddings of the frozen tower, on any device.
@@ -114,15 +122,16 @@ def choose_text_prior(
     scores = _balanced(correct.where(sample.fold >= 0, torch.nan), sample.labels)
     best = int(scores.argmax())
     missing = int((counts == 0).sum()) / len(counts)
+    strength = strengths[best]
     absent: float | None = 1.0
     if missing and len(sample.classes) > 1:
-        absent = _choose_absent(sample, strengths[best], missing, rng)
+        strength, absent = _choose_absent(sample, strengths[best:], missing, rng)
     label_probability = torch.full(labels.shape, torch.nan)
     label_probability[sample.images] = probability[best]
     predicted_label = torch.full(labels.shape, -1)
     predicted_label[sample.images] = sample.classes[predicted[best]]
     return TextPrior(
-        strengths[best],
+        strength,
         absent,
         dict(zip(strengths, scores.tolist(), strict=True)),
         label_probability,
@@ -139,8 +148,8 @@ def _cross_validate(
     probability = torch.full((len(strengths), len(labels)), torch.nan)
     predicted = torch.zeros(probability.shape, dtype=torch.int64)
     for k in fold[fold >= 0].unique():
-        settings = [(strength, 1.0) for strength in strengths]
-        heads = _train(sample, fold != k, settings, rng)
+        pairs = [(strength, 1.0) for strength in strengths]
+        heads = _train(sample, fold != k, pairs, rng)
         held_out = (fold == k).nonzero()[:, 0]
         logits = (SCALE * sample.features[held_out] @ heads.mT).cpu()
         of_label = logits.softmax(dim=2)[:, range(len(held_out)), labels[held_out]]
@@ -150,20 +159,20 @@ def _cross_validate(
 
 
 def _choose_absent(
-    sample: _Sample, strength: float, missing: float, rng: Generator
-) -> float | None:
-    """The best count of an absent class, where a share `missing` of all classes has no images."""
-    settings = [(strength, count) for count in ABSENT_COUNTS]
+    sample: _Sample, strengths: list[float], missing: float, rng: Generator
+) -> tuple[float, float | None]:
+    """The best strength, and count of an absent class, where a share `missing` of all classes has no images."""
+    stronger = [*strengths, 3 * strengths[-1], 9 * strengths[-1]]
+    pairs: list[Any] = list(zip(stronger, ABSENT_COUNTS, strict=False))
     order = torch.randperm(len(sample.texts), generator=rng)
-    present, absent = torch.full((2, len(settings), len(sample.labels)), torch.nan)
-    # Two folds say enough, and the choice takes at most half as long again.
-    for k in sample.fold[sample.fold >= 0].unique()[:2]:
+    present, absent = torch.full((2, len(pairs), len(sample.labels)), torch.nan)
+    for k in sample.fold[sample.fold >= 0].unique()[:ABSENT_FOLDS]:
         part = order[int(k) % ABSENT_PARTS :: ABSENT_PARTS]
         left_out = torch.isin(sample.labels, part)
         train = (sample.fold != k) & ~left_out
         if not left_out.any() or not train.any():
             continue
-        heads = _train(sample, train, settings, rng)
+        heads = _train(sample, train, pairs, rng)
         held_out = (sample.fold == k) & ~left_out
         for images, results in ((held_out, present), (left_out, absent)):
             logits = sample.features[images] @ heads.mT
@@ -172,13 +181,13 @@ def _choose_absent(
     seen = _balanced(present, sample.labels).nan_to_num(0)
     unseen = _balanced(absent, sample.labels).nan_to_num(0)
     scores = (1 - missing) * seen + missing * unseen
-    return ABSENT_COUNTS[int(scores.argmax())]
+    return pairs[int(scores.argmax())]
 
 
 def _train(
     sample: _Sample,
     train: Tensor,
-    settings: Sequence[tuple[float, float | None]],
+    pairs: Sequence[tuple[float, float | None]],
     rng: Generator,
 ) -> Tensor:
     """A head for each pair of strength and absent count, trained on some of the images."""
@@ -187,14 +196,14 @@ def _train(
     images = torch.bincount(labels, minlength=classes)
     share = images / torch.bincount(sample.labels, minlength=classes)
     counts = (sample.counts * share).round().clamp(min=1) * (images > 0)
-    losses = [SageLoss(counts, absent=absent) for _, absent in settings]
+    losses = [SageLoss(counts, absent=absent) for _, absent in pairs]
     return train_heads(
         sample.features[train],
         labels,
         sample.texts,
         torch.stack([loss.training_adjustment for loss in losses]),
         losses[0].gamma,
-        torch.tensor([strength for strength, _ in settings]),
+        torch.tensor([strength for strength, _ in pairs]),
         rng,
     )
 

@@ -94,10 +94,15 @@ def test_absent_classes_are_given_a_place_by_the_data():
     """True texts answer for classes without images, false ones do not, and cost the others."""
     counts = [0 if k % 3 == 0 else 25 for k in range(24)]
     true, false = (
-        choose_text_prior(*make_bed(counts, texts)) for texts in ("true", "false")
+        choose_text_prior(*make_bed(counts, texts), strengths=(0, 1))
+        for texts in ("true", "false")
     )
-    assert true.absent is None or true.absent < 1
-    assert false.absent == 1
+    # The less they count, the more strength holds the others to their texts, beyond what was tried.
+    assert true.scores[1] > true.scores[0]
+    assert (true.strength, true.absent) in [(3, 0.1), (9, None)]
+    assert "classes without images" in str(true)
+    assert false.strength <= 1 and false.absent == 1
+    assert "classes without images" not in str(false)
     # Without such classes there is nothing to choose.
     assert choose_text_prior(*make_bed(COUNTS, "true")).absent == 1
     # Left out of the softmax, with no prior, they stay at their texts.
