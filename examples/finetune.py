@@ -103,7 +103,8 @@ if __name__ == "__main__" and not {"--config", "-h", "--help"} & {*sys.argv}:
         parser = HfArgumentParser((DataArguments, ModelArguments), allow_abbrev=False)
         parser.parse_args_into_dataclasses(return_remaining_strings=True)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 from peft import LoraConfig, PeftConfig

@@ -62,7 +62,10 @@ class Page:
     def classes(self) -> list[Row]:
         """Return all classes, most frequent first."""
         order = np.argsort(-self.counts, kind="stable")
-        return [self.describe(k) for k in order]
+        rows = []
+        for k in order:
+            rows.append(self.describe(k))
+        return rows
 
     def overall_interval(self) -> tuple[float, float]:
         """Return the 95% interval of the accuracy on all test images."""
@@ -76,9 +79,11 @@ class Page:
         rows = []
         for k in self.results.worse_classes:
             row = self.describe(k)
-            counts = gained[k], lost[k], row["tested"]
-            row["difference"] = (gained[k] - lost[k]) / row["tested"]
-            row["bounds"] = paired_difference_interval(*counts)
+            up = gained[k]
+            down = lost[k]
+            tested = self.tested[k]
+            row["difference"] = (up - down) / tested
+            row["bounds"] = paired_difference_interval(up, down, tested)
             rows.append(row)
         return sorted(rows, key=lambda row: row["bounds"][1])
 
@@ -86,7 +91,8 @@ class Page:
         """Return the test images, of classes that are worse than before, that were right before."""
         worse = self.results.worse_classes
         affected = np.isin(self.labels, worse)
-        return [i for i in self.wrong if affected[i] and self.lost[i]]
+        shown = affected & self.lost
+        return [i for i in self.wrong if shown[i]]
 
     def mistakes(self, k: int) -> list[int]:
         """Return the test images of a class that are taken for others."""
@@ -94,15 +100,19 @@ class Page:
 
     def taken_for(self, k: int) -> list[tuple[str, int]]:
         """Return what a class is taken for most often, and how often."""
-        guesses = self.predictions[self.mistakes(k)]
-        names = [self.names[guess] for guess in guesses]
-        return Counter(names).most_common(3)
+        names: Counter[str] = Counter()
+        for i in self.mistakes(k):
+            guess = self.predictions[i]
+            names[self.names[guess]] += 1
+        return names.most_common(3)
 
     def confusions(self) -> list[tuple[tuple[int, int], int]]:
         """Return the most frequent mistakes: a class, what it is taken for, and how often."""
-        pairs = Counter()
+        pairs: Counter[tuple[int, int]] = Counter()
         for i in self.wrong:
-            pairs[self.labels[i], self.predictions[i]] += 1
+            truth = self.labels[i]
+            guess = self.predictions[i]
+            pairs[truth, guess] += 1
         return pairs.most_common(15)
 
     def gains(self) -> tuple[int, list[Row]]:

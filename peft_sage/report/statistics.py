@@ -106,13 +106,17 @@ def expected_gains(
     weights = np.concatenate([right[known], wrong[known]])
     inputs = np.tile(images[known], 2)
     outcomes = np.repeat([1, 0], known.sum())
-    if not right[known].any() or not wrong[known].any():
+    found = outcomes[weights > 0]
+    if len(np.unique(found)) < 2:
         return extra, np.zeros(len(counts))
     regression = LogisticRegression()
-    regression.fit(inputs[:, None], outcomes, weights)
+    inputs = inputs.reshape(-1, 1)
+    regression.fit(inputs, outcomes, weights)
     slope = max(0.0, regression.coef_[0, 0])
-    _, fitted = regression.predict_proba(images[:, None]).T
+    probabilities = regression.predict_proba(images.reshape(-1, 1))
+    fitted = probabilities[:, 1]
     level = (right + 4 * fitted) / (tested + 4)
-    gains = expit(logit(level) + slope * rise) - level
+    higher = logit(level) + slope * rise
+    gains = expit(higher) - level
     gains[tested == 0] = 0
     return extra, (100 * gains).round(3)
