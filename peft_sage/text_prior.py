@@ -122,10 +122,7 @@ def choose_text_prior(
     scores = _balanced(correct.where(sample.fold >= 0, torch.nan), sample.labels)
     best = int(scores.argmax())
     missing = int((counts == 0).sum()) / len(counts)
-    strength = strengths[best]
-    absent: float | None = 1.0
-    if missing and len(sample.classes) > 1:
-        strength, absent = _choose_absent(sample, strengths[best:], missing, rng)
+    strength, absent = _choose_absent(sample, strengths[best:], missing, rng)
     label_probability = torch.full(labels.shape, torch.nan)
     label_probability[sample.images] = probability[best]
     predicted_label = torch.full(labels.shape, -1)
@@ -162,6 +159,8 @@ def _choose_absent(
     sample: _Sample, strengths: list[float], missing: float, rng: Generator
 ) -> tuple[float, float | None]:
     """The best strength, and count of an absent class, where a share `missing` of all classes has no images."""
+    if not missing or len(sample.classes) == 1:
+        return strengths[0], 1.0
     stronger = [*strengths, 3 * strengths[-1], 9 * strengths[-1]]
     pairs: list[Any] = list(zip(stronger, ABSENT_COUNTS, strict=False))
     order = torch.randperm(len(sample.texts), generator=rng)
@@ -210,11 +209,8 @@ def _train(
 
 def _balanced(values: Tensor, labels: Tensor) -> Tensor:
     """The mean (H,) over the classes of the means of values (H, n) over their images, where NaN is left out."""
-    known = ~values.isnan()
-    sums = torch.zeros(len(values), int(labels.max()) + 1)
-    images = sums.index_add(1, labels, known.float())
-    means = sums.index_add(1, labels, values.where(known, 0)) / images
-    return means.nanmean(dim=1)
+    means = [values[:, labels == k].nanmean(dim=1) for k in labels.unique()]
+    return torch.stack(means).nanmean(dim=0)
 
 
 def _draw(
