@@ -446,7 +446,7 @@ def test_a_script_alone_says_what_is_wrong_and_how_to_continue(command, tmp_path
     assert (nothing.returncode, nothing.stdout) == (2, "")
     assert nothing.stderr.startswith("error: ") and "--dataset" in nothing.stderr
     process = start(
-        [*alone, *command, "--epochs", "300"],
+        [*alone, *command, "--epochs", "300", "--checkpointing-steps", "10"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
