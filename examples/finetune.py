@@ -100,7 +100,8 @@ class ModelArguments:
 
 if __name__ == "__main__" and not {"--config", "-h", "--help"} & {*sys.argv}:
     try:  # what follows takes seconds to import
-        parser = HfArgumentParser((DataArguments, ModelArguments), allow_abbrev=False)
+        kinds: Any = (DataArguments, ModelArguments)
+        parser = HfArgumentParser(kinds, allow_abbrev=False)
         parser.parse_args_into_dataclasses(return_remaining_strings=True)
     except ValueError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -163,10 +164,14 @@ def finetune(
     if is_main:
         print(data)
     # On a CPU the gradient of fused attention is slow in bfloat16.
-    attention = {"attn_implementation": "eager"} if args.bf16 and args.use_cpu else {}
+    fused_is_slow = args.bf16 and args.use_cpu
+    attention: Any = {"attn_implementation": "eager"} if fused_is_slow else {}
     with args.main_process_first():
         classifier = SageClassifier.from_texts(
-            model_args.model, data.texts, cache_dir=folder / "text_embeds", **attention
+            str(model_args.model),
+            data.texts,
+            cache_dir=folder / "text_embeds",
+            **attention,
         )
     config = peft_config(model_args, classifier)
     trainer = SageTrainer(

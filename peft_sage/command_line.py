@@ -19,7 +19,9 @@ import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import (
+    get_available_reporting_integrations,
+)
 
 from .arguments import SageTrainingArguments, available_cores, has_fast_bfloat16
 from .run_files import RESULT_ARGUMENTS, changed_settings, latest_checkpoint
@@ -210,7 +212,7 @@ def _use_all_cores() -> None:
 
 def check_run(args: SageTrainingArguments) -> None:
     """Raise ValueError or OSError unless there are the trackers, room to write and, for a push, a login and a name."""
-    for tracker in args.report_to:
+    for tracker in args.report_to or ():
         if tracker not in get_available_reporting_integrations():
             raise ValueError(
                 f"`report_to` {tracker!r} is unknown or not installed: pip install {tracker}"
