@@ -129,6 +129,7 @@ class SageClassifier(nn.Module, PushToHubMixin):
         # PEFT looks here for the base model's name.
         self.name_or_path = absolute(getattr(clip, "name_or_path", ""))
         self._tokenizer: Any = None
+        self._base_samples = _samples(clip)
         self._config: tuple[list[str] | None, int, ClassifierConfig] | None = None
 
     @classmethod
@@ -207,13 +208,14 @@ class SageClassifier(nn.Module, PushToHubMixin):
             clip: The base model, where what is saved does not name it (open_clip, timm, or a classifier without PEFT,
                 of which Trainer saves all weights).
             image_processor: Default: the one saved with the head, or else the folder's or the base model's.
-            **kwargs: `device`; `dtype` and further arguments for the base model; `revision`, `subfolder`, `token`,
-                `cache_dir` and the like for the Hub.
+            **kwargs: `device`; `is_trainable`, to continue the training of an adapter; `dtype` and further arguments
+                for the base model; `revision`, `subfolder`, `token`, `cache_dir` and the like for the Hub.
 
         Raises:
             OSError, ValueError: There is none, its adapter names no base model, or it does not fit.
         """
         device = kwargs.pop("device", None)
+        is_trainable = kwargs.pop("is_trainable", False)
         saved = Saved(os.fspath(pretrained_model_name_or_path), kwargs)
         if clip is None:
             clip = saved.load_base(**kwargs)
@@ -225,7 +227,9 @@ class SageClassifier(nn.Module, PushToHubMixin):
         classifier = cls(clip, None, image_processor=processor)
         classifier.class_head.base_revision = saved.base_hub.get("revision")
         if saved.config is not None:
-            PeftModel.from_pretrained(classifier, saved.source, **saved.hub)
+            PeftModel.from_pretrained(
+                classifier, saved.source, is_trainable=is_trainable, **saved.hub
+            )
         elif saved.whole is not None:
             classifier.load_state_dict(saved.whole)
         if image_processor is not None:
@@ -244,8 +248,18 @@ class SageClassifier(nn.Module, PushToHubMixin):
             max_shard_size: Ignored; `push_to_hub` passes it.
 
         Raises:
-            ValueError: `folder` is a file.
+            ValueError: `folder` is a file, or the tower is not the base model's any more: it was trained, or adapters
+                were merged into it.
         """
+        now = _samples(self.model)
+        if not getattr(self, "peft_config", None) and any(
+            name in now and not torch.equal(values.to(now[name]), now[name])
+            for name, values in self._base_samples.items()
+        ):
+            raise ValueError(
+                "The tower has other weights than its base model, and only the head would be saved: save before "
+                "`merge_and_unload`, which may follow `from_pretrained`, or save `state_dict()` yourself."
+            )
         processor = self.image_processor
         if processor is not None and not can_be_saved(processor):
             warnings.warn(
@@ -582,6 +596,16 @@ class SageClassifier(nn.Module, PushToHubMixin):
             )
             for name, value in batch.items()
         }
+
+
+def _samples(model: nn.Module) -> dict[str, Tensor]:
+    """A few values of each weight of a model, which differ after training or merging."""
+    samples = {}
+    for name, weight in model.named_parameters():
+        if not weight.is_meta and weight.numel():
+            every = 1 + weight.numel() // 8
+            samples[name] = weight.detach().flatten()[::every].cpu().clone()
+    return samples
 
 
 def _unit_rows(embeds: Tensor, name: str, width: int | None = None) -> Tensor:

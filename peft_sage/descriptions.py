@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, cast
 
 
+#: Names of classes that `load_images` has warned of.
+WARNED: list[list[str]] = []
 #: Used for classes that have only a name.
 DEFAULT_TEMPLATES = ["a photo of a {}."]
 
@@ -65,7 +67,7 @@ def read_class_descriptions(
             f"{where} must have class names: a list of str or a dictionary, got a list of lists."
         )
     names = _stripped(names, where)
-    if class_names is None:
+    if class_names is None and names not in WARNED:
         warn_of_alike(names)
     has_texts = not isinstance(texts[0], str)
     texts = [[t.strip() for t in entry] for entry in texts] if has_texts else names

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -76,7 +77,13 @@ def encode_class_descriptions(
     key = _fingerprint(model, ids_of_class, padding, pads)
     kept = Path(cache_dir, f"{key}.safetensors")
     if kept.is_file():
-        return load_file(kept)["text_embeds"].to(next(model.parameters()).device)
+        try:
+            rows = load_file(kept)["text_embeds"]
+            return rows.to(next(model.parameters()).device)
+        except (SafetensorError, KeyError):
+            warnings.warn(
+                f"{str(kept)!r} is damaged: the texts are encoded again.", stacklevel=3
+            )
     rows = _class_means(encode, ids_of_class)
     # Written to another file and renamed, so that an interrupted run leaves no half of it.
     kept.parent.mkdir(parents=True, exist_ok=True)

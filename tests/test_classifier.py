@@ -227,6 +227,22 @@ def test_the_head_of_an_adapter_is_not_dropped_in_silence(folder, tmp_path, clip
         SageClassifier.from_pretrained(tmp_path, clip=clip, torch_dtype=torch.bfloat16)
 
 
+@pytest.mark.parametrize("method", ["sage", "lora"])
+def test_a_tower_that_was_merged_is_not_lost_in_silence(folder, tmp_path, method):
+    classifier = SageClassifier.from_texts(folder, NAMES)
+    model = trained(get_peft_model(classifier, CONFIGS[method]))
+    if method == "lora":
+        model.unload().half().save_pretrained(tmp_path / "half")
+        model = trained(get_peft_model(classifier.float(), CONFIGS[method]))
+        with pytest.raises(ValueError, match="save before `merge_and_unload`"):
+            model.merge_and_unload().save_pretrained(tmp_path / "merged")
+        assert not (tmp_path / "merged").exists()
+    else:
+        model.unload().save_pretrained(tmp_path / "head")
+        loaded = SageClassifier.from_pretrained(tmp_path / "head")
+        assert_same(loaded.predict(pictures(), 3), classifier.predict(pictures(), 3))
+
+
 def test_all_weights_that_trainer_saved_without_peft(folder, tmp_path):
     classifier = SageClassifier.from_texts(folder, NAMES).eval()
     for parameter in classifier.parameters():
@@ -330,6 +346,9 @@ def test_it_saves_itself_as_through_peft(folder, tmp_path, method):
     assert loaded.predict(pictures(), top_k=3) == want
     assert loaded.class_names == NAMES
     # To train on, as anywhere in PEFT.
+    trainable = SageClassifier.from_pretrained(tmp_path / "own", is_trainable=True)
+    assert trainable.class_head.weight.requires_grad
+    assert not loaded.class_head.weight.requires_grad
     fresh = SageClassifier.from_texts(folder, NAMES)
     again = PeftModel.from_pretrained(fresh, tmp_path / "own", is_trainable=True)
     assert again.eval().predict(pictures(), top_k=3) == want

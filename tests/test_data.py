@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from peft_sage import read_image
+from peft_sage import read_class_descriptions, read_image
 from peft_sage.data import hub, load_images
 from peft_sage.data.groups import object_names
 from peft_sage.data.splits import long_tailed_subset
@@ -263,8 +263,12 @@ def test_names_that_are_alike(tmp_path):
     for first, other in [("owl", "Owl"), ("snowy_owl", "snowy owl"), ("x2", "x\u00b2")]:
         (tmp_path / "descriptions.json").write_text(json.dumps([first, other]))
         with pytest.warns(UserWarning, match=f"are alike .*'{first}'") as caught:
-            assert len(table(first, other, "cow").class_names) == 3
+            texts = table(first, other, "cow").texts
+        assert len(texts) == 3
         assert f"{other!r}" in str(caught[0].message) and len(caught) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # `from_texts` does not say it again
+            assert read_class_descriptions(texts) == texts
 
 
 @pytest.mark.parametrize(
@@ -321,7 +325,11 @@ def test_what_is_no_class_is_listed(tmp_path):
         draw(tmp_path / name)
     for name in ("train/notes.txt", "train/cow/Thumbs.db", "train/cow/raw.cr2"):
         (tmp_path / name).write_text("mine")
-    (tmp_path / "train" / "papers").mkdir()
+    blank = tmp_path / "train" / " "
+    blank.mkdir()
+    with pytest.raises(ValueError, match="train/ ' has a name of white space only"):
+        load_images(tmp_path)
+    blank.rename(tmp_path / "train" / "papers")
     (tmp_path / "train" / "papers" / "a.pdf").write_text("mine")
     data = load_images(tmp_path)
     assert sizes(data)["train"] == {"cow": 2, "owl": 2}

@@ -185,10 +185,10 @@ def _entries(folder: Path) -> tuple[list[str], list[str]]:
         shown = [(x.name, x.is_dir()) for x in entries if is_shown(x.name)]
     shown.sort(key=lambda entry: unicodedata.normalize("NFC", entry[0]))
     for name, _ in shown:
-        if name != name.encode(errors="replace").decode():
-            raise ValueError(
-                f"{str(folder / name)!r} has a name that is not UTF-8; rename it."
-            )
+        is_utf8 = name == name.encode(errors="replace").decode()
+        if not is_utf8 or not name.strip():
+            fault = "of white space only" if is_utf8 else "that is not UTF-8"
+            raise ValueError(f"{str(folder / name)!r} has a name {fault}; rename it.")
     folders = [name for name, is_folder in shown if is_folder]
     return folders, [name for name, is_folder in shown if not is_folder]
 

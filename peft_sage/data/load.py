@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, DatasetDict, Image
 
-from ..descriptions import read_class_descriptions, warn_of_alike
+from ..descriptions import WARNED, read_class_descriptions, warn_of_alike
 from .checks import find_unreadable, refuse_shared_files
 from .folders import find_descriptions, read_folder
 from .groups import number_groups
@@ -164,6 +164,7 @@ def _choose_classes(
     ordered += sorted(others, key=natural_key)
     names = [*dict.fromkeys(ordered)]
     warn_of_alike(names)
+    WARNED.append(names)
     if not isinstance(described, dict):
         return names, names
     texts = {tidy(name): entry for name, entry in described.items()}
