@@ -175,3 +175,18 @@ def test_experiments_have_known_settings(file):
     for arm in yaml.safe_load(file.read_text())["arms"].values():
         assert set(arm) <= known
         assert set(arm.get("vary", {})) <= known
+
+
+@pytest.mark.parametrize(
+    ("whole", "head", "test"), [(45.0, 44.6, 2.0), (45.0, 44.4, 1.0)]
+)
+def test_the_tables_choose_a_factor_as_the_trainer_does(whole, head, test):
+    def line(arm, validation, macro):
+        scores = {"validation": {"macro": validation}, "test": {"macro": macro}}
+        return {"arm": arm, "task": "A", "ratio": 100, "seed": 0, **scores}
+
+    half = {"validation": {"macro": 0.0}, "test": {"macro": 3.0}}
+    runs = [{**line("Sage", whole, 1.0), "half": half}, line("head alone", head, 2.0)]
+    found = {line["arm"]: line["test"]["macro"] for line in results.by_factor(runs)}
+    expected = {"Sage, factor 1": 1.0, "Sage, factor 0.5": 3.0, "head alone": 2.0}
+    assert found == {**expected, "Sage, factor chosen": test}

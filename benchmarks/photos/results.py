@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from peft_sage.adapter_scale import TOLERANCE
+
 
 HERE = Path(__file__).parent
 CLASSES = {"A": 100, "B": 100, "tiny": 200}
@@ -71,13 +73,31 @@ def best_arm(lines: Sequence[Line], task: str, group: str) -> Line:
 
 
 def by_factor(lines: Sequence[Line]) -> list[Line]:
-    """Each run with its adapters' output whole, halved and off, and with what is best on the validation split."""
+    """Sage with its adapters' output whole, halved, off, and as `choose_adapter_scale` chooses; others as they are.
+
+    What goes with the factor 0 in the choice is the head alone of the same seed.
+    """
+    heads = {_run(line): line for line in lines if line["arm"] == "head alone"}
     variants = []
-    for line in (line for line in lines if "half" in line):
-        scores = {"1": line, "0.5": line["half"], "0": line["off"]}
-        best = max(scores, key=lambda factor: scores[factor]["validation"]["macro"])
-        for name, factor in [*zip(scores, scores, strict=True), ("chosen", best)]:
-            splits = {split: scores[factor][split] for split in ("validation", "test")}
-            arm = f"{line['arm']}, factor {name}"
+    for line in lines:
+        if line["arm"] != "Sage":
+            variants.append(line)
+            continue
+        measured = {"1": line, "0.5": line.get("half"), "0": line.get("off")}
+        shown = {name: scores for name, scores in measured.items() if scores}
+        if _run(line) in heads:
+            scales = {**shown, "0": heads[_run(line)]}
+            macro = {name: scales[name]["validation"]["macro"] for name in scales}
+            enough = max(macro.values()) - 100 * TOLERANCE
+            chosen = min(name for name in macro if macro[name] >= enough)
+            shown["chosen"] = scales[chosen]
+        for name, scores in shown.items():
+            splits = {split: scores[split] for split in ("validation", "test")}
+            arm = f"Sage, factor {name}"
             variants.append({**line, **splits, "arm": arm, "group": arm})
     return variants
+
+
+def _run(line: Line) -> tuple[Any, ...]:
+    """What runs on the same images and the same tower have in common."""
+    return line["task"], line.get("tower", "4x192"), line["ratio"], line["seed"]

@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument(
         "--factors",
         action="store_true",
-        help="show runs with their adapters' output whole, halved, off, or as validation chooses",
+        help="show Sage with its adapters' output whole, halved, off, or as validation chooses",
     )
     arguments = parser.parse_args()
     results = [line for file in arguments.results for line in read_results(file)]
