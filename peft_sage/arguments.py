@@ -82,9 +82,9 @@ class SageTrainingArguments(TrainingArguments):
         None,
         f"Fewest optimizer steps, by more epochs; default: {MIN_STEPS}, or 0 if the epochs are given",
     )
-    augment: Literal["crop-flip", "resized-crop-flip", "none"] = _setting(
+    augment: Literal["crop-flip", "none"] = _setting(
         "crop-flip",
-        "Random crops and flips of the resized images, or of the original ones (slower, sharper)",
+        "Random crops and flips of the resized images",
     )
     crop_scale: float = _setting(
         0.5, "Smallest share of an image's area that a random crop keeps"
@@ -185,7 +185,7 @@ class SageTrainingArguments(TrainingArguments):
         if not 0 < self.crop_scale <= 1:
             raise ValueError(f"`crop_scale` must lie in (0, 1], got {self.crop_scale}.")
         for name, values in (
-            ("augment", ("crop-flip", "resized-crop-flip", "none")),
+            ("augment", ("crop-flip", "none")),
             ("test_crops", (1, 5)),
         ):
             if getattr(self, name) not in values:

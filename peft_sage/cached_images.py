@@ -4,11 +4,10 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .classifier import SageClassifier
@@ -68,13 +67,8 @@ class ImageBatches(Dataset[Any]):
     def _collated(self, indices: list[int]) -> dict[str, Any]:
         collator: Any = self.collator
         items = [self.source[index] for index in indices]
-        if not isinstance(collator, ImageCollator):
-            return dict(collator(items))
         if not self.makes_pixels:
-            numbered = zip(items, indices, strict=True)
-            batch = collator([{**item, "index": index} for item, index in numbered])
-            del batch["index"]
-            return batch
+            return dict(collator(items))
         pictures = [item[collator.image_column] for item in items]
         batch = {"pixels": collator.prepare(pictures, crops=self.crops)}
         label = collator.label_column if collator.label_column in items[0] else "labels"
@@ -113,26 +107,6 @@ class ImageBatches(Dataset[Any]):
         in_memory = self.pixels is not None or isinstance(self.source, list)
         workers = 0 if in_memory else num_workers
         return DataLoader(self, num_workers=workers, collate_fn=_unchanged, **arguments)
-
-
-class EpochSampler(Sampler[int]):
-    """A random order that depends on the seed and the epoch alone, so that a resumed run sees what it would have.
-
-    Attributes:
-        epoch: The epoch of the next order.
-    """
-
-    def __init__(self, length: int, seed: int) -> None:
-        self.length = length
-        self.seed = seed
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
-        yield from torch.randperm(self.length, generator=generator).tolist()
 
 
 def embed_images(
@@ -181,11 +155,6 @@ def undecoded(source: Any, image_column: str) -> Any:
     if not isinstance(source.features.get(image_column), Image):
         return source
     return source.cast_column(image_column, Image(decode=False))
-
-
-def derived_seed(*parts: int) -> int:
-    """A seed that differs wherever one of its parts does."""
-    return int(np.random.SeedSequence(list(parts)).generate_state(1)[0])
 
 
 def _has_geometry(collator: ImageCollator) -> bool:

@@ -2,9 +2,8 @@
 """Batches of pixels from pictures: the same way for training, evaluation, embedding and prediction."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +16,6 @@ from torch.utils.data import get_worker_info
 from .pictures import available_cores, decoding_side, read_image
 
 
-AUGMENTS = ("crop-flip", "resized-crop-flip")
 #: What the processors of vision towers return.
 INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
 
@@ -30,13 +28,10 @@ class ImageCollator:
     Args:
         image_processor: One of transformers, or a torchvision `Compose` (open_clip, timm).
         augment: Augmentation while training. "crop-flip": random crops and flips of the resized pixels, the batch at
-            once; "resized-crop-flip": of the original pictures, which is slower and sharper; or a function from a PIL
-            image to a PIL image. Both strings need kornia.
+            once, by kornia; or a function from a PIL image to a PIL image.
         image_column: Key of an item's picture, which is anything that [`read_image`] takes.
         label_column: Key of its label, unless that is "labels".
         crop_scale: Smallest share of a picture's area that a random crop keeps.
-        seed: With the epoch, once [`set_epoch`] has told one, and the items' `index`, decides on crops and flips,
-            however many workers there are. Otherwise torch's generator does.
 
     Raises:
         ValueError: An argument is wrong, or the processor cuts images into patches (NaFlex), where neither crops nor
@@ -52,11 +47,10 @@ class ImageCollator:
         image_column: str = "image",
         label_column: str = "label",
         crop_scale: float = 0.5,
-        seed: int = 0,
     ) -> None:
-        if not (augment is None or callable(augment) or augment in AUGMENTS):
+        if not (augment in (None, "crop-flip") or callable(augment)):
             raise ValueError(
-                f"`augment` must be None, a function or one of {AUGMENTS}, got {augment!r}."
+                f'`augment` must be None, "crop-flip" or a function, got {augment!r}.'
             )
         if not 0 < crop_scale <= 1:
             raise ValueError(f"`crop_scale` must lie in (0, 1], got {crop_scale!r}.")
@@ -65,10 +59,8 @@ class ImageCollator:
         self.image_column = image_column
         self.label_column = label_column
         self.crop_scale = crop_scale
-        self.seed = seed
         self.training = augment is not None
-        self.epoch: int | None = None
-        if isinstance(augment, str):
+        if augment == "crop-flip":
             _import_kornia()
             self.size  # noqa: B018 - is refused here and not in the first batch
 
@@ -82,14 +74,10 @@ class ImageCollator:
         self.training = False
         return self
 
-    def set_epoch(self, epoch: int) -> None:
-        """Make crops and flips depend on the seed, this epoch and the items' `index` alone."""
-        self.epoch = epoch
-
     @property
     def needs_pictures(self) -> bool:
         """Whether the augmentation starts from the original pictures and not from prepared pixels."""
-        return callable(self.augment) or self.augment == "resized-crop-flip"
+        return callable(self.augment)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -101,7 +89,7 @@ class ImageCollator:
 
         Args:
             items: Pictures; or dictionaries with a picture, with `pixels` from [`prepare`], or with `pixel_values`. A
-                label, `index`, and whatever begins with `base_` are handed on.
+                label, and whatever begins with `base_`, are handed on.
 
         Returns:
             `pixel_values` (B, 3, H, W) float32, or what the processor returns; `labels` (B,) and the rest.
@@ -112,31 +100,30 @@ class ImageCollator:
         first = items[0]
         is_picture = not isinstance(first, Mapping) or set(first) == {"bytes", "path"}
         if is_picture:
-            return self._inputs(items, None)
+            return self._inputs(items)
         batch = {}
         for key in first:
             ready = key in INPUTS and "pixel_values" in first
-            if ready or key == "index" or key.startswith("base_"):
+            if ready or key.startswith("base_"):
                 batch[key] = _stack(items, key)
         for label in ("labels", self.label_column):
             if first.get(label) is not None:
                 batch["labels"] = _stack(items, label)
         if "pixel_values" in first:
             return batch
-        indices = batch["index"].tolist() if "index" in batch else None
         if "pixels" in first:
             if self.training and self.needs_pictures:
                 raise ValueError(
                     "`augment` needs the original pictures, but the items hold their `pixels`."
                 )
-            batch["pixel_values"] = self.finish(_stack(items, "pixels"), indices)
+            batch["pixel_values"] = self.finish(_stack(items, "pixels"))
             return batch
         if self.image_column not in first:
             raise ValueError(
                 f"Items have no {self.image_column!r}, only {[*first]}; `image_column` names the picture."
             )
         pictures = [item[self.image_column] for item in items]
-        return self._inputs(pictures, indices) | batch
+        return self._inputs(pictures) | batch
 
     def prepare(self, pictures: Iterable[Any], crops: int = 1) -> Tensor:
         """Resize and crop pictures as the processor does, without augmentation.
@@ -155,12 +142,11 @@ class ImageCollator:
         parts = _in_threads(lambda part: make(_read(part, side)), pictures)
         return torch.cat(parts)
 
-    def finish(self, pixels: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def finish(self, pixels: Tensor) -> Tensor:
         """Scale and normalise pixels on their device; with "crop-flip" in training, augment them before.
 
         Args:
             pixels: (..., 3, H, W) uint8.
-            indices: The positions of the images, for [`set_epoch`].
 
         Returns:
             (..., 3, H, W) float32.
@@ -173,8 +159,7 @@ class ImageCollator:
                 scale=(self.crop_scale, 1.0),
                 cropping_mode="resample",
             )
-            with self._seeded(indices):
-                images = kornia.RandomHorizontalFlip()(crop(images))
+            images = kornia.RandomHorizontalFlip()(crop(images))
         finished = self._geometry.finish(images)
         return finished.unflatten(0, pixels.shape[:-3])
 
@@ -182,66 +167,20 @@ class ImageCollator:
     def _geometry(self) -> "_Geometry":
         return _Geometry(self.image_processor)
 
-    def _inputs(
-        self, pictures: list[Any], indices: list[int] | None
-    ) -> dict[str, Tensor]:
+    def _inputs(self, pictures: list[Any]) -> dict[str, Tensor]:
         if self.image_processor is None:
             raise ValueError("`image_processor` is needed for pictures, got None.")
         augment = self.augment if self.training else None
         if augment == "crop-flip":
-            return {"pixel_values": self.finish(self.prepare(pictures), indices)}
-        side = decoding_side(self.image_processor)
-        if callable(augment):
-            side = None
-        elif augment and side:
-            # The smallest crop is to be as sharp as the whole picture.
-            side = math.ceil(side / math.sqrt(self.crop_scale))
+            return {"pixel_values": self.finish(self.prepare(pictures))}
+        side = decoding_side(self.image_processor) if augment is None else None
         parts = _in_threads(lambda part: _read(part, side), pictures)
         images = [image for part in parts for image in part]
-        if callable(augment):
+        if augment is not None:
             images = [augment(image) for image in images]
-        elif augment:
-            crops = self._crops(images, indices)
-            return {"pixel_values": self._geometry.finish(crops)}
         if _is_compose(self.image_processor):
             return {"pixel_values": torch.stack([*map(self.image_processor, images)])}
         return dict(self.image_processor(images=images, return_tensors="pt"))
-
-    def _crops(
-        self, images: list[PIL.Image.Image], indices: list[int] | None
-    ) -> Tensor:
-        """(B, 3, H, W) uint8 random parts of pictures, resized to the processor's size and flipped at random."""
-        crop = _import_kornia().RandomResizedCrop(
-            self.size, scale=(self.crop_scale, 1.0)
-        )
-        cut = []
-        for number, image in enumerate(images):
-            with self._seeded(indices and indices[number : number + 1]):
-                shape = torch.Size((1, 3, image.height, image.width))
-                corners = crop.forward_parameters(shape)["src"][0]
-                flip = torch.rand(()) < 0.5
-            left, top = corners[0].tolist()
-            right, bottom = (corners[2] + 1).tolist()
-            # By PIL, as kornia does not smooth what it makes smaller.
-            part = image.resize(
-                self.size[::-1],
-                PIL.Image.Resampling.BILINEAR,
-                box=(left, top, right, bottom),
-            )
-            pixels = torch.from_numpy(np.array(part)).permute(2, 0, 1)
-            cut.append(pixels.flip(-1) if flip else pixels)
-        return torch.stack(cut)
-
-    @contextmanager
-    def _seeded(self, indices: Sequence[int] | None) -> Iterator[None]:
-        """Seed what kornia draws, which it does on the CPU, by the images and the epoch where both are known."""
-        if self.epoch is None or not indices:
-            yield
-            return
-        sequence = np.random.SeedSequence([self.seed, self.epoch, *indices])
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(sequence.generate_state(1)[0]))
-            yield
 
 
 class _Geometry:

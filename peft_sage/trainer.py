@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
 from peft import PeftConfig
@@ -22,7 +23,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from .adapter_scale import AdapterScale, choose_adapter_scale
 from .arguments import SageTrainingArguments
-from .cached_images import EpochSampler, ImageBatches, derived_seed, embed_images
+from .cached_images import ImageBatches, embed_images
 from .callbacks import LongTailCallback
 from .classifier import SageClassifier
 from .collator import ImageCollator
@@ -131,10 +132,9 @@ class SageTrainer(Trainer):
         model = wrapped_model(model, peft_config, self.classifier)
         data_of_run = fingerprint(self._labels.tolist())
         self._settings = run_settings(args, model, data_of_run)
-        self._sampler = EpochSampler(len(self._labels), args.data_seed or 0)
+        self._sampler = SeedableRandomSampler(self._labels, data_seed=args.data_seed)
         self._prepared: dict[str, tuple[Any, ImageBatches]] = {}
-        self._micro_batch = 0
-        schedule = ScheduleCallback(self._sampler, collator)
+        schedule = ScheduleCallback(self._sampler)
         metrics = None if self._long_tail is None else self._long_tail.compute_metrics
         super().__init__(
             model=model,
@@ -423,12 +423,7 @@ class SageTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """A step whose augmentation and dropout depend on the seed, its number and the process alone."""
-        step = self.state.global_step
-        part = self._micro_batch
-        process = self.args.process_index
-        set_seed(derived_seed(self.args.seed, step, part, process))
-        self._micro_batch = 0 if self.accelerator.sync_gradients else part + 1
+        """A step, in which decoded images are augmented on their device."""
         inputs = self._model_inputs(inputs, self.data_collator)
         return super().training_step(model, inputs, *args, **kwargs)
 
@@ -495,11 +490,9 @@ class SageTrainer(Trainer):
             ) from error
 
     def _save_rng_state(self, output_dir: str) -> None:
-        # Every step seeds itself. But all processes have to have written before the checkpoint is complete.
+        super()._save_rng_state(output_dir)
+        # The checkpoint counts as complete with what the main process writes next.
         self.accelerator.wait_for_everyone()
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        pass
 
     def push_to_hub(
         self,

@@ -12,24 +12,16 @@ from .arguments import EPOCHS
 
 
 class ScheduleCallback(TrainerCallback):
-    """Tell what is random its epoch, and evaluate and save about ten times where there are more epochs.
+    """Tell the sampler its epoch, and evaluate and save about ten times where there are more epochs."""
 
-    Args:
-        starts: Things with an `epoch` or a `set_epoch`: sampler and collator.
-    """
-
-    def __init__(self, *starts: Any) -> None:
-        self.starts = starts
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
 
     def on_epoch_begin(
         self, args: Any, state: TrainerState, *_: Any, **kwargs: Any
     ) -> None:
-        epoch = _epoch(state)
-        for start in self.starts:
-            if hasattr(start, "set_epoch"):
-                start.set_epoch(epoch)
-            else:
-                start.epoch = epoch
+        # Also where a run is resumed within an epoch, which Trainer does not tell a sampler below others.
+        self.sampler.set_epoch(int((state.epoch or 0) + 1e-9))
 
     def on_step_end(
         self,
@@ -115,8 +107,3 @@ class TrainingBar(ProgressCallback):
             self.training_bar.write(
                 f"epoch {round(state.epoch or 0, 2):g} of {state.num_train_epochs}: validation {', '.join(shown)}"
             )
-
-
-def _epoch(state: TrainerState) -> int:
-    """The epoch that begins, also where a run is resumed within one."""
-    return int((state.epoch or 0) + 1e-9)

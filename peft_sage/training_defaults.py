@@ -34,7 +34,7 @@ def default_collator(
             "`processing_class` takes an image processor too."
         )
     augment = None if args.augment == "none" or has_pixels else args.augment
-    return ImageCollator(processor, augment, crop_scale=args.crop_scale, seed=args.seed)
+    return ImageCollator(processor, augment, crop_scale=args.crop_scale)
 
 
 def fitted_arguments(

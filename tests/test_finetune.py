@@ -220,7 +220,7 @@ def test_killed_and_resumed_it_ends_where_an_undisturbed_run_does(
         "--checkpointing-steps",
         "1",
     ]
-    command += ["--augment", "resized-crop-flip", "--dataloader-num-workers", "0"]
+    command += ["--dataloader-num-workers", "0"]
     whole = main([*command, "--output-dir", str(tmp_path / "whole")])
     process = start([SCRIPT, *command], stdout=subprocess.DEVNULL)
     killed = tmp_path / "out"

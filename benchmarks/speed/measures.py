@@ -288,7 +288,6 @@ def photos(run: SimpleNamespace) -> Run:
     processor = CLIPImageProcessor()
     files = _photographs(run.photos)
     plain = ImageCollator(processor)
-    crops = ImageCollator(processor, "resized-crop-flip")
     column = datasets.Dataset.from_dict({"image": files})
     column = column.cast_column("image", datasets.Image())
 
@@ -305,7 +304,6 @@ def photos(run: SimpleNamespace) -> Run:
 
     read = {
         "centre": lambda index: plain.prepare([files[index]]),
-        "crops": lambda index: crops([files[index]]),
         "pil": by_pil,
         "datasets": by_datasets,
     }[run.path]
