@@ -16,9 +16,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import datasets
-import numpy as np
-import PIL.Image
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
@@ -27,7 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 from transformers import (
-    CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
     TrainerCallback,
@@ -74,17 +70,13 @@ def frozen_tower(sizes: tuple[tuple[str, int], ...], device: str) -> nn.Module:
 def classifier(run: SimpleNamespace) -> nn.Module:
     """Return a classifier with what its method trains. All share one copy of the frozen weights."""
     base = frozen_tower(tuple(run.sizes.items()), run.device)
-    shared = (
-        {}
-        if run.method == "full"
-        else {id(t): t for t in (*base.parameters(), *base.buffers())}
-    )
+    shared = {id(t): t for t in (*base.parameters(), *base.buffers())}
     torch.manual_seed(0)
     model = SageClassifier(
         copy.deepcopy(base, shared), torch.randn(run.classes, run.sizes["embedding"])
     )
-    if run.method in ("head", "full"):
-        return model.requires_grad_(True) if run.method == "full" else model
+    if run.method == "head":
+        return model
     if run.method == "lora":
         targets = ["q_proj", "v_proj"]
         config = LoraConfig(
@@ -157,15 +149,12 @@ def adapters(run: SimpleNamespace) -> Run:
     """What the adapters alone do in a step of training, or in inference: in whole steps it drowns in the noise."""
     step = Step(run)
     calls = []
-    layers = [
-        module for module in step.model.modules() if isinstance(module, SageLayer)
-    ]
-    hooks = [
-        m.register_forward_hook(
-            lambda m, args, output: calls.append((m, args[0], output))
-        )
-        for m in layers
-    ]
+    layers = [m for m in step.model.modules() if isinstance(m, SageLayer)]
+
+    def keep(layer: SageLayer, args: Any, output: torch.Tensor) -> None:
+        calls.append((layer, args[0], output))
+
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
     with torch.no_grad():
         step.model(**step.batch)
     for hook in hooks:
@@ -261,62 +250,6 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory()
 
 
-def _photograph(path: Path, rng: np.random.Generator) -> None:
-    """Write a smooth random picture with a little noise, of the size that photographs have in iNaturalist."""
-    smooth = PIL.Image.fromarray(
-        rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)
-    ).resize((800, 600))
-    noisy = np.clip(np.array(smooth) + rng.normal(0, 6, (600, 800, 1)), 0, 255).astype(
-        np.uint8
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    PIL.Image.fromarray(noisy).save(path, quality=90)
-
-
-@cache
-def _photographs(count: int) -> list[str]:
-    folder = Path(_folder().name, "photographs")
-    rng = np.random.default_rng(0)
-    files = [folder / f"{i}.jpg" for i in range(count)]
-    for file in files:
-        _photograph(file, rng)
-    return [str(file) for file in files]
-
-
-def photos(run: SimpleNamespace) -> Run:
-    """Decode, resize and crop `photos` JPEG files in this process; the seconds of a core."""
-    processor = CLIPImageProcessor()
-    files = _photographs(run.photos)
-    plain = ImageCollator(processor)
-    column = datasets.Dataset.from_dict({"image": files})
-    column = column.cast_column("image", datasets.Image())
-
-    def by_pil(index: int) -> np.ndarray:
-        image = PIL.Image.open(files[index]).convert("RGB")
-        width, height = (round(side * 224 / min(image.size)) for side in image.size)
-        left = (width - 224) // 2
-        top = (height - 224) // 2
-        resized = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
-        return np.array(resized.crop((left, top, left + 224, top + 224)))
-
-    def by_datasets(index: int) -> Any:
-        return processor(column[index]["image"].convert("RGB"), return_tensors="pt")
-
-    read = {
-        "centre": lambda index: plain.prepare([files[index]]),
-        "pil": by_pil,
-        "datasets": by_datasets,
-    }[run.path]
-
-    def measure() -> float:
-        start = time.process_time()
-        for index in range(len(files)):
-            read(index)
-        return time.process_time() - start
-
-    return measure
-
-
 class StepClock(TrainerCallback):
     """Seconds from the second step of training to its end."""
 
@@ -385,6 +318,5 @@ MEASURES: dict[str, Callable[[SimpleNamespace], Run]] = {
     "adapters": adapters,
     "peak": peak,
     "importing": importing,
-    "photos": photos,
     "trainer": trainer,
 }

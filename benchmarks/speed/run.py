@@ -120,7 +120,7 @@ def table_row(
     if row.get("unit") == "of each":
         result = result / (4 * run.classes * (run.batch + run.sizes["embedding"]))
     if "rate" in row:
-        result = getattr(run, row["rate"]) * row.get("per", 1) / values[row["of"]]
+        result = getattr(run, row["rate"]) / values[row["of"]]
     names = {"classes": "C = {:,}", "batch": "B = {:,}", "tower": "{}", "dtype": "{}"}
     settings = [names[key].format(value) for key, value in combination.items()]
     goal = row.get("goal")
