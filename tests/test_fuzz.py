@@ -26,7 +26,7 @@ from peft_sage import SageConfig
 from tests.conftest import randomise, tiny_clip
 
 
-EXAMPLES = int(os.environ.get("PEFT_SAGE_FUZZ_EXAMPLES", "200"))
+EXAMPLES = int(os.environ.get("PEFT_SAGE_FUZZ_EXAMPLES", "60"))
 FUZZ = settings(
     max_examples=EXAMPLES,
     deadline=None,
