@@ -281,6 +281,7 @@ def main(argv: list[str] | None = None) -> None:
         print(page(results))
         return
     torch.set_num_threads(args.threads)
+    gc.freeze()  # or every collection looks through all that was imported
     warnings.filterwarnings("ignore", category=UserWarning)
     groups = file["groups"] | file["gpu_groups"]
     for name in args.rows or file["groups"]:
