@@ -5,13 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
-#: What the adapters' output is multiplied with.
-SCALES = (1.0, 0.5, 0.0)
-#: Within half a point of the best score the smallest scale is chosen: it departs less from the frozen tower,
-#: which is better on rare classes (RESULTS.md).
+#: The adapters' update is halved unless the score falls by more: what departs less from the frozen tower is better on
+#: rare classes (RESULTS.md).
 TOLERANCE = 0.005
 
 
@@ -20,50 +18,38 @@ class AdapterScale:
     """What was chosen.
 
     Attributes:
-        scale: What the adapters' output was multiplied with.
-        scores: The validation score of each scale that was tried.
+        scale: What the adapters' output was multiplied with: 1 or 0.5.
+        scores: The validation score of each scale.
     """
 
     scale: float
     scores: dict[float, float]
 
-    def __str__(self) -> str:
-        tried = ", ".join(
-            f"{x:g}: {100 * score:.1f}%" for x, score in self.scores.items()
-        )
-        return f"adapter scale {self.scale:g} (on validation images: {tried})"
+
+def adapter_outputs(model: nn.Module) -> list[Tensor]:
+    """The trained weights and biases of the adapters' last layers."""
+    return [
+        weights
+        for name, weights in model.named_parameters()
+        if "peft_sage_up" in name and weights.requires_grad
+    ]
 
 
 @torch.no_grad()
 def choose_adapter_scale(
-    outputs: Sequence[Tensor],
-    head: Tensor,
-    frozen_head: Tensor | None,
-    score: Callable[[], float],
+    outputs: Sequence[Tensor], score: Callable[[], float]
 ) -> AdapterScale:
-    """Scale the adapters by 1, 0.5 or 0, in place: by the smallest whose score is within half a point of the best.
+    """Halve the adapters' update in place, unless the score falls by more than half a point.
 
     Args:
-        outputs: The weights and biases of the adapters' last layers.
-        head: (K, e) the weight of the trained head.
-        frozen_head: (K, e) a head for the frozen tower, which goes with the scale 0; without it 0 is not tried.
+        outputs: [`adapter_outputs`] of the model.
         score: Evaluates the model as it is, in [0, 1]; higher is better.
     """
-    trained = [weights.clone() for weights in (*outputs, head)]
-
-    def set_scale(scale: float) -> None:
-        for weights, values in zip(outputs, trained, strict=False):
-            weights.copy_(values * scale)
-        rows = trained[-1]
-        if frozen_head is not None and not scale:
-            rows = frozen_head
-        head.copy_(rows)
-
-    scores = {}
-    for scale in SCALES if frozen_head is not None else SCALES[:-1]:
-        set_scale(scale)
-        scores[scale] = score()
-    enough = max(scores.values()) - TOLERANCE
-    chosen = min(scale for scale, value in scores.items() if value >= enough)
-    set_scale(chosen)
-    return AdapterScale(chosen, scores)
+    whole = score()
+    for weights in outputs:
+        weights.mul_(0.5)
+    half = score()
+    keeps_whole = half < whole - TOLERANCE
+    for weights in outputs if keeps_whole else ():
+        weights.mul_(2)
+    return AdapterScale(1.0 if keeps_whole else 0.5, {1.0: whole, 0.5: half})

@@ -94,7 +94,7 @@ class SageTrainingArguments(TrainingArguments):
     )
     choose_adapter_scale: bool = _setting(
         True,
-        "After training keep all, half or none of the adapters' update, by the validation images",
+        "After training halve the adapters' update, unless the validation images lose half a point by it",
     )
     test_crops: Literal[1, 5] = _setting(
         1, "5: on test images, the mean of the logits over centre and corners"

@@ -21,13 +21,12 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from .adapter_scale import AdapterScale, choose_adapter_scale
+from .adapter_scale import AdapterScale, adapter_outputs, choose_adapter_scale
 from .arguments import SageTrainingArguments
 from .cached_images import ImageBatches, embed_images
 from .callbacks import LongTailCallback
 from .classifier import SageClassifier
 from .collator import ImageCollator
-from .fitting import fit_head
 from .loss import SageLoss
 from .optimization import parameter_groups
 from .run_files import (
@@ -333,39 +332,21 @@ class SageTrainer(Trainer):
 
     def _choose_adapter_scale(self) -> None:
         args = self.args
-        if not (args.choose_adapter_scale and args.load_best_model_at_end):
+        chooses = args.choose_adapter_scale and args.greater_is_better
+        if not (chooses and args.load_best_model_at_end):
             return
-        outputs = [
-            weights
-            for name, weights in self.model.named_parameters()
-            if "peft_sage_up" in name and weights.requires_grad
-        ]
+        outputs = adapter_outputs(self.model)
         several = isinstance(self.eval_dataset, dict)
         divided = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if self.classifier is None or not outputs or several or divided:
             return
         metric = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
-        sign = 1 if args.greater_is_better else -1
 
         def score() -> float:
             evaluation = self.predict(self.eval_dataset, metric_key_prefix="eval")
-            return sign * evaluation.metrics[metric]
+            return evaluation.metrics[metric]
 
-        self.adapter_scale = choose_adapter_scale(
-            outputs, self.classifier.head.weight, self._fit_frozen_head(), score
-        )
-
-    def _fit_frozen_head(self) -> Tensor | None:
-        """The head (K, e) that goes with the frozen tower; None without embeddings of the training images."""
-        loss = self.loss
-        if self.base_image_embeds is None or loss is None or loss.label_smoothing:
-            return None
-        head = None
-        if self.is_world_process_zero():
-            embeds = self.base_image_embeds.to(self.args.device)
-            texts = self.classifier.text_embeds
-            head = fit_head(embeds, self._labels, texts, loss).cpu()
-        return broadcast_object_list([head])[0]
+        self.adapter_scale = choose_adapter_scale(outputs, score)
 
     def _embed_training_images(self) -> Tensor:
         batches = self._batches("train", self.train_dataset, self.data_collator)

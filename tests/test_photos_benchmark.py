@@ -177,16 +177,13 @@ def test_experiments_have_known_settings(file):
         assert set(arm.get("vary", {})) <= known
 
 
-@pytest.mark.parametrize(
-    ("whole", "head", "test"), [(45.0, 44.6, 2.0), (45.0, 44.4, 1.0)]
-)
-def test_the_tables_choose_a_factor_as_the_trainer_does(whole, head, test):
-    def line(arm, validation, macro):
-        scores = {"validation": {"macro": validation}, "test": {"macro": macro}}
-        return {"arm": arm, "task": "A", "ratio": 100, "seed": 0, **scores}
+@pytest.mark.parametrize(("half", "chosen"), [(44.6, 2.0), (44.4, 1.0)])
+def test_the_tables_choose_a_factor_as_the_trainer_does(half, chosen):
+    def scores(validation, test):
+        return {"validation": {"macro": validation}, "test": {"macro": test}}
 
-    half = {"validation": {"macro": 0.0}, "test": {"macro": 3.0}}
-    runs = [{**line("Sage", whole, 1.0), "half": half}, line("head alone", head, 2.0)]
-    found = {line["arm"]: line["test"]["macro"] for line in results.by_factor(runs)}
-    expected = {"Sage, factor 1": 1.0, "Sage, factor 0.5": 3.0, "head alone": 2.0}
-    assert found == {**expected, "Sage, factor chosen": test}
+    head = {"arm": "head alone", **scores(50.0, 3.0)}
+    halves = {"half": scores(half, 2.0), "off": scores(50.0, 0.0)}
+    runs = [{"arm": "Sage", **scores(45.0, 1.0), **halves}, head]
+    found = [line["test"]["macro"] for line in results.by_factor(runs)]
+    assert found == [1.0, 2.0, 0.0, chosen, 3.0]

@@ -194,8 +194,9 @@ def test_results_come_back_from_their_file_and_fit_the_console(run, tmp_path):
     assert f"{results.trained.none:.1f}" in str(results)
     assert len(results.validation) == 2 and results.kept_epoch in (1, 2)
     scores = results.adapter_scale_scores
-    assert [*scores] == ["1", "0.5", "0"]
-    assert scores[f"{results.adapter_scale:g}"] == max(scores.values())
+    assert [*scores] == ["1", "0.5"]
+    halved = scores["0.5"] >= scores["1"] - 0.005
+    assert results.adapter_scale == (0.5 if halved else 1)
     half = dataclasses.replace(results, adapter_scale=0.5)
     assert "Of the adapters' update 50% is kept" in str(half)
 

@@ -73,31 +73,18 @@ def best_arm(lines: Sequence[Line], task: str, group: str) -> Line:
 
 
 def by_factor(lines: Sequence[Line]) -> list[Line]:
-    """Sage with its adapters' output whole, halved, off, and as `choose_adapter_scale` chooses; others as they are.
-
-    What goes with the factor 0 in the choice is the head alone of the same seed.
-    """
-    heads = {_run(line): line for line in lines if line["arm"] == "head alone"}
+    """Sage with its adapters' output whole, halved, off, and as `choose_adapter_scale` chooses; others as they are."""
     variants = []
     for line in lines:
-        if line["arm"] != "Sage":
+        if line["arm"] != "Sage" or "half" not in line:
             variants.append(line)
             continue
-        measured = {"1": line, "0.5": line.get("half"), "0": line.get("off")}
-        shown = {name: scores for name, scores in measured.items() if scores}
-        if _run(line) in heads:
-            scales = {**shown, "0": heads[_run(line)]}
-            macro = {name: scales[name]["validation"]["macro"] for name in scales}
-            enough = max(macro.values()) - 100 * TOLERANCE
-            chosen = min(name for name in macro if macro[name] >= enough)
-            shown["chosen"] = scales[chosen]
-        for name, scores in shown.items():
+        scales = {"1": line, "0.5": line["half"], "0": line["off"]}
+        whole, half = (scales[x]["validation"]["macro"] for x in ("1", "0.5"))
+        loses = half < whole - 100 * TOLERANCE
+        scales["chosen"] = scales["1" if loses else "0.5"]
+        for name, scores in scales.items():
             splits = {split: scores[split] for split in ("validation", "test")}
             arm = f"Sage, factor {name}"
             variants.append({**line, **splits, "arm": arm, "group": arm})
     return variants
-
-
-def _run(line: Line) -> tuple[Any, ...]:
-    """What runs on the same images and the same tower have in common."""
-    return line["task"], line.get("tower", "4x192"), line["ratio"], line["seed"]
