@@ -30,6 +30,7 @@ from .saving import (
     load_if_any,
     load_model,
     refuse_adapter,
+    sample_weights,
     save_classifier,
 )
 from .towers.embeddings import encode_image, eval_mode
@@ -129,7 +130,7 @@ class SageClassifier(nn.Module, PushToHubMixin):
         # PEFT looks here for the base model's name.
         self.name_or_path = absolute(getattr(clip, "name_or_path", ""))
         self._tokenizer: Any = None
-        self._base_samples = _samples(clip)
+        self._base_samples = sample_weights(clip)
         self._config: tuple[list[str] | None, int, ClassifierConfig] | None = None
 
     @classmethod
@@ -251,7 +252,7 @@ class SageClassifier(nn.Module, PushToHubMixin):
             ValueError: `folder` is a file, or the tower is not the base model's any more: it was trained, or adapters
                 were merged into it.
         """
-        now = _samples(self.model)
+        now = sample_weights(self.model)
         if not getattr(self, "peft_config", None) and any(
             name in now and not torch.equal(values.to(now[name]), now[name])
             for name, values in self._base_samples.items()
@@ -596,16 +597,6 @@ class SageClassifier(nn.Module, PushToHubMixin):
             )
             for name, value in batch.items()
         }
-
-
-def _samples(model: nn.Module) -> dict[str, Tensor]:
-    """A few values of each weight of a model, which differ after training or merging."""
-    samples = {}
-    for name, weight in model.named_parameters():
-        if not weight.is_meta and weight.numel():
-            every = 1 + weight.numel() // 8
-            samples[name] = weight.detach().flatten()[::every].cpu().clone()
-    return samples
 
 
 def _unit_rows(embeds: Tensor, name: str, width: int | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from peft import (
     load_peft_weights,
 )
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -200,3 +200,13 @@ def _head_alone() -> SageConfig:
         guidance_rows=0,
         guidance_shape=[0, 0],
     )
+
+
+def sample_weights(model: nn.Module) -> dict[str, Tensor]:
+    """A few values of each weight of a model, which differ after training or merging."""
+    samples = {}
+    for name, weight in model.named_parameters():
+        if not weight.is_meta and weight.numel():
+            every = 1 + weight.numel() // 8
+            samples[name] = weight.detach().flatten()[::every].cpu().clone()
+    return samples

@@ -336,9 +336,8 @@ class SageTrainer(Trainer):
         if not (chooses and args.load_best_model_at_end):
             return
         outputs = adapter_outputs(self.model)
-        several = isinstance(self.eval_dataset, dict)
         divided = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if self.classifier is None or not outputs or several or divided:
+        if not outputs or divided or isinstance(self.eval_dataset, dict):
             return
         metric = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
 
