@@ -170,7 +170,7 @@ class ImageCollator:
     def _inputs(self, pictures: list[Any]) -> dict[str, Tensor]:
         if self.image_processor is None:
             raise ValueError("`image_processor` is needed for pictures, got None.")
-        augment = self.augment if self.training else None
+        augment: Any = self.augment if self.training else None
         if augment == "crop-flip":
             return {"pixel_values": self.finish(self.prepare(pictures))}
         side = decoding_side(self.image_processor) if augment is None else None

@@ -343,7 +343,7 @@ class SageTrainer(Trainer):
 
         def score() -> float:
             evaluation = self.predict(self.eval_dataset, metric_key_prefix="eval")
-            return evaluation.metrics[metric]
+            return cast(Any, evaluation.metrics)[metric]
 
         self.adapter_scale = choose_adapter_scale(outputs, score)
 
