@@ -92,6 +92,11 @@ def warn_of_alike(names: Iterable[str]) -> None:
         )
 
 
+def tidy(name: str) -> str:
+    """Return a class name without the differences that nobody sees: white space, and how accents are encoded."""
+    return " ".join(unicodedata.normalize("NFC", name).split())
+
+
 def normalise_descriptions(
     descriptions: Descriptions,
 ) -> tuple[list[str] | None, list[str] | list[list[str]]]:
@@ -217,7 +222,7 @@ def _read_file(path: Path, where: str) -> Any:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    counts = Counter(_composed(name) for name, _ in pairs)
+    counts = Counter(tidy(name) for name, _ in pairs)
     repeated = [name for name, count in counts.items() if count > 1]
     if repeated:
         raise ValueError(f"it has more than one entry for {repeated[:10]}.")
@@ -227,22 +232,17 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _in_order(
     texts: dict[str, Any], class_names: Sequence[str], where: str
 ) -> list[Any]:
-    texts = {_composed(name): entry for name, entry in texts.items()}
-    if missing := [name for name in class_names if _composed(name) not in texts]:
+    texts = {tidy(name): entry for name, entry in texts.items()}
+    if missing := [name for name in class_names if tidy(name) not in texts]:
         raise ValueError(
             f"{where} has no entry for the classes {missing[:10]}; it has {list(texts)[:10]}."
         )
-    if more := texts.keys() - set(map(_composed, class_names)):
+    if more := texts.keys() - set(map(tidy, class_names)):
         warnings.warn(
             f"{where} has {len(more)} classes that are not used: {sorted(more)[:10]}.",
             stacklevel=3,
         )
-    return [texts[_composed(name)] for name in class_names]
-
-
-def _composed(name: str) -> str:
-    # A folder's "é" may be two characters where a text file's is one.
-    return unicodedata.normalize("NFC", name).strip()
+    return [texts[tidy(name)] for name in class_names]
 
 
 def _stripped(names: list[str], where: str) -> list[str]:

@@ -405,7 +405,7 @@ def test_bad_input_is_refused_before_training(command, clip_folder, tmp_path, ca
     descriptions.write_text("{")
     cases = [
         (["--label-column", "species"], "species"),
-        (["--test-split", "evaluation"], "no split 'evaluation'"),
+        (["--test-split", "evaluation"], "no images in a split 'evaluation'"),
         (["--descriptions", str(descriptions)], "cannot be read"),
         (["--descriptions", "absent.json"], "'absent.json' is not a file"),
         (["--imbalance-ratio", "0.1"], "`imbalance_ratio` must lie in [1, 11]"),

@@ -16,57 +16,42 @@ from tqdm.auto import tqdm
 from ..pictures import available_cores, read_image
 
 
-def find_unreadable(
-    parts: dict[str, Dataset], splits: dict[str, str]
-) -> dict[str, dict[int, str]]:
-    """Return the rows of each part whose images cannot be decoded, and why.
+def find_unreadable(data: Dataset, splits: dict[str, str]) -> dict[int, str]:
+    """Return the rows whose images cannot be decoded, and why.
 
     Processes that are connected by `torch.distributed` share the work. A JPEG is decoded at an eighth of its size.
 
     Args:
-        parts: Data sets of encoded images, by the keys of their splits.
-        splits: Names of the splits, for errors.
+        data: Encoded images, with the columns `file`, `path` and `split`.
+        splits: Names of the splits by their keys, for errors.
     """
     connected = dist.is_available() and dist.is_initialized()
-    rank = 0
-    processes = 1
-    if connected:
-        rank = dist.get_rank()
-        processes = dist.get_world_size()
-    places: list[tuple[str, int]] = []
-    for key, part in parts.items():
-        places += ((key, row) for row in range(len(part)))
-    places = places[rank::processes]
-    bar = tqdm(total=len(places), desc="checking images", disable=rank > 0, leave=False)
-
-    def check(place: tuple[str, int]) -> tuple[str, int, str | None]:
-        key, row = place
-        return key, row, _problem(parts[key], splits.get(key), row)
-
+    rank = dist.get_rank() if connected else 0
+    processes = dist.get_world_size() if connected else 1
+    share = range(rank, len(data), processes)
+    bar = tqdm(total=len(share), desc="checking images", disable=rank > 0, leave=False)
     found = []
     with bar, ThreadPoolExecutor(available_cores()) as pool:
-        for start in range(0, len(places), 1024):
-            share = places[start : start + 1024]
-            found += [result for result in pool.map(check, share) if result[2]]
-            bar.update(len(share))
+        for start in range(0, len(share), 1024):
+            rows = share[start : start + 1024]
+            problems = pool.map(lambda row: _problem(data[row], splits), rows)
+            found += [x for x in zip(rows, problems, strict=True) if x[1]]
+            bar.update(len(rows))
     shares: list[Any] = [found]
     if connected:
         shares = [None] * processes
         dist.all_gather_object(shares, found)
-    problems: dict[str, dict[int, str]] = {key: {} for key in parts}
-    for key, row, problem in sorted(chain.from_iterable(shares)):
-        problems[key][row] = problem
-    return problems
+    return dict(sorted(chain.from_iterable(shares)))
 
 
 def refuse_shared_files(parts: dict[str, Dataset], splits: dict[str, str]) -> None:
     """Raise ValueError if one file is in two splits or of two classes."""
     uses: dict[tuple[int, int], tuple[str, str]] = {}
     for key, part in parts.items():
-        if "path" not in part.column_names:
-            continue
         names = part.features["label"].names
         for row in part.select_columns(["path", "file", "label"]):
+            if row["path"] is None:
+                continue
             use = splits[key], names[row["label"]]
             file = os.stat(row["path"])  # whatever the links that lead to it
             first = uses.setdefault((file.st_dev, file.st_ino), use)
@@ -77,8 +62,7 @@ def refuse_shared_files(parts: dict[str, Dataset], splits: dict[str, str]) -> No
                 )
 
 
-def _problem(part: Dataset, split: str | None, row: int) -> str | None:
-    item = part[row]
+def _problem(item: dict[str, Any], splits: dict[str, str]) -> str | None:
     source = item["image"] or {"bytes": None, "path": None}
     try:
         data = source["bytes"]
@@ -90,9 +74,9 @@ def _problem(part: Dataset, split: str | None, row: int) -> str | None:
         else:
             read_image(data, min_side=1)
     except Exception:
-        name = repr(item["file"]) if "path" in item else item["file"]
-        if split:
-            name += f", split {split!r}"
+        name = item["file"] if item["path"] is None else repr(item["file"])
+        if item["split"]:
+            name += f", split {splits[item['split']]!r}"
         # Rare, so the reason may take its time.
         try:
             read_image(source, name)

@@ -10,62 +10,63 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
+from ..descriptions import tidy
 from ..pictures import is_image_name, is_shown
-from .hub import SAVED, read_saved
-from .labels import NAMES, tidy
-from .parquet import is_parquet
+from .labels import NAMES
 from .splits import match_splits
-from .table import Request, Table, preview
-from .tables import has_columns, read_list, read_table_of_all, read_tables
+from .table import Request, Table, images_of_files, preview
+from .tables import has_columns, is_parquet, read_table
 
 
-#: Tables of files in an image folder, as `datasets` has them.
-METADATA = ["metadata.csv", "metadata.jsonl"]
 #: Texts of the classes, which are no table of images.
 DESCRIPTIONS = ["descriptions.json", "descriptions.csv"]
 #: What Windows leaves in folders.
 LEFTOVERS = ["thumbs.db", "desktop.ini"]
 
 
-def read_folder(request: Request, root: Path) -> dict[str, Table]:
-    """Return the splits under the keys of `request.splits`, as far as there are any, or all images under ""."""
+def read_folder(request: Request, root: Path) -> list[Table]:
+    """Return the images of the splits, as far as there are any, or all images."""
     folders, files = _entries(root)
-    if SAVED & set(files):
-        return read_saved(request)
     tables = [root / name for name in files if is_table(name)]
     for name in folders:
         inner = _entries(root / name)[1]
         tables += [root / name / file for file in inner if is_parquet(file)]
     fitting = [path for path in tables if has_columns(request, path)]
     matched = match_splits(folders, request.splits)
-    has_class_folders = False
-    if "train" in matched:
-        inner_folders, inner_files = _entries(root / matched["train"])
-        has_metadata = not set(METADATA).isdisjoint(inner_files)
-        has_class_folders = bool(inner_folders) or has_metadata
-    for found in (fitting, [] if has_class_folders else tables):
-        if splits := _tables_of_splits(request, found):
-            used = {path for paths in splits.values() for path in paths}
-            unread = [request.relative(path) for path in fitting if path not in used]
-            request.note_unread(unread)
-            return read_tables(request, splits)
-    if len(fitting) == 1:
-        return read_table_of_all(request, fitting[0])
+    has_class_folders = "train" in matched and _entries(root / matched["train"])[0]
+    splits = _tables_of_splits(
+        request, fitting or ([] if has_class_folders else tables)
+    )
+    if not splits and len(fitting) == 1:
+        splits = {"": fitting}
+    if splits:
+        used = {path for paths in splits.values() for path in paths}
+        unread = [request.relative(path) for path in fitting if path not in used]
+        request.note_unread(unread)
+        parts = [read_table(request, paths, key) for key, paths in splits.items()]
+        return [table for part in parts for table in part]
     if has_class_folders:
         unread = [name for name in folders if name not in matched.values()]
         unread += [file for file in files if is_table(file) or is_image_name(file)]
         request.note_unread(unread)
-        return {k: _class_folders(request, root / v, k) for k, v in matched.items()}
-    return _without_splits(request, root, [*matched.values()])
+        return [_class_folders(request, root / v, k) for k, v in matched.items()]
+    if any(_entries(root / name)[0] for name in matched.values()):
+        request.match(folders)  # raises, as there is nothing to train on
+    table = _class_folders(request, root, "")
+    if not table.labels or set(folders) <= set(matched.values()):
+        raise ValueError(
+            f"Folder {str(root)!r} contains neither train/CLASS/*.jpg nor CLASS/*.jpg nor a table with the columns "
+            f"{request.image_column!r} and {request.label_column!r}, only {(folders + files)[:10]}."
+        )
+    return [table]
 
 
 def is_table(name: str) -> bool:
     """Whether a file may be a table of images by its name."""
-    is_list = name.lower().endswith((".csv", ".tsv")) or name in METADATA
-    return name not in DESCRIPTIONS and (is_list or is_parquet(name))
+    is_list = name.lower().endswith(".csv") and name not in DESCRIPTIONS
+    return is_list or is_parquet(name)
 
 
 def find_descriptions(root: Path) -> Path | None:
@@ -74,38 +75,11 @@ def find_descriptions(root: Path) -> Path | None:
     return next((path for path in files if path.is_file()), None)
 
 
-def _without_splits(
-    request: Request, root: Path, matched: list[str]
-) -> dict[str, Table]:
-    folders, files = _entries(root)
-    if any(_entries(root / name)[0] for name in matched):
-        request.match(folders)  # raises, as there is nothing to train on
-    columns = f"the columns {request.image_column!r} and {request.label_column!r}"
-    if matched and set(folders) <= set(matched):
-        raise ValueError(
-            f"Folder {str(root)!r} has no class folders in {folders}, nor a table with {columns}."
-        )
-    table = _class_folders(request, root, "")
-    if not len(table.labels):
-        raise ValueError(
-            f"Folder {str(root)!r} contains neither train/CLASS/*.jpg nor CLASS/*.jpg nor a table with {columns}, "
-            f"only {(folders + files)[:10]}."
-        )
-    return {"": table}
-
-
 def _class_folders(request: Request, folder: Path, key: str) -> Table:
     """Read a folder per class; an empty one is a class, too, but not one with other files only."""
     folders, files = _entries(folder)
-    for path in [folder / name for name in METADATA if name in files]:
-        if has_columns(request, path):
-            table = read_list(request, path)
-            unlisted = sorted(set(_below(folder)) - set(table.paths or ()))
-            names = [request.relative(file) for file in unlisted]
-            request.skip(key, f"not listed in {path.name}", names)
-            return table
     where = f"Folder {str(folder)!r}, with a folder per class,"
-    request.choose_columns(["image", "label"], where)
+    request.find_image_column(["image", "label"], where)
     loose = [request.relative(folder / name) for name in filter(is_image_name, files)]
     if loose and request.strict:
         raise ValueError(
@@ -114,38 +88,52 @@ def _class_folders(request: Request, folder: Path, key: str) -> Table:
         )
     classes: list[str] = []
     labels: list[str] = []
-    paths: list[str] = []
+    paths: list[str | None] = []
     others = []
     unread = []
     for name in folders:
-        inner, files = _entries(folder / name)
-        deep = [path for one in inner for path in _below(folder / name / one)]
-        if deep:
-            raise ValueError(
-                f"Image {request.relative(deep[0])!r} lies deeper than {name}/*: its class may be {name!r} or another."
-            )
-        images = [folder / name / file for file in files if is_image_name(file)]
-        rest = [folder / name / file for file in files if not is_image_name(file)]
-        others += [request.relative(x) for x in rest if _may_be_image(x.name)]
+        _refuse_deeper(request, folder / name)
+        files = _entries(folder / name)[1]
+        images = [str(folder / name / file) for file in files if is_image_name(file)]
+        rest = [file for file in files if not is_image_name(file)]
+        others += [folder / name / file for file in rest if _may_be_image(file)]
         if rest and not images:
             unread.append(name)
             continue
         classes.append(tidy(name))
         labels += [tidy(name)] * len(images)
-        paths += map(str, images)
+        paths += images
     if unread:
         request.notes.append(
             f"No classes, as they contain no images: {preview(unread)}."
         )
     request.skip(key, "outside the class folders", loose)
-    request.skip(key, "without an image's file extension", others)
+    request.skip(
+        key, "without an image's file extension", [*map(request.relative, others)]
+    )
     return Table(
         labels,
-        files=[request.relative(path) for path in paths],
-        kinds={NAMES: request.relative(folder)},
-        classes=classes,
+        kind=NAMES,
+        files=[request.relative(str(path)) for path in paths],
         paths=paths,
+        images=images_of_files(paths),
+        splits=[key] * len(labels),
+        groups=[None] * len(labels),
+        classes=classes,
+        ordered=False,
     )
+
+
+def _refuse_deeper(request: Request, folder: Path) -> None:
+    """Raise ValueError if an image is in a folder of a class folder."""
+    for inner in _entries(folder)[0]:
+        for parent, folders, files in os.walk(folder / inner):
+            folders[:] = filter(is_shown, folders)
+            for file in filter(is_image_name, files):
+                raise ValueError(
+                    f"Image {request.relative(Path(parent, file))!r} lies deeper than {folder.name}/*: its class may "
+                    f"be {folder.name!r} or another."
+                )
 
 
 def _may_be_image(name: str) -> bool:
@@ -155,28 +143,20 @@ def _may_be_image(name: str) -> bool:
 
 
 def _tables_of_splits(request: Request, paths: list[Path]) -> dict[str, list[Path]]:
-    """Group tables by split: called after it, apart from the number of a shard, or in a folder called so."""
-    by_name = defaultdict(list)
-    by_folder = defaultdict(list)
+    """Group tables by the splits that they are called after, apart from the numbers of parquet files' parts."""
+    named = defaultdict(list)
     for path in paths:
-        name = re.sub(r"[-_.]\d.*", "", path.stem)
-        by_name[name].append(path)
-        if path.parent != request.root:
-            by_folder[path.parent.name].append(path)
-    for group in (by_name, by_folder):
-        matched = match_splits(group, request.splits)
-        if "train" not in matched:
-            continue
-        tables = {key: sorted(group[name]) for key, name in matched.items()}
-        for files in tables.values():
-            several = files[1:] and not is_parquet(files[0])
-            if several or len({file.parent for file in files}) > 1:
-                found = [request.relative(file) for file in files]
-                raise ValueError(
-                    f"Which of these tables is the split: {preview(found)}?"
-                )
-        return tables
-    return {}
+        named[re.sub(r"[-_.]\d.*", "", path.stem)].append(path)
+    matched = match_splits(named, request.splits)
+    if "train" not in matched:
+        return {}
+    tables = {key: sorted(named[name]) for key, name in matched.items()}
+    for files in tables.values():
+        several = files[1:] and not is_parquet(files[0])
+        if several or len({file.parent for file in files}) > 1:
+            found = [request.relative(file) for file in files]
+            raise ValueError(f"Which of these tables is the split: {preview(found)}?")
+    return tables
 
 
 def _entries(folder: Path) -> tuple[list[str], list[str]]:
@@ -191,11 +171,3 @@ def _entries(folder: Path) -> tuple[list[str], list[str]]:
             raise ValueError(f"{str(folder / name)!r} has a name {fault}; rename it.")
     folders = [name for name, is_folder in shown if is_folder]
     return folders, [name for name, is_folder in shown if not is_folder]
-
-
-def _below(folder: Path) -> Iterator[str]:
-    """Yield the images in a folder and in all folders below it."""
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(filter(is_shown, folders))
-        images = sorted(filter(is_image_name, files))
-        yield from (os.path.join(parent, name) for name in images)

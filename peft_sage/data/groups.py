@@ -4,11 +4,10 @@
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from .table import Request, Table
+from .table import Request, Table, chained
 
 
 #: What programs and people add to the name of a file when they copy or change it.
@@ -23,31 +22,18 @@ MOST_VIEWS = 12
 
 
 def number_groups(
-    request: Request, tables: dict[str, Table], num_classes: int
-) -> str | None:
-    """Replace the tables' `groups` by integers, or by None where nothing tells; return where they come from."""
-    values = _joined(tables, "groups")
+    request: Request, tables: list[Table], num_classes: int
+) -> tuple[list[int] | None, str | None]:
+    """Return the group (N,) of each image of the tables and what tells it; None for both if nothing does."""
     # A column that nobody named may hold something coarser than objects.
     more_than = 0 if request.group_column else num_classes
-    source = f"column {request.grouped_by!r}"
-    numbers = _numbered(values, more_than)
-    if numbers is None:
-        request.grouped_by = None
-        source = "file names"
-        numbers = _numbered(_objects(tables), 0)
-    start = 0
-    for table in tables.values():
-        end = start + len(table.labels)
-        table.groups = None if numbers is None else numbers[start:end]
-        start = end
-    return None if numbers is None else source
-
-
-def _joined(tables: dict[str, Table], key: str) -> list[Any]:
-    parts = [getattr(table, key) for table in tables.values()]
-    lengths = [len(table.labels) for table in tables.values()]
-    pairs = zip(parts, lengths, strict=True)
-    return [*chain.from_iterable(part or [None] * length for part, length in pairs)]
+    numbers = _numbered(chained(tables, "groups"), more_than)
+    if numbers is not None:
+        return numbers, f"column {request.grouped_by!r}"
+    request.grouped_by = None
+    labels = chained(tables, "labels")
+    numbers = _numbered(_objects(chained(tables, "paths"), labels), 0)
+    return numbers, None if numbers is None else "file names"
 
 
 def _numbered(values: Sequence[Any], more_than: int) -> list[int] | None:
@@ -62,17 +48,15 @@ def _numbered(values: Sequence[Any], more_than: int) -> list[int] | None:
     return [index[key] for key in keys]
 
 
-def _objects(tables: dict[str, Table]) -> list[Any]:
+def _objects(paths: list[str | None], labels: list[str]) -> list[Any]:
     """Return what the files of each class call their objects."""
-    paths = _joined(tables, "paths")
-    labels = _joined(tables, "labels")
     members = defaultdict(list)
-    for row, (path, label) in enumerate(zip(paths, labels, strict=True)):
-        if path is not None:
+    for row, label in enumerate(labels):
+        if paths[row] is not None:
             members[label].append(row)
     objects: list[Any] = [None] * len(paths)
     for label, rows in members.items():
-        names = object_names([Path(paths[row]).stem for row in rows])
+        names = object_names([Path(str(paths[row])).stem for row in rows])
         for row, name in zip(rows, names, strict=True):
             objects[row] = label, name
     return objects

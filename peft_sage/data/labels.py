@@ -1,39 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the labels of a column mean: class names where there are names, and the integers themselves otherwise."""
 
-import json
-import unicodedata
-from collections.abc import Callable
 from math import isfinite
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
+from datasets import Dataset
+
+from ..descriptions import tidy
 
 
 #: What a column of labels may hold.
 NAMES, INTEGERS = "class names", "integers"
 
 
-def tidy(name: str) -> str:
-    """Return a class name without the differences that nobody sees: white space, and how accents are encoded."""
-    return " ".join(unicodedata.normalize("NFC", name).split())
-
-
-def read_labels(
-    column: pa.ChunkedArray,
-    class_names: list[str] | None,
-    name: str,
-    locate: Callable[[int], str],
-) -> tuple[list[str], str]:
-    """Read a column of labels.
+def read_labels(data: Dataset, column: str, rows: list[str]) -> tuple[list[str], str]:
+    """Read a column of class names, truth values, integers or the indices of a `ClassLabel`.
 
     Args:
-        column: Class names, truth values or integers.
-        class_names: The names of a `ClassLabel`, whose indices the column holds.
-        name: Name of the column, for errors.
-        locate: Says where a row is, for errors.
+        data: The data set.
+        column: Name of the column.
+        rows: (N,) where each row is, for errors.
 
     Returns:
         (N,) class names, and whether these are "class names" or "integers".
@@ -41,29 +27,28 @@ def read_labels(
     Raises:
         ValueError: If a label is missing or has no meaning. Row and column are named.
     """
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    kind = column.type
-    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
-    if is_text(kind):
-        column = column.cast(pa.large_string())
-    elif not is_number and not pa.types.is_boolean(kind):
+    class_names = getattr(data.features[column], "names", None)
+    values = data.with_format(None)[column][:]
+    kinds = {type(value) for value in values if value is not None}
+    if not kinds <= {str, bool, int, float}:
         raise ValueError(
-            f"Column {name!r} must hold class names or integers, got {kind}."
+            f"Column {column!r} must hold class names or integers, got {data.features[column]}."
         )
-    distinct = pc.unique(column)
-    codes = pc.index_in(column, value_set=distinct).to_numpy()
-    names = []
-    for code, value in enumerate(distinct.to_pylist()):
+    names = {}
+    for value in dict.fromkeys(values):
         if fault := _fault(value, class_names):
-            rows = np.flatnonzero(codes == code).tolist()
+            same = [
+                where
+                for where, other in zip(rows, values, strict=True)
+                if other is value or other == value
+            ]
             raise ValueError(
-                f"Column {name!r} has {fault} in {locate(rows[0])} ({len(rows)} in all)."
+                f"Column {column!r} has {fault} in {same[0]} ({len(same)} in all)."
             )
-        value = int(value) if is_number else value
-        names.append(tidy(class_names[value] if class_names else str(value)))
-    labels = [names[code] for code in codes.tolist()]
-    return labels, INTEGERS if is_number and not class_names else NAMES
+        name = str(int(value) if kinds & {int, float} else value)
+        names[value] = tidy(class_names[value] if class_names else name)
+    is_number = bool(kinds & {int, float}) and not class_names
+    return [names[value] for value in values], INTEGERS if is_number else NAMES
 
 
 def _fault(value: Any, class_names: list[str] | None) -> str | None:
@@ -77,21 +62,6 @@ def _fault(value: Any, class_names: list[str] | None) -> str | None:
     if class_names and value >= len(class_names):
         return f"a label ({value}) beyond its {len(class_names)} classes"
     return None
-
-
-def is_text(kind: pa.DataType) -> bool:
-    """Whether a column holds strings, of which Arrow has three types."""
-    return kind in (pa.string(), pa.large_string(), pa.string_view())
-
-
-def class_label_names(schema: pa.Schema, column: str) -> list[str] | None:
-    """Return the names that `datasets` left in a parquet file's schema for a `ClassLabel`."""
-    try:
-        info = json.loads((schema.metadata or {})[b"huggingface"])["info"]
-        feature = info["features"][column]
-        return feature["names"] if feature["_type"] == "ClassLabel" else None
-    except (KeyError, TypeError, ValueError):
-        return None
 
 
 def natural_key(name: str) -> tuple[bool, int, str]:

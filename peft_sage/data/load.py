@@ -4,22 +4,22 @@
 import os
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Image
 
-from ..descriptions import WARNED, read_class_descriptions, warn_of_alike
+from ..descriptions import WARNED, read_class_descriptions, tidy, warn_of_alike
 from .checks import find_unreadable, refuse_shared_files
 from .folders import find_descriptions, read_folder
 from .groups import number_groups
-from .hub import read_datasets, read_hub
 from .image_data import ImageData
-from .labels import natural_key, tidy
+from .labels import natural_key
 from .splits import draw_splits
-from .table import Request, Table, labels_of, preview
-from .tables import read_table_of_all
+from .table import Request, Table, join, labels_of, preview
+from .tables import read_datasets, read_hub, read_table
 
 
 def load_images(
@@ -41,8 +41,8 @@ def load_images(
 
     Args:
         source: A folder with images (`train/CLASS/*`, `test/CLASS/*`, or `CLASS/*`, which is split here), with parquet
-            files or CSV files of file names called after the splits, or with one such table or `metadata.csv`; the
-            table itself; a folder of `datasets`' `save_to_disk`; the id of a data set on the Hub; or a data set.
+            files or CSV files of file names called after the splits, or with one such table; the table itself; the id
+            of a data set on the Hub; or whatever `datasets` has loaded.
         image_column: Column of tables with the images, or with the names of their files.
         label_column: Column of tables with the classes: names or integers.
         train_split: Name of the split to train on.
@@ -62,43 +62,39 @@ def load_images(
     """
     columns = image_column, label_column, group_column
     splits = {"train": train_split, "test": test_split, "validation": validation_split}
-    request = _request(source, columns, splits, on_bad_image)
-    return _load(request, descriptions, seed)
-
-
-def _request(
-    source: Any,
-    columns: tuple[str, str, str | None],
-    splits: dict[str, str],
-    on_bad_image: str,
-) -> Request:
     if on_bad_image not in ("error", "skip"):
         raise ValueError(
             f"`on_bad_image` must be 'error' or 'skip', got {on_bad_image!r}."
         )
-    if splits["train"] in (splits["validation"], splits["test"]):
+    if train_split in (validation_split, test_split):
         found = ", ".join(f"{key}_split={name!r}" for key, name in splits.items())
         raise ValueError(f"`train_split` must differ from other splits, got {found}.")
-    if splits["validation"] in ("", "none", splits["test"]):
-        splits = {"train": splits["train"], "test": splits["test"]}
-    return Request(source, splits, *columns, strict=on_bad_image == "error")
+    if validation_split in ("", "none", test_split):
+        del splits["validation"]
+    request = Request(source, splits, *columns, strict=on_bad_image == "error")
+    return _load(request, descriptions, seed)
 
 
 def _load(request: Request, descriptions: Any, seed: int) -> ImageData:
     tables = _read(request)
     names, texts = _choose_classes(request, tables, descriptions)
-    grouped_by = number_groups(request, tables, len(names))
-    parts = _split(request, tables, names)
-    _drop_unreadable(request, parts)
-    if "" in parts:
-        parts = _draw(request, parts[""], seed)
+    groups, grouped_by = number_groups(request, tables, len(names))
+    data = _without_unreadable(request, join(tables, names, groups))
+    splits = np.array(data["split"])
+    if not splits.any():
+        splits = _draw(request, data, seed)
+    parts = {}
+    for key in request.splits:
+        rows = np.flatnonzero(splits == key)
+        if len(rows):
+            parts[key] = data.select(rows)
     refuse_shared_files(parts, request.splits)
     _check_splits(request, parts, names)
-    data = {key: _finished(part) for key, part in parts.items()}
+    finished = {key: _finished(part) for key, part in parts.items()}
     return ImageData(
-        data["train"],
-        data.get("validation"),
-        data["test"],
+        finished["train"],
+        finished.get("validation"),
+        finished["test"],
         names,
         texts,
         request.skipped,
@@ -107,7 +103,7 @@ def _load(request: Request, descriptions: Any, seed: int) -> ImageData:
     )
 
 
-def _read(request: Request) -> dict[str, Table]:
+def _read(request: Request) -> list[Table]:
     source = request.source
     if isinstance(source, (Dataset, DatasetDict)):
         request.source = type(source).__name__
@@ -123,7 +119,7 @@ def _read(request: Request) -> dict[str, Table]:
             return read_folder(request, path)
         if path.is_file():
             request.root = path.parent
-            return read_table_of_all(request, path)
+            return read_table(request, [path], "")
     except OSError as error:
         raise ValueError(f"`source` {name!r} cannot be read: {error}") from error
     if not name or name.startswith((".", "/", "~")):
@@ -132,7 +128,7 @@ def _read(request: Request) -> dict[str, Table]:
 
 
 def _choose_classes(
-    request: Request, tables: dict[str, Table], descriptions: Any
+    request: Request, tables: list[Table], descriptions: Any
 ) -> tuple[list[str], list[str] | dict[str, list[str]]]:
     """Return the names and the texts of the classes: ordered ones in their order, then others, sorted."""
     if descriptions is None and request.root:
@@ -143,127 +139,113 @@ def _choose_classes(
             # Of names that are alike one is told below, once.
             warnings.filterwarnings("ignore", "Classes whose names are alike")
             described = read_class_descriptions(descriptions)
-    kinds: dict[str, str] = {}
     ordered: list[str] = []
-    others = {tidy(name) for name in described}
-    for key, table in tables.items():
-        kinds |= {
-            kind: repr(key) if key else file for kind, file in table.kinds.items()
-        }
+    written: dict[str, Any] = (
+        described if isinstance(described, dict) else dict.fromkeys(described)
+    )
+    written = {tidy(name): entry for name, entry in written.items()}
+    others = {*written}
+    kinds = {}
+    for table in tables:
         others.update(table.labels)
         if table.ordered:
-            ordered += table.classes
+            ordered += map(tidy, table.classes)
         else:
             others.update(table.classes)
+        if table.files:
+            kinds[table.kind] = table.files[0]
     if len(kinds) > 1:
-        found = " and ".join(f"{kind} in {place}" for kind, place in kinds.items())
+        found = " and ".join(f"{kind} ({file})" for kind, file in kinds.items())
         raise ValueError(
             f"Column {request.label_column!r} has {found}, which cannot be matched."
         )
-    ordered = [tidy(name) for name in ordered]
-    ordered += sorted(others, key=natural_key)
-    names = [*dict.fromkeys(ordered)]
+    names = [*dict.fromkeys(ordered + sorted(others, key=natural_key))]
     warn_of_alike(names)
     WARNED.append(names)
     if not isinstance(described, dict):
         return names, names
-    texts = {tidy(name): entry for name, entry in described.items()}
-    if missing := [name for name in names if name not in texts]:
+    if missing := [name for name in names if name not in written]:
         is_file = isinstance(descriptions, (str, os.PathLike))
         file = repr(os.fspath(descriptions)) if is_file else "it"
         raise ValueError(
-            f"`descriptions` has no entry for the classes {missing[:10]}, but for {[*texts][:10]}; add them to "
+            f"`descriptions` has no entry for the classes {missing[:10]}, but for {[*written][:10]}; add them to "
             f"{file}, or delete their folders, if they are empty, or their images."
         )
-    return names, {name: texts[name] for name in names}
+    return names, {name: written[name] for name in names}
 
 
-def _split(
-    request: Request, tables: dict[str, Table], names: list[str]
-) -> dict[str, Dataset]:
-    """Return each split that there is, or all images under ""; ValueError if there is nothing to test on."""
-    parts = {}
-    for key, table in tables.items():
-        if not table.labels and key == "validation":
-            continue
-        if not table.labels:
-            split = request.splits.get(key, request.source)
-            raise ValueError(f"Split {split!r} has no images.")
-        rows = table.to_dataset(names)
-        if table.splits is None:
-            parts[key] = rows
-            continue
-        splits = np.array(table.splits, dtype=object)
-        for name in request.splits:
-            if name in table.splits:
-                parts[name] = rows.select(np.flatnonzero(splits == name))
-    if "" not in parts and "test" not in parts:
-        found = [request.splits[key] for key in parts]
+def _without_unreadable(request: Request, data: Dataset) -> Dataset:
+    """Leave out the images that are in no split, and those that cannot be read, or refuse these."""
+    asked = np.array([split is not None for split in data["split"]], dtype=bool)
+    if not asked.all():
+        data = data.select(np.flatnonzero(asked))
+    unreadable = find_unreadable(data, request.splits)
+    if unreadable and request.strict:
+        lines = "\n".join([*unreadable.values()][:5])
         raise ValueError(
-            f"`source` {request.source!r} has no split {request.splits['test']!r}, only {found}; `test_split` names "
-            "another. A folder of class folders without splits is split for you."
-        )
-    return parts
-
-
-def _drop_unreadable(request: Request, parts: dict[str, Dataset]) -> None:
-    """Leave out the images that cannot be read, or refuse them."""
-    found = find_unreadable(parts, request.splits)
-    problems = [text for part in found.values() for text in part.values()]
-    if problems and request.strict:
-        lines = "\n".join(problems[:5])
-        raise ValueError(
-            f"Images of `source` {request.source!r} cannot be read, {len(problems)} in all; `on_bad_image='skip'` "
+            f"Images of `source` {request.source!r} cannot be read, {len(unreadable)} in all; `on_bad_image='skip'` "
             f"leaves them out.\n{lines}"
         )
-    for key, unreadable in found.items():
-        rows = np.arange(len(parts[key]))
-        parts[key] = parts[key].select(np.setdiff1d(rows, [*unreadable]))
-        request.skip(key, "that cannot be read", [*unreadable.values()])
+    splits = data["split"][:]
+    found: dict[str, list[str]] = {}
+    for row, problem in unreadable.items():
+        found.setdefault(splits[row], []).append(problem)
+    for key, problems in found.items():
+        request.skip(key, "that cannot be read", problems)
+    return data.select(np.setdiff1d(np.arange(len(data)), [*unreadable]))
 
 
-def _draw(request: Request, data: Dataset, seed: int) -> dict[str, Dataset]:
+def _draw(request: Request, data: Dataset, seed: int) -> np.ndarray:
+    """Return the keys (N,) of splits that are drawn."""
     groups = np.arange(len(data))
     if "group" in data.features:
         groups = np.array(data["group"])
-    drawn = draw_splits(labels_of(data), groups, seed)
-    sizes = ", ".join(f"{len(rows)} for {part}" for part, rows in drawn.items())
+    splits = draw_splits(labels_of(data), groups, seed)
+    sizes = ", ".join(
+        f"{(splits == part).sum()} for {part}"
+        for part in ("train", "validation", "test")
+    )
     note = f"The data have no splits: about 70, 10 and 20% of each class were drawn with seed {seed} ({sizes})"
     sizes_of_groups = Counter(groups.tolist()).values()
     if together := sum(size for size in sizes_of_groups if size > 1):
         note += f"; {together} images that share an object stayed together"
     request.notes.append(f"{note}.")
-    return {part: data.select(rows) for part, rows in drawn.items()}
+    return splits
 
 
 def _check_splits(
     request: Request, parts: dict[str, Dataset], names: list[str]
 ) -> None:
-    """Refuse splits that have nothing in common; note which classes and groups are where."""
-    found = {
-        key: [names[label] for label in np.unique(labels_of(part))]
-        for key, part in parts.items()
-    }
+    """Refuse splits that lack images or have nothing in common; note which classes and groups are where."""
+    for key in ("train", "test"):
+        if key not in parts:
+            others = [request.splits[part] for part in parts]
+            raise ValueError(
+                f"`source` {request.source!r} has no images in a split {request.splits[key]!r}, only in {others}; "
+                f"`{key}_split` names another. A folder of class folders without splits is split for you."
+            )
+    found = {key: set(labels_of(part).tolist()) for key, part in parts.items()}
+
+    def named(labels: Iterable[int]) -> list[str]:
+        return [names[label] for label in sorted(labels)]
+
     if len(found["train"]) < 2:
         raise ValueError(
-            f"The training split {request.splits['train']!r} needs at least two classes, got {found['train']}."
+            f"The training split {request.splits['train']!r} needs at least two classes, got {named(found['train'])}."
         )
-    if not found["test"]:
-        raise ValueError(f"Split {request.splits['test']!r} has no images.")
-    if not found.get("validation", True):
-        del parts["validation"], found["validation"]
-    for key, classes in found.items():
-        if not set(classes) & set(found["train"]):
+    for key, labels in found.items():
+        if not labels & found["train"]:
             raise ValueError(
-                f"Split {request.splits[key]!r} has no image of a class of the training split, but of {classes[:10]}."
+                f"Split {request.splits[key]!r} has no image of a class of the training split, but of "
+                f"{named(labels)[:10]}."
             )
-    present = {key: set(classes) for key, classes in found.items()}
-    absent = {key: [n for n in names if n not in present[key]] for key in found}
-    if absent["train"] == absent["test"]:
-        request.notes += _note_absent(absent["train"], "training or test")
+    untrained = named({*range(len(names))} - found["train"])
+    untested = named({*range(len(names))} - found["test"])
+    if untrained == untested:
+        request.notes += _note_absent(untrained, "training or test")
     else:
-        request.notes += _note_absent(absent["train"], "training")
-        request.notes += _note_absent(absent["test"], "test")
+        request.notes += _note_absent(untrained, "training")
+        request.notes += _note_absent(untested, "test")
     if request.grouped_by:
         shared = set(parts["train"]["group"]) & set(parts["test"]["group"])
         if shared:
@@ -278,6 +260,4 @@ def _note_absent(names: list[str], where: str) -> list[str]:
 
 
 def _finished(part: Dataset) -> Dataset:
-    if "path" in part.features:
-        part = part.remove_columns("path")
-    return part.cast_column("image", Image())
+    return part.remove_columns(["path", "split"]).cast_column("image", Image())

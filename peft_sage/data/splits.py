@@ -29,9 +29,7 @@ def match_splits(found: Iterable[str], wanted: dict[str, str]) -> dict[str, str]
     return matched
 
 
-def draw_splits(
-    labels: np.ndarray, groups: np.ndarray, seed: int
-) -> dict[str, np.ndarray]:
+def draw_splits(labels: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
     """Draw about 70% of each class for training, 10% for validation and 20% for testing.
 
     A group stays together, which no splitter of scikit-learn does by classes of a few images. Every class of at least
@@ -42,7 +40,7 @@ def draw_splits(
         groups: (N,) indices of the groups.
 
     Returns:
-        Sorted rows of each split.
+        (N,) keys of the splits.
     """
     generator = np.random.default_rng(seed)
     part_of: dict[int, str] = {}
@@ -68,10 +66,7 @@ def draw_splits(
             part_of[group] = fits[0] if fits else "train"
             if fits:
                 room[fits[0]] -= sizes[group]
-    parts = np.array([part_of[group] for group in groups.tolist()])
-    return {
-        part: np.flatnonzero(parts == part) for part in ("train", "validation", "test")
-    }
+    return np.array([part_of[group] for group in groups.tolist()])
 
 
 def long_tailed_subset(

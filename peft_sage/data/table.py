@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from datasets import (
     ClassLabel,
     Dataset,
@@ -21,13 +20,14 @@ from datasets import (
     concatenate_datasets,
 )
 
-from .labels import read_labels
 from .splits import match_splits
 
 
 #: Columns that tell which object, place or person an image shows, if `group_column` names none.
 GROUP_COLUMNS = ["group", "group_id", "object", "object_id", "concept", "individual"]
 GROUP_COLUMNS += ["individual_id", "patient_id", "sequence_id"]
+#: What the column with the names of image files may be called, where none has the name that was asked for.
+FILE_COLUMNS = ["file_name", "filename", "file", "path", "image_path"]
 
 
 @dataclass
@@ -36,43 +36,25 @@ class Table:
 
     Attributes:
         labels: (N,) class names.
+        kind: What the labels are, "class names" or "integers".
         files: (N,) what an image is called.
-        kinds: From what the labels are, "class names" or "integers", to where.
+        paths: (N,) the images' files; None for those that have none of their own.
+        images: (N,) data set with the images, not decoded, in its column `image`.
+        splits: (N,) the key of the split of each; "" if splits are to be drawn, None for one that is not asked for.
+        groups: (N,) values that tell which images belong together, None where nothing does.
         classes: Classes that there are, whether or not they have images.
         ordered: Whether these are in the order of their indices.
-        groups: (N,) values of the column that tells which images belong together, if there is one.
-        splits: (N,) the key of the split that each image is in, if the table has several.
-        paths: (N,) the images' files, where they have files of their own.
-        images: (N,) data set with the images, not decoded, in its column `image`.
     """
 
     labels: list[str]
+    kind: str
     files: list[str]
-    kinds: dict[str, str]
-    classes: list[str] = field(default_factory=list)
-    ordered: bool = False
-    groups: list[Any] | None = None
-    splits: list[Any] | None = None
-    paths: list[str] | None = None
-    images: Dataset = None
-
-    def to_dataset(self, class_names: list[str]) -> Dataset:
-        """Return the images, not decoded, with the columns `label`, `file` and, where known, `group` and `path`."""
-        label = ClassLabel(names=class_names)
-        columns: dict[str, Any] = {"label": label.str2int(self.labels)}
-        columns["file"] = self.files
-        features = {"label": label, "file": Value("string")}
-        if self.groups is not None:
-            columns["group"] = self.groups
-            features["group"] = Value("int64")
-        images = self.images
-        if self.paths is not None:
-            columns["path"] = self.paths
-            features["path"] = Value("string")
-            text = Features({"image": Value("string")})
-            images = encoded(Dataset.from_dict({"image": self.paths}, text))
-        more = Dataset.from_dict(columns, Features(features))
-        return concatenate_datasets([images, more], axis=1)
+    paths: list[str | None]
+    images: Dataset
+    splits: list[str | None]
+    groups: list[Any]
+    classes: list[str]
+    ordered: bool
 
 
 @dataclass
@@ -114,49 +96,31 @@ class Request:
         self.note_unread([name for name in found if name not in matched.values()])
         return matched
 
-    def choose_columns(self, found: Iterable[str], where: str) -> list[str]:
-        """Return the columns with labels, groups and splits; ValueError if one that was asked for is missing."""
-        columns = [*found]
-        for argument in ("image_column", "label_column", "group_column"):
-            column = getattr(self, argument)
+    def find_image_column(self, columns: list[str], where: str) -> str:
+        """Return the column with the images; ValueError if it or another that was asked for is missing."""
+        files = [name for name in FILE_COLUMNS if name in columns]
+        image = self.image_column
+        if image not in columns and self.image_column == "image" and files:
+            image = files[0]
+        for argument, column in (
+            ("image_column", image),
+            ("label_column", self.label_column),
+            ("group_column", self.group_column),
+        ):
             if column is not None and column not in columns:
                 raise ValueError(
                     f"{where} has no column {column!r}, only {columns}; choose one with `{argument}`."
                 )
-            if columns.count(column) > 1:
-                raise ValueError(f"{where} has more than one column {column!r}.")
-        wanted = [self.group_column] if self.group_column else GROUP_COLUMNS
-        groups = [name for name in wanted if name in columns][:1]
-        if groups:
-            self.grouped_by = groups[0]
-        chosen = [self.label_column, *groups]
-        if "split" in columns:
-            chosen.append("split")
-        return [*dict.fromkeys(chosen)]
+        return image
 
-    def table(
-        self,
-        columns: pa.Table,
-        files: list[str],
-        locate: Callable[[int], str],
-        class_names: list[str] | None = None,
-        **images: Any,
-    ) -> Table:
-        """Make a table of the columns that `choose_columns` chose, and the images or their paths."""
-        column = self.label_column
-        labels, kind = read_labels(columns[column], class_names, column, locate)
-        optional = {"groups": self.grouped_by, "splits": "split"}
-        for key, name in optional.items():
-            if name in columns.column_names:
-                images[key] = columns[name].to_pylist()
-        return Table(
-            labels,
-            files,
-            kinds={kind: files[0]} if files else {},
-            classes=class_names or [],
-            ordered=True,
-            **images,
-        )
+    def find_groups(self, data: Dataset) -> list[Any]:
+        """Return what a column says about which images belong together; None for each without such a column."""
+        wanted = [self.group_column] if self.group_column else GROUP_COLUMNS
+        columns = [name for name in wanted if name in data.column_names]
+        if not columns:
+            return [None] * len(data)
+        self.grouped_by = columns[0]
+        return data.with_format(None)[columns[0]][:]
 
     def relative(self, path: str | os.PathLike[str]) -> str:
         return os.path.relpath(path, self.root)
@@ -173,25 +137,42 @@ class Request:
             )
 
 
-def merge(tables: list[Table]) -> Table:
-    """Return the rows of several tables, without images, as one."""
-    columns: dict[str, Any] = {}
-    for key in ("labels", "files", "groups", "splits", "paths"):
-        parts = [getattr(table, key) for table in tables]
-        columns[key] = None if None in parts else [*chain.from_iterable(parts)]
-    kinds: dict[str, str] = {}
-    classes: list[str] = []
-    for table in tables:
-        kinds |= table.kinds
-        classes += table.classes
-    return Table(**columns, kinds=kinds, classes=classes, ordered=True)
+def images_of_files(paths: list[Any]) -> Dataset:
+    """A data set of images, not decoded, in files of their own."""
+    return encoded(Dataset.from_dict({"image": paths}, Features(image=Value("string"))))
 
 
 def encoded(images: Dataset, column: str = "image") -> Dataset:
     """Return files' bytes or paths as column `image`: decoded they would be large, and not by `read_image`."""
+    images = images.select_columns([column])
     if column != "image":
         images = images.rename_column(column, "image")
     return images.cast_column("image", Image(decode=False))
+
+
+def join(
+    tables: list[Table], class_names: list[str], groups: list[int] | None
+) -> Dataset:
+    """Return the rows of all tables, with columns `image`, `label`, `file`, `path`, `split` and, maybe, `group`."""
+    features = {"label": ClassLabel(names=class_names)}
+    features |= dict.fromkeys(["file", "path", "split"], Value("string"))
+    columns: dict[str, list[Any]] = {
+        "label": features["label"].str2int(chained(tables, "labels")),
+        "file": chained(tables, "files"),
+        "path": chained(tables, "paths"),
+        "split": chained(tables, "splits"),
+    }
+    if groups is not None:
+        features["group"] = Value("int64")
+        columns["group"] = groups
+    images = concatenate_datasets([table.images for table in tables])
+    more = Dataset.from_dict(columns, Features(features))
+    return concatenate_datasets([images, more], axis=1)
+
+
+def chained(tables: list[Table], name: str) -> list[Any]:
+    """Return an attribute of the rows of all tables."""
+    return [*chain.from_iterable(getattr(table, name) for table in tables)]
 
 
 def labels_of(data: Dataset) -> np.ndarray:

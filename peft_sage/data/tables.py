@@ -1,124 +1,159 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of the names of image files (CSV, TSV, JSON lines), and tables of all splits.
+"""Tables of images, or of the names of image files: CSV, parquet, and data sets of `datasets`."""
 
-They are not read by pandas or `datasets`, which make a number of the class 007 and a gap of the class NA.
-"""
-
-import json
+import glob
 import os
-from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
+import datasets.config
 import pyarrow.parquet as pq
+from datasets import Dataset, DatasetDict, load_dataset
+from huggingface_hub import HfApi
 
-from ..descriptions import read_csv, read_text
-from .parquet import is_parquet, read_parquet
-from .splits import match_splits
-from .table import Request, Table
-
-
-#: What the column with the names of image files may be called, where none has the name that was asked for.
-FILE_COLUMNS = ["file_name", "filename", "file", "path", "image_path"]
+from ..descriptions import read_csv
+from .labels import read_labels
+from .table import Request, Table, encoded, images_of_files, preview
 
 
-def read_tables(request: Request, paths: dict[str, list[Path]]) -> dict[str, Table]:
-    """Read the tables of each split: parquet files, of which it may have several, or one list of files."""
-    parquet = {}
-    tables = {}
-    for key, files in paths.items():
-        if is_parquet(files[0]):
-            parquet[key] = files
-        else:
-            tables[key] = read_list(request, files[0])
-    return tables | read_parquet(request, parquet)
-
-
-def read_table_of_all(request: Request, path: Path) -> dict[str, Table]:
-    """Read one table of all splits, which its column `split` or, else, the first folder of each file tells."""
-    table = read_tables(request, {"": [path]})[""]
-    found = [str(split) for split in table.splits or ()]
-    if not found and table.paths:
-        relative = [os.path.relpath(file, path.parent) for file in table.paths]
-        found = [Path(file).parts[0] for file in relative]
-        if "train" not in match_splits(found, request.splits):
-            found = []
-    table.splits = None
-    if found:
-        matched = request.match(sorted(set(found)))
-        keys = {name: key for key, name in matched.items()}
-        table.splits = [keys.get(name) for name in found]
-    return {"": table}
-
-
-def read_list(request: Request, path: Path) -> Table:
-    """Read names of image files, relative to the table's folder or to the folder that is called like the table."""
-    numbered = _rows(path)
-    name = repr(request.relative(path))
-    if not numbered:
-        raise ValueError(f"{name} has no rows.")
-    rows = [row for _, row in numbered]
-
-    def locate(row: int) -> str:
-        return f"line {numbered[row][0]} of {name}"
-
-    file_column = _file_column(request, rows[0])
-    found = {**rows[0], request.image_column: file_column} if file_column else rows[0]
-    chosen = request.choose_columns(found, name)
-    for index, row in enumerate(rows):
-        if not isinstance(row.get(file_column), str) or not row[file_column]:
-            raise ValueError(
-                f"Column {file_column!r} has no file name in {locate(index)}."
-            )
-    base = path.parent
-    inside = path.with_suffix("")
-    if not os.path.lexists(base / rows[0][file_column]) and inside.is_dir():
-        base = inside
-    paths = [os.path.normpath(base / row[file_column]) for row in rows]
-    try:
-        picked = [{column: row.get(column) for column in chosen} for row in rows]
-        columns = pa.Table.from_pylist(picked)
-    except pa.ArrowException as error:
-        raise ValueError(f"{name} mixes kinds in a column: {error}") from error
-    files = [request.relative(file) for file in paths]
-    return request.table(columns, files, locate, paths=paths)
+def is_parquet(path: str | Path) -> bool:
+    return str(path).lower().endswith(".parquet")
 
 
 def has_columns(request: Request, path: Path) -> bool:
     """Whether a table says which image is of which class."""
     try:
-        if is_parquet(path):
-            columns = pq.read_schema(path).names
-            return {request.image_column, request.label_column} <= set(columns)
-        first = next((row for _, row in _rows(path)), {})
+        request.find_image_column(_header(path), "")
     except (ValueError, OSError):
         return False
-    return request.label_column in first and bool(_file_column(request, first))
+    return True
 
 
-def _file_column(request: Request, columns: Iterable[str]) -> str:
-    """Return the column with the names of image files, or nothing."""
-    candidates = [request.image_column, *FILE_COLUMNS]
-    return next((column for column in candidates if column in columns), "")
+def _header(path: Path) -> list[str]:
+    if is_parquet(path):
+        return pq.read_schema(path).names
+    _, first = next(read_csv(path), (0, {}))
+    return [*first]
 
 
-def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """Return the rows of a CSV, TSV or JSON-lines file, each with its line."""
-    if path.suffix.lower() in (".csv", ".tsv"):
-        return list(read_csv(path))
-    if path.suffix.lower() != ".jsonl":
-        raise ValueError(
-            f"{str(path)!r} is neither a parquet nor a CSV nor a JSON-lines file."
-        )
-    rows = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
+def read_table(request: Request, paths: list[Path], key: str) -> list[Table]:
+    """Read the table of a split, which may be in several parquet files; the key "" stands for all images."""
+    if is_parquet(paths[0]):
+        return _read_parquet(request, paths, key)
+    path = paths[0]
+    if path.suffix.lower() != ".csv":
+        raise ValueError(f"{str(path)!r} is neither a parquet nor a CSV file.")
+    # Not by `datasets`, which makes a number of the class 007 and a gap of the class NA.
+    numbered = [*read_csv(path)]
+    name = repr(request.relative(path))
+    if not numbered:
+        raise ValueError(f"{name} has no rows.")
+    data = Dataset.from_list([row for _, row in numbered])
+    rows = [f"line {line} of {name}" for line, _ in numbered]
+    return [read_rows(request, data, rows, name, key, path.parent)]
+
+
+def _read_parquet(request: Request, paths: list[Path], key: str) -> list[Table]:
+    name = preview(repr(request.relative(path)) for path in paths)
+    parts = []
+    try:
+        # The `ClassLabel`s of two files may differ, and `datasets` would take those of the first.
+        for _, part in groupby(paths, _metadata):
+            files = [*part]
+            rows = []
+            for path in files:
+                count = pq.read_metadata(path).num_rows
+                rows += [f"row {i} of {request.relative(path)}" for i in range(count)]
+            # Names are patterns to `datasets`.
+            patterns = [glob.escape(str(path)) for path in files]
+            data = Dataset.from_parquet(patterns, split=key or "train")
+            parts.append((data, rows))
+    except Exception as error:
+        reason = error.__cause__ or error
+        raise ValueError(f"{name} cannot be read: {reason}") from error
+    folder = paths[0].parent
+    return [read_rows(request, x, rows, name, key, folder) for x, rows in parts]
+
+
+def _metadata(path: Path) -> dict[bytes, bytes] | None:
+    return pq.read_schema(path).metadata
+
+
+def read_hub(request: Request) -> list[Table]:
+    """Read a data set of the Hub; a mistyped folder is refused at once, which `load_dataset` offline is slow to do."""
+    source = request.source
+    fault = "is neither a folder nor on the Hub"
+    try:
+        HfApi().dataset_info(source, timeout=5)
+    except Exception as error:
+        cached = Path(datasets.config.HF_DATASETS_CACHE, source.replace("/", "___"))
+        if not cached.is_dir():
+            raise ValueError(f"`source` {source!r} {fault}: {error}") from error
+    try:
+        data = load_dataset(source)
+    except Exception as error:
+        raise ValueError(f"`source` {source!r} {fault}: {error}") from error
+    return read_datasets(request, data)
+
+
+def read_datasets(request: Request, data: Dataset | DatasetDict) -> list[Table]:
+    """Read splits of `datasets`, or a data set of all images."""
+    if isinstance(data, Dataset):
+        splits = {"": ("the data set", data)}
+    else:
+        matched = request.match(data)
+        splits = {key: (name, data[name]) for key, name in matched.items()}
+    tables = []
+    for key, (name, split) in splits.items():
+        rows = [f"row {row} of {name}" for row in range(len(split))]
+        tables.append(read_rows(request, split, rows, f"Split {name!r}", key))
+    return tables
+
+
+def read_rows(
+    request: Request,
+    data: Dataset,
+    rows: list[str],
+    name: str,
+    key: str,
+    folder: Path | None = None,
+) -> Table:
+    """Read the rows of a data set.
+
+    Args:
+        request: What to read.
+        data: Its columns are images, or names of image files, and labels; groups and splits, maybe.
+        rows: (N,) where each row is, for errors.
+        name: What errors call the data set.
+        key: The key of its split; "" if all images are in it, and a column `split` may tell.
+        folder: Where the image files are; without it they are in the data set.
+    """
+    image = request.find_image_column(data.column_names, name)
+    labels, kind = read_labels(data, request.label_column, rows)
+    splits: list[str | None] = [key] * len(data)
+    if not key and "split" in data.column_names:
+        names = [str(split) for split in data.with_format(None)["split"][:]]
+        matched = request.match(sorted(set(names)))
+        keys = {split: key for key, split in matched.items()}
+        splits = [keys.get(split) for split in names]
+    files = rows
+    paths: list[str | None] = [None] * len(data)
+    if folder is not None and "string" in getattr(data.features[image], "dtype", ""):
+        files = data.with_format(None)[image][:]
+        if not all(files):
+            where = next(row for row, file in zip(rows, files, strict=True) if not file)
+            raise ValueError(f"Column {image!r} has no file name in {where}.")
+        found = [os.path.normpath(folder / file) for file in files]
+        files = [request.relative(path) for path in found]
+        images = images_of_files(found)
+        paths = [*found]
+    else:
         try:
-            rows.append((number, dict(json.loads(line))))
-        except (TypeError, ValueError) as error:
+            images = encoded(data, image)
+        except Exception as error:
             raise ValueError(
-                f"Line {number} of {str(path)!r} is not a JSON object: {error}"
+                f"Column {image!r} of {name}, {data.features[image]}, cannot be read as images: {error}"
             ) from error
-    return rows
+    classes = getattr(data.features[request.label_column], "names", [])
+    groups = request.find_groups(data)
+    return Table(labels, kind, files, paths, images, splits, groups, classes, True)
