@@ -443,13 +443,16 @@ def test_data_sets_of_datasets(monkeypatch, tmp_path):
     monkeypatch.setattr(tables.HfApi, "dataset_info", lambda *_, **__: None)
     expected = Counter(("ba"[i % 2], colour(i)) for i in range(4))
     columns = {"image_column": "img", "label_column": "fine"}
-    for source in ("user/photos", splits):
+    splits.save_to_disk(tmp_path / "saved")
+    data.save_to_disk(tmp_path / "all")
+    for source in ("user/photos", splits, tmp_path / "saved"):
         found = load_images(source, **columns)
         assert content(found) == dict.fromkeys(found.splits, expected)
         assert [*found.splits] == ["train", "validation", "test"]
         assert found.train["file"][1] == "row 1 of train"
-    drawn = load_images(data, **columns)
-    assert sum(content(drawn).values(), Counter()) == expected
+    for source in (data, tmp_path / "all"):
+        drawn = load_images(source, **columns)
+        assert sum(content(drawn).values(), Counter()) == expected
     unlabelled = data.remove_columns("fine").add_column("fine", [0, 1, -1, 0])
     with pytest.raises(ValueError, match="negative label.* in row 2 of test"):
         load_images(datasets.DatasetDict(train=data, test=unlabelled), **columns)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Image
+from datasets import Dataset, DatasetDict, Image, load_from_disk
 
 from ..descriptions import WARNED, read_class_descriptions, tidy, warn_of_alike
 from .checks import find_unreadable, refuse_shared_files
@@ -20,6 +20,10 @@ from .labels import natural_key
 from .splits import draw_splits
 from .table import Request, Table, join, labels_of, preview
 from .tables import read_datasets, read_hub, read_table
+
+
+#: What a folder holds that `save_to_disk` of `datasets` wrote: one data set, or splits.
+SAVED = ("state.json", "dataset_dict.json")
 
 
 def load_images(
@@ -42,7 +46,7 @@ def load_images(
     Args:
         source: A folder with images (`train/CLASS/*`, `test/CLASS/*`, or `CLASS/*`, which is split here), with parquet
             files or CSV files of file names called after the splits, or with one such table; the table itself; the id
-            of a data set on the Hub; or whatever `datasets` has loaded.
+            of a data set on the Hub; or whatever `datasets` has loaded, or saved in a folder.
         image_column: Column of tables with the images, or with the names of their files.
         label_column: Column of tables with the classes: names or integers.
         train_split: Name of the split to train on.
@@ -114,6 +118,8 @@ def _read(request: Request) -> list[Table]:
         path = path.expanduser()
     path = path.absolute()
     try:
+        if any((path / file).is_file() for file in SAVED):
+            return read_datasets(request, load_from_disk(path))
         if name and path.is_dir():
             request.root = path
             return read_folder(request, path)
