@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arguments of [`SageTrainer`]: those of transformers, with the recipe's defaults, and the recipe's own."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from transformers import TrainingArguments
 
+from .pictures import available_cores
 from .validation import check_integer, check_number
 
 
@@ -20,13 +20,6 @@ if TYPE_CHECKING:
 else:
     # HfArgumentParser takes one type per field, and "auto" is to be possible on the command line.
     Strength = str
-
-
-def available_cores() -> int:
-    """Number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def has_fast_bfloat16() -> bool:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches of a data set by position, with its images decoded once where they fit into memory."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -31,7 +30,7 @@ class ImageBatches(Dataset[Any]):
         crops: 5 for `pixels` (B, 5, 3, H, W) of centre and corners.
 
     Attributes:
-        pixels: (n, ...) all pixels, once they were cached.
+        cached: All pixels (n, ...) and labels, once they are in memory.
         embeds: (n, e) embeddings by the frozen tower, which go with the images as `base_image_embeds`.
     """
 
@@ -41,50 +40,41 @@ class ImageBatches(Dataset[Any]):
         self.source = source
         self.collator = collator
         self.crops = crops
-        self.pixels: Tensor | None = None
-        self.labels: Tensor | None = None
+        self.cached: dict[str, Tensor] = {}
         self.embeds: Tensor | None = None
         self.makes_pixels = False
         if isinstance(collator, ImageCollator) and "pixel_values" not in source[0]:
             self.source = undecoded(source, collator.image_column)
-            needs_pictures = collator.training and collator.needs_pictures
-            self.makes_pixels = not needs_pictures and _has_geometry(collator)
+            self.makes_pixels = collator.makes_pixels
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
-        if self.pixels is not None:
-            batch: dict[str, Any] = {"pixels": self.pixels[indices]}
-            if self.labels is not None:
-                batch["labels"] = self.labels[indices]
-        else:
-            batch = self._collated(indices)
+        batch = {key: values[indices] for key, values in self.cached.items()}
+        batch = batch or self._collated(indices)
         if self.embeds is not None:
             batch["base_image_embeds"] = self.embeds[indices]
         return batch
 
-    def _collated(self, indices: list[int]) -> dict[str, Any]:
+    def _collated(self, indices: Iterable[int]) -> dict[str, Any]:
         collator: Any = self.collator
         items = [self.source[index] for index in indices]
-        if not self.makes_pixels:
-            return dict(collator(items))
-        pictures = [item[collator.image_column] for item in items]
-        batch = {"pixels": collator.prepare(pictures, crops=self.crops)}
-        label = collator.label_column if collator.label_column in items[0] else "labels"
-        if items[0].get(label) is not None:
-            batch["labels"] = torch.tensor([int(item[label]) for item in items])
-        return batch
+        if self.makes_pixels:
+            return collator.collate_pixels(items, self.crops)
+        return dict(collator(items))
 
     def cache(self, max_bytes: float, progress: bool = False) -> None:
         """Decode all images now if they take no more than `max_bytes`."""
-        if not self.makes_pixels or self.pixels is not None:
+        if not self.makes_pixels:
             return
-        first = self._collated([0])["pixels"]
-        if first.numel() * len(self) > max_bytes:
+        first = self._collated([0])
+        if first["pixels"].numel() * len(self) > max_bytes:
             return
-        pixels = first.new_empty(len(self), *first.shape[1:])
-        labels: list[Any] = []
+        cached = {
+            key: values.new_empty(len(self), *values.shape[1:])
+            for key, values in first.items()
+        }
         bar = tqdm(
             total=len(self),
             desc="decoding images",
@@ -94,17 +84,15 @@ class ImageBatches(Dataset[Any]):
         )
         with bar:
             for start in range(0, len(self), CHUNK):
-                stop = min(start + CHUNK, len(self))
-                batch = self._collated([*range(start, stop)])
-                pixels[start:stop] = batch["pixels"]
-                labels.append(batch.get("labels"))
-                bar.update(stop - start)
-        self.labels = None if labels[0] is None else torch.cat(labels)
-        self.pixels = pixels
+                rows = range(start, min(start + CHUNK, len(self)))
+                for key, values in self._collated(rows).items():
+                    cached[key][start : rows.stop] = values
+                bar.update(len(rows))
+        self.cached = cached
 
     def loader(self, num_workers: int, **arguments: Any) -> DataLoader[Any]:
         """A loader of these batches; workers decode what is not in memory."""
-        in_memory = self.pixels is not None or isinstance(self.source, list)
+        in_memory = self.cached or isinstance(self.source, list)
         workers = 0 if in_memory else num_workers
         return DataLoader(self, num_workers=workers, collate_fn=_unchanged, **arguments)
 
@@ -155,14 +143,6 @@ def undecoded(source: Any, image_column: str) -> Any:
     if not isinstance(source.features.get(image_column), Image):
         return source
     return source.cast_column(image_column, Image(decode=False))
-
-
-def _has_geometry(collator: ImageCollator) -> bool:
-    """Whether the processor returns images, and not patches of them."""
-    try:
-        return bool(collator.size)
-    except ValueError:
-        return False
 
 
 def _unchanged(batch: Any) -> Any:

@@ -75,9 +75,14 @@ class ImageCollator:
         return self
 
     @property
-    def needs_pictures(self) -> bool:
-        """Whether the augmentation starts from the original pictures and not from prepared pixels."""
-        return callable(self.augment)
+    def makes_pixels(self) -> bool:
+        """Whether pictures can become pixels first: not before a function augments, nor where patches are made."""
+        if self.training and callable(self.augment):
+            return False
+        try:
+            return bool(self.size)
+        except ValueError:
+            return False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -88,8 +93,8 @@ class ImageCollator:
         """Collate items.
 
         Args:
-            items: Pictures; or dictionaries with a picture, with `pixels` from [`prepare`], or with `pixel_values`. A
-                label, and whatever begins with `base_`, are handed on.
+            items: Pictures; or dictionaries with a picture or with `pixel_values`. A label, and whatever begins with
+                `base_`, are handed on.
 
         Returns:
             `pixel_values` (B, 3, H, W) float32, or what the processor returns; `labels` (B,) and the rest.
@@ -98,32 +103,17 @@ class ImageCollator:
         if not items:
             raise ValueError("`items` is empty; give at least one.")
         first = items[0]
-        is_picture = not isinstance(first, Mapping) or set(first) == {"bytes", "path"}
-        if is_picture:
+        if not isinstance(first, Mapping) or set(first) == {"bytes", "path"}:
             return self._inputs(items)
-        batch = {}
-        for key in first:
-            ready = key in INPUTS and "pixel_values" in first
-            if ready or key.startswith("base_"):
-                batch[key] = _stack(items, key)
-        for label in ("labels", self.label_column):
-            if first.get(label) is not None:
-                batch["labels"] = _stack(items, label)
         if "pixel_values" in first:
-            return batch
-        if "pixels" in first:
-            if self.training and self.needs_pictures:
-                raise ValueError(
-                    "`augment` needs the original pictures, but the items hold their `pixels`."
-                )
-            batch["pixel_values"] = self.finish(_stack(items, "pixels"))
-            return batch
-        if self.image_column not in first:
-            raise ValueError(
-                f"Items have no {self.image_column!r}, only {[*first]}; `image_column` names the picture."
-            )
-        pictures = [item[self.image_column] for item in items]
-        return self._inputs(pictures) | batch
+            ready = {key: _stack(items, key) for key in INPUTS if key in first}
+            return ready | self._others(items)
+        return self._inputs(self._pictures(items)) | self._others(items)
+
+    def collate_pixels(self, items: list[Any], crops: int = 1) -> dict[str, Tensor]:
+        """Collate dictionaries as a call does, but to `pixels` from [`prepare`], which [`finish`] takes."""
+        pixels = self.prepare(self._pictures(items), crops)
+        return {"pixels": pixels} | self._others(items)
 
     def prepare(self, pictures: Iterable[Any], crops: int = 1) -> Tensor:
         """Resize and crop pictures as the processor does, without augmentation.
@@ -166,6 +156,21 @@ class ImageCollator:
     @cached_property
     def _geometry(self) -> "_Geometry":
         return _Geometry(self.image_processor)
+
+    def _pictures(self, items: list[Any]) -> list[Any]:
+        if self.image_column not in items[0]:
+            raise ValueError(
+                f"Items have no {self.image_column!r}, only {[*items[0]]}; `image_column` names the picture."
+            )
+        return [item[self.image_column] for item in items]
+
+    def _others(self, items: list[Any]) -> dict[str, Tensor]:
+        first = items[0]
+        columns = {key: key for key in first if key.startswith("base_")}
+        for label in ("labels", self.label_column):
+            if first.get(label) is not None:
+                columns["labels"] = label
+        return {name: _stack(items, key) for name, key in columns.items()}
 
     def _inputs(self, pictures: list[Any]) -> dict[str, Tensor]:
         if self.image_processor is None:

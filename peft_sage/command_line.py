@@ -23,7 +23,8 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
-from .arguments import SageTrainingArguments, available_cores, has_fast_bfloat16
+from .arguments import SageTrainingArguments, has_fast_bfloat16
+from .pictures import available_cores
 from .run_files import RESULT_ARGUMENTS, changed_settings, latest_checkpoint
 
 

@@ -71,7 +71,6 @@ class SageConfig(PeftConfig):
     Other Args: filled in when the adapter is made, and saved with it
         class_names: Names of the classes, from `class_descriptions` or the classifier, where they have names. They
             may be given with `guidance`.
-        row_names: Which classes each of the M rows of the guidance stands for.
         guidance_shape: (M, e) of the guidance; (0, 0) without.
 
     Raises:
@@ -99,7 +98,6 @@ class SageConfig(PeftConfig):
 
     # Filled in
     class_names: list[str] | None = None
-    row_names: list[str] | None = None
     guidance_shape: list[int] | None = None
 
     def __post_init__(self) -> None:
@@ -141,9 +139,8 @@ class SageConfig(PeftConfig):
         return config
 
     def _check_classes(self) -> None:
-        for name in ("class_names", "row_names"):
-            if getattr(self, name) is not None:
-                setattr(self, name, _strings(name, getattr(self, name)))
+        if self.class_names is not None:
+            self.class_names = _strings("class_names", self.class_names)
         if self.class_descriptions is not None:
             if self.class_names and isinstance(self.class_descriptions, Mapping):
                 raise ValueError(

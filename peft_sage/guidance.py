@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rows that the blocks of an adapter attend to: how they are made, where they are kept, how they are replaced."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,10 @@ from .descriptions import Descriptions, normalise_descriptions
 from .encoding import encode_class_descriptions, load_tokenizer
 from .towers.embeddings import has_text_tower
 from .validation import check_embeddings, check_integer
+
+
+#: Steps of k-means at most.
+STEPS = 20
 
 
 class SharedGuidance:
@@ -56,19 +60,17 @@ def make_guidance(
     model: nn.Module,
     config: SageConfig,
     source: Tensor | Descriptions | None,
-    names: list[str] | None,
-) -> tuple[Tensor | None, list[str] | None]:
-    """Make the rows (M, e) of an adapter, and say which classes each stands for.
+) -> Tensor | None:
+    """Make the rows (M, e) of an adapter; None for an adapter without guidance.
 
     Args:
         model: The model that is adapted; its text tower encodes descriptions.
         config: For `guidance_rows`, `text_templates` and `tokenizer_name_or_path`.
         source: A tensor, class descriptions, or None for a classifier's own embeddings.
-        names: Names of the classes, where they are known.
     """
     embeddings = own_embeddings(model) if source is None else source
     if config.guidance_rows == 0 or embeddings is None or not len(embeddings):
-        return None, None
+        return None
     if not isinstance(embeddings, Tensor):
         # Without a text tower, that is what the error is about, and not the tokenizer.
         tokenizer = None
@@ -77,8 +79,7 @@ def make_guidance(
         embeddings = encode_class_descriptions(
             model, tokenizer, embeddings, config.text_templates
         )
-    rows = pool_guidance(embeddings, config.guidance_rows)
-    return rows, None if names is None else name_rows(rows, embeddings, names)
+    return pool_guidance(embeddings, config.guidance_rows)
 
 
 def own_embeddings(model: nn.Module) -> Tensor | None:
@@ -113,7 +114,7 @@ def set_guidance(model: nn.Module, source: Any, adapter_name: str) -> None:
         names, texts = normalise_descriptions(source)
     else:
         check_embeddings(source, "guidance")
-    rows, row_names = make_guidance(model, config, source, names)
+    rows = make_guidance(model, config, source)
     width = shared.rows.shape[1]
     if rows is None or rows.shape[1] != width:
         shape = None if rows is None else tuple(rows.shape)
@@ -121,15 +122,12 @@ def set_guidance(model: nn.Module, source: Any, adapter_name: str) -> None:
     shared.rows = rows
     config.class_names = names
     config.class_descriptions = texts
-    config.row_names = row_names
     config.guidance_shape = list(rows.shape)
     config.guidance = None
 
 
 @torch.no_grad()
-def pool_guidance(
-    guidance: Tensor, num_rows: int = 64, iterations: int = 20, seed: int = 0
-) -> Tensor:
+def pool_guidance(guidance: Tensor, num_rows: int = 64) -> Tensor:
     """Replace the embeddings (M, e) of many classes by fewer rows that stand for groups of similar classes.
 
     What an adapter costs grows with the rows that its blocks attend to. Spherical k-means (Dhillon and Modha, 2001)
@@ -138,23 +136,19 @@ def pool_guidance(
     Args:
         guidance: One embedding per class; normalised here.
         num_rows: R, how many rows remain.
-        iterations: Steps of k-means at most; fewer if nothing changes any more.
-        seed: Decides which rows k-means starts from.
 
     Returns:
         A float32 tensor (R, e) with L2-normalised rows, on the device of `guidance`; if M is at most R, all M rows.
     """
     check_embeddings(guidance, "guidance")
     check_integer("num_rows", num_rows, 1)
-    check_integer("iterations", iterations, 1)
-    check_integer("seed", seed, 0)
     rows = F.normalize(guidance.detach().float(), dim=-1)
     if len(rows) <= num_rows:
         return rows
     rows = rows.cpu()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     means = rows[torch.randperm(len(rows), generator=generator)[:num_rows]]
-    for _ in range(iterations):
+    for _ in range(STEPS):
         sums = torch.zeros_like(means).index_add_(0, _nearest(rows, means), rows)
         # A group without rows, or whose rows cancel out, keeps its direction.
         moved = sums.norm(dim=1, keepdim=True) > 1e-6
@@ -163,22 +157,6 @@ def pool_guidance(
         if torch.equal(before, means):
             break
     return means.to(guidance.device)
-
-
-def name_rows(
-    rows: Tensor, embeddings: Tensor, class_names: Sequence[str]
-) -> list[str]:
-    """Name rows (R, e) by the classes with embeddings (M, e) that they stand for: at most three each."""
-    if len(rows) == len(class_names):
-        return list(class_names)
-    unit = F.normalize(embeddings.detach().float().to(rows.device), dim=-1)
-    members: list[list[str]] = [[] for _ in rows]
-    for name, row in zip(class_names, _nearest(unit, rows).tolist(), strict=True):
-        members[row].append(name)
-    return [
-        ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        for names in members
-    ]
 
 
 def _nearest(embeddings: Tensor, rows: Tensor) -> Tensor:

@@ -254,7 +254,7 @@ def _fill_in(config: SageConfig, model: nn.Module, num_targets: int) -> Tensor |
         return torch.zeros(shape) if shape and shape[0] else None
     given = config.guidance
     source = config.class_descriptions if given is None else given
-    rows, config.row_names = make_guidance(model, config, source, config.class_names)
+    rows = make_guidance(model, config, source)
     config.guidance_shape = [0, 0] if rows is None else list(rows.shape)
     if rows is None and config.guidance_rows and num_targets:
         warnings.warn(

@@ -72,7 +72,7 @@ def _as_items(images: Any) -> Any:
     if hasattr(images, "read"):
         return [images]
     if isinstance(images, Mapping):
-        if not images.keys() & {"pixel_values", "pixels", "image", "bytes", "path"}:
+        if not images.keys() & {"pixel_values", "image", "bytes", "path"}:
             raise TypeError(
                 f"`images` must be {_KINDS}, got a dictionary: give its `values()`."
             )
@@ -167,7 +167,7 @@ def _stripped(item: Any) -> Any:
     """What the tower needs of an item, without labels and the like."""
     if not isinstance(item, Mapping) or set(item) == {"bytes", "path"}:
         return item
-    return {name: item[name] for name in ("image", "pixels", *INPUTS) if name in item}
+    return {name: item[name] for name in ("image", *INPUTS) if name in item}
 
 
 def _collate(

@@ -32,7 +32,7 @@ RESULT_ARGUMENTS = (
 #: Fields of a PEFT configuration that say where something comes from, or are filled in.
 IGNORED_CONFIG = (
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version"),
-    *("revision", "guidance_shape", "row_names", "tokenizer_name_or_path"),
+    *("revision", "guidance_shape", "tokenizer_name_or_path"),
 )
 
 

@@ -3,6 +3,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from .arguments import SageTrainingArguments
 from .classifier import SageClassifier
+from .validation import check_integer
 
 
 LOSS_ARGUMENTS = ("tau", "compensation", "text_prior", "text_guidance", "absent")
@@ -64,85 +66,62 @@ def map_style_data(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
     return {name: given for name, given in data.items() if is_map_style(given)}
 
 
-def is_table_of_datasets(dataset: Any) -> bool:
-    """Whether it is a `datasets.Dataset`, without asking for that library."""
-    return hasattr(dataset, "column_names") and hasattr(dataset, "with_format")
+def column_of(dataset: Any, name: str) -> list[Any] | None:
+    """A column of a `datasets.Dataset`, without its images, or of dictionaries by position; None if it has none."""
+    if hasattr(dataset, "with_format"):
+        found = name in dataset.column_names
+        return list(dataset.with_format(None)[name]) if found else None
+    if name not in dataset[0]:
+        return None
+    return [dataset[index][name] for index in range(len(dataset))]
 
 
 def read_labels(
-    dataset: Any,
-    argument: str,
-    label_column: str = "label",
-    num_classes: int | None = None,
-    ignored: int | None = None,
+    dataset: Any, argument: str, label_column: str, num_classes: int | None
 ) -> Tensor:
-    """Read the class indices (n,) of a data set.
-
-    Args:
-        dataset: One of `datasets`, or dictionaries by position.
-        argument: What errors call it.
-        label_column: Name of its labels, unless that is "labels".
-        num_classes: Class indices must be smaller.
-        ignored: A label that is allowed besides.
+    """Read the class indices (n,) of a data set, from `label_column`, "label" or "labels".
 
     Raises:
-        ValueError: There are none, or they are not class indices. The row is named.
+        ValueError: There are none, or they are not class indices below `num_classes`. The row is named.
     """
     if not len(dataset):
         raise ValueError(f"`{argument}` must have images, got none.")
-    is_table = is_table_of_datasets(dataset)
-    columns = dataset.column_names if is_table else _keys(dataset[0], argument)
-    name = next((c for c in (label_column, "label", "labels") if c in columns), None)
-    if name is None:
+    if not hasattr(dataset, "with_format") and not hasattr(dataset[0], "keys"):
         raise ValueError(
-            f"`{argument}` must have a column {label_column!r} with class indices, got {list(columns)}."
+            f"`{argument}` must have items that are dictionaries, got {type(dataset[0]).__name__}."
         )
-    if is_table:
-        values = list(dataset.with_format(None)[name])
-    else:
-        values = [dataset[index][name] for index in range(len(dataset))]
-    limit = float("inf") if num_classes is None else num_classes
-    for row, value in enumerate(values):
-        label = value.item() if hasattr(value, "item") and not _size(value) else value
-        is_index = isinstance(label, int) and not isinstance(label, bool)
-        if not is_index or not (0 <= label < limit or label == ignored):
-            below = "" if num_classes is None else f" below {num_classes}"
-            raise ValueError(
-                f"`{argument}` must have class indices{below} in {name!r}, got {value!r} in row {row}."
-            )
-    return torch.tensor([int(value) for value in values])
-
-
-def _keys(item: Any, argument: str) -> list[str]:
-    if not hasattr(item, "keys"):
-        raise ValueError(
-            f"`{argument}` must have items that are dictionaries, got {type(item).__name__}."
-        )
-    return list(item.keys())
-
-
-def _size(value: Any) -> int:
-    return len(getattr(value, "shape", ()))
-
-
-def class_names_of(dataset: Any, label_column: str = "label") -> list[str] | None:
-    """The names that a data set has for its class indices."""
-    features = getattr(dataset, "features", None) or {}
     for name in (label_column, "label", "labels"):
-        if hasattr(features.get(name), "names"):
-            return list(features[name].names)
-    return None
+        values = column_of(dataset, name)
+        if values is not None:
+            highest = inf if num_classes is None else num_classes - 1
+            labels = [
+                check_integer(f"{name}` of `{argument}[{row}]", value, 0, highest)
+                for row, value in enumerate(values)
+            ]
+            return torch.tensor(labels)
+    raise ValueError(
+        f"`{argument}` must have a column {label_column!r} with class indices, got "
+        f"{getattr(dataset, 'column_names', None) or [*dataset[0]]}."
+    )
+
+
+def class_names_of(dataset: Any, label_column: str) -> list[str]:
+    """The names that a data set has for its class indices; none if it has none."""
+    features = getattr(dataset, "features", None) or {}
+    columns = (label_column, "label", "labels")
+    names = [getattr(features.get(name), "names", None) for name in columns]
+    return next((list(found) for found in names if found), [])
 
 
 def check_order(
-    names: Sequence[str] | None, class_names: Sequence[str] | None, argument: str
+    names: Sequence[str], class_names: Sequence[str] | None, argument: str
 ) -> None:
     """Raise ValueError if the data set and the model number the same classes differently."""
-    known = list(class_names or ())
-    for index, name in enumerate(names or ()):
-        if name in known and known.index(name) != index:
+    known = {name: index for index, name in enumerate(class_names or ())}
+    for index, name in enumerate(names):
+        if known.get(name, index) != index:
             raise ValueError(
-                f"`{argument}` has the class {name!r} at index {index}, the model at {known.index(name)}: make the "
+                f"`{argument}` has the class {name!r} at index {index}, the model at {known[name]}: make the "
                 "classifier from the texts of this data set, in its order."
             )
 
@@ -160,10 +139,8 @@ def check_collator(collator: Callable[[list[Any]], Any], data: dict[str, Any]) -
 
 def read_groups(dataset: Any) -> Tensor | None:
     """The `group` (n,) of each image, by which near-duplicates stay together; None if the data set has none."""
-    if "group" not in (getattr(dataset, "column_names", None) or ()):
-        return None
-    values = list(dataset.with_format(None)["group"])
-    if all(value is None for value in values):
+    values = column_of(dataset, "group") if hasattr(dataset, "with_format") else None
+    if values is None or all(value is None for value in values):
         return None
     # An image without a group is one of its own.
     names = [row if value is None else str(value) for row, value in enumerate(values)]
@@ -183,21 +160,20 @@ def read_training_labels(
         ValueError: They are needed for the loss and cannot be known, or the labels of a data set are wrong.
     """
     column = getattr(collator, "label_column", "label")
-    classifier = next(
-        (m for m in model.modules() if isinstance(m, SageClassifier)), None
-    )
+    classifiers = [m for m in model.modules() if isinstance(m, SageClassifier)]
     num_classes = getattr(getattr(model, "config", None), "num_labels", None)
-    if classifier is not None:
-        num_classes = len(classifier.text_embeds)
+    if classifiers:
+        num_classes = len(classifiers[0].text_embeds)
     for name, dataset in data.items():
         names = class_names_of(dataset, column)
-        if classifier is not None:
-            check_order(names, classifier.class_names, name)
-        num_classes = num_classes or (len(names) if names else None)
-        if name != "train_dataset" and is_table_of_datasets(dataset):
+        if classifiers:
+            check_order(names, classifiers[0].class_names, name)
+        num_classes = num_classes or len(names) or None
+        if name != "train_dataset" and hasattr(dataset, "with_format"):
             read_labels(dataset, name, column, num_classes)
+    unknown = torch.zeros(0, dtype=torch.int64)
     if "train_dataset" not in data:
-        return None, torch.zeros(0, dtype=torch.int64)
+        return None, unknown
     try:
         labels = read_labels(
             data["train_dataset"], "train_dataset", column, num_classes
@@ -205,6 +181,5 @@ def read_training_labels(
     except ValueError:
         if compute_loss_func is None:
             raise
-        return None, torch.zeros(0, dtype=torch.int64)
-    counts = torch.bincount(labels, minlength=num_classes or 0)
-    return counts.tolist(), labels
+        return None, unknown
+    return torch.bincount(labels, minlength=num_classes or 0).tolist(), labels

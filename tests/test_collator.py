@@ -66,13 +66,11 @@ def test_pixels_are_those_of_the_image_processor(processor, tmp_path):
     pixels = collate.prepare(given)
     assert pixels.dtype == torch.uint8 and collate.size == pixels.shape[-2:]
     torch.testing.assert_close(collate.finish(pixels), expected, atol=1e-5, rtol=0)
-    kept = [
-        {"pixels": one, "labels": 1, "base_image_embeds": one[0, 0]} for one in pixels
-    ]
-    batch = collate(kept)
-    torch.testing.assert_close(batch["pixel_values"], expected, atol=1e-5, rtol=0)
+    more = [{"base_image_embeds": torch.ones(16), **item} for item in as_dicts]
+    batch = collate.collate_pixels(more)
+    assert torch.equal(batch["pixels"], pixels)
     assert batch["base_image_embeds"].shape == (len(given), 16)
-    assert batch.keys() == {"pixel_values", "labels", "base_image_embeds"}
+    assert batch.keys() == {"pixels", "labels", "base_image_embeds"}
 
 
 def test_what_a_data_set_has_transformed_is_stacked():
@@ -87,15 +85,11 @@ def test_crops_and_flips_are_random_in_training_only():
     collate = ImageCollator(PROCESSOR, "crop-flip")
     pixels = collate.prepare(pictures())
     plain = ImageCollator(PROCESSOR)(items())["pixel_values"]
-    kept = [{"pixels": one} for one in pixels]
-    drawn = []
-    for given in (items(), kept, items()):
-        if given is not kept:
-            torch.manual_seed(0)
-        drawn.append(collate(given)["pixel_values"])
-    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
     torch.manual_seed(0)
-    assert torch.equal(collate(kept)["pixel_values"], drawn[0])
+    drawn = collate(items())["pixel_values"]
+    assert not torch.equal(collate.finish(pixels), drawn)
+    torch.manual_seed(0)
+    assert torch.equal(collate.finish(pixels), drawn)
     assert torch.equal(collate.eval()(items())["pixel_values"], plain)
     assert not torch.equal(collate.train()(items())["pixel_values"], plain)
     whole = ImageCollator(PROCESSOR, "crop-flip", crop_scale=1.0)
@@ -111,7 +105,8 @@ def test_a_function_augments_the_original_picture():
         return Image.new("RGB", picture.size, "white")
 
     collate = ImageCollator(PROCESSOR, augment)
-    assert collate.needs_pictures
+    assert not collate.makes_pixels and collate.eval().makes_pixels
+    collate.train()
     assert collate(items())["pixel_values"].amin() > 1
     assert seen == [picture.size for picture in pictures()]
     patches = Siglip2ImageProcessorPil(patch_size=8, max_num_patches=4)
@@ -149,10 +144,6 @@ def test_five_crops_are_the_centre_and_the_corners_of_the_enlarged_image():
         (lambda: ImageCollator(None)(pictures()), "`image_processor` is needed"),
         (lambda: ImageCollator(PROCESSOR)([]), "`items` is empty"),
         (lambda: ImageCollator(PROCESSOR)([{"img": 1}]), "`image_column` names"),
-        (
-            lambda: ImageCollator(PROCESSOR, lambda x: x)([{"pixels": 1}]),
-            "`augment` needs the original",
-        ),
         (lambda: ImageCollator(PROCESSOR).prepare([], crops=3), "`crops` must be"),
     ],
 )

@@ -190,24 +190,16 @@ def test_the_result_is_unit_rows_of_float32_whatever_comes_in():
     torch.testing.assert_close(pooled.norm(dim=1), torch.ones(7))
 
 
-def test_every_row_is_nearer_to_its_mean_than_to_the_start_and_the_means_are_those_of_their_rows():
-    rows, _ = grouped(spread=0.4)
-    start, pooled = (
-        pool_guidance(rows, 9, iterations=1),
-        pool_guidance(rows, 9, iterations=100),
-    )
-    assert (rows @ pooled.T).amax(1).mean() > (rows @ start.T).amax(1).mean()
+def test_every_row_is_near_to_its_mean_and_the_means_are_those_of_their_rows():
+    rows, directions = grouped(spread=0.4)
+    pooled = pool_guidance(rows, 9)
+    assert torch.equal(pool_guidance(rows, 9), pooled)
+    assert (rows @ pooled.T).amax(1).mean() > (rows @ rows[:9].T).amax(1).mean()
     nearest = (rows @ pooled.T).argmax(1)
     for group in nearest.unique():  # a fixed point of k-means
         torch.testing.assert_close(
             pooled[group], F.normalize(rows[nearest == group].sum(0), dim=0)
         )
-
-
-def test_the_same_rows_give_the_same_result_and_another_seed_another():
-    rows, _ = grouped(spread=0.5)
-    assert torch.equal(pool_guidance(rows, 5), pool_guidance(rows, 5))
-    assert not torch.equal(pool_guidance(rows, 5), pool_guidance(rows, 5, seed=1))
 
 
 @pytest.mark.parametrize(

@@ -226,18 +226,13 @@ def test_guidance_rows_limit_every_source(clip_dir, pixel_values, tmp_path):
         clip, AutoTokenizer.from_pretrained(clip_dir), names
     )
     assert torch.equal(guidance_of(model), pool_guidance(rows, 64))
-    assert (
-        config.num_classes == 70
-        and config.guidance_shape == [64, 16]
-        and len(config.row_names) == 64
-    )
+    assert config.num_classes == 70 and config.guidance_shape == [64, 16]
     model.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(
         type(clip).from_pretrained(clip_dir).eval(), tmp_path / "adapter"
     )
     assert torch.equal(features(again, pixel_values), features(model, pixel_values))
     assert again.peft_config["default"].num_classes == 70
-    assert again.peft_config["default"].row_names == config.row_names
 
     model.set_guidance(rows[:40])
     torch.testing.assert_close(guidance_of(model), rows[:40])

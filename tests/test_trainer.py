@@ -475,7 +475,7 @@ class DropsLabels:
         (
             {"train_dataset": [{"pixel_values": 0, "labels": 3}]},
             ValueError,
-            "class indices below 3 in 'labels', got 3 in row 0",
+            r"`labels` of `train_dataset\[0\]` must be an integer, .* most 2, got 3",
         ),
         (
             {"train_dataset": TRAIN.select([])},
