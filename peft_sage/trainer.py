@@ -2,9 +2,7 @@
 """The whole recipe over transformers' Trainer."""
 
 import copy
-import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -14,10 +12,9 @@ from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
 from peft import PeftConfig
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import EvalPrediction, Trainer, TrainerCallback, set_seed
+from transformers import EvalPrediction, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
@@ -29,15 +26,8 @@ from .classifier import SageClassifier
 from .collator import ImageCollator
 from .loss import SageLoss
 from .optimization import parameter_groups
-from .run_files import (
-    SETTINGS_FILE,
-    check_checkpoint,
-    fingerprint,
-    latest_checkpoint,
-    load_text_prior,
-    run_settings,
-    save_text_prior,
-)
+from .resumable_trainer import ResumableTrainer
+from .run_files import fingerprint, load_text_prior, run_settings
 from .text_prior import TextPrior, choose_text_prior
 from .training_callbacks import ScheduleCallback, TrainingBar
 from .training_checks import (
@@ -57,7 +47,7 @@ PUSHED_FILES = ["adapter_*", "README.md", "preprocessor_config.json", "*.png"]
 PUSHED_FILES += ["model.safetensors", "results.json"]
 
 
-class SageTrainer(Trainer):
+class SageTrainer(ResumableTrainer):
     """Train a [`SageClassifier`] on long-tailed images: transformers' Trainer with a recipe where nothing is given.
 
         trainer = SageTrainer(model, train_dataset=photos.train, eval_dataset=photos.validation)
@@ -124,16 +114,16 @@ class SageTrainer(Trainer):
         processor = processor or getattr(self.classifier, "image_processor", None)
         data = map_style_data(train_dataset, eval_dataset)
         collator = data_collator or default_collator(args, processor, data)
-        self._read_data(model, args, data, collator, compute_loss_func)
+        self._read_data(model, data, collator, compute_loss_func)
         self._set_loss(args, compute_loss_func)
-        args = fitted_arguments(args, len(self._labels), eval_dataset)
+        self._num_images = len(data.get("train_dataset", ()))
+        args = fitted_arguments(args, self._num_images, eval_dataset)
         set_seed(args.seed)  # for the adapters that are made here
         model = wrapped_model(model, peft_config, self.classifier)
         data_of_run = fingerprint(self._labels.tolist())
-        self._settings = run_settings(args, model, data_of_run)
-        self._sampler = SeedableRandomSampler(self._labels, data_seed=args.data_seed)
+        self.settings = run_settings(args, model, data_of_run)
         self._prepared: dict[str, tuple[Any, ImageBatches]] = {}
-        schedule = ScheduleCallback(self._sampler)
+        self._schedule = ScheduleCallback()
         metrics = None if self._long_tail is None else self._long_tail.compute_metrics
         super().__init__(
             model=model,
@@ -144,7 +134,7 @@ class SageTrainer(Trainer):
             processing_class=processor if hasattr(processor, "to_dict") else None,
             compute_loss_func=compute_loss_func or self.loss,
             compute_metrics=compute_metrics or metrics,
-            callbacks=[*(callbacks or []), schedule],
+            callbacks=[*(callbacks or []), self._schedule],
             optimizers=optimizers,
             **kwargs,
         )
@@ -158,7 +148,6 @@ class SageTrainer(Trainer):
     def _read_data(
         self,
         model: nn.Module,
-        args: SageTrainingArguments,
         data: dict[str, Any],
         collator: Any,
         compute_loss_func: Any,
@@ -170,8 +159,7 @@ class SageTrainer(Trainer):
         self.class_counts, self._labels = read_training_labels(
             model, data, collator, compute_loss_func
         )
-        if not args.remove_unused_columns:
-            check_collator(self._plain, data)
+        check_collator(self._plain, data)
 
     def _set_loss(self, args: SageTrainingArguments, compute_loss_func: Any) -> None:
         self.text_prior: Any = None
@@ -192,7 +180,7 @@ class SageTrainer(Trainer):
         """What is about to be trained."""
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.model.parameters())
-        text = f"Training {trained:,} of {total:,} parameters on {len(self._labels):,} images"
+        text = f"Training {trained:,} of {total:,} parameters on {self._num_images:,} images"
         if self.text_prior is None:
             return text
         is_grouped = read_groups(self.train_dataset) is not None
@@ -207,8 +195,6 @@ class SageTrainer(Trainer):
         """The batches of a data set, decoded once for all evaluations; each role keeps those of its last data set."""
         known, batches = self._prepared.get(role, (None, None))
         if batches is None or known is not dataset:
-            if not isinstance(collator, ImageCollator):
-                collator = self._get_collator_with_removed_columns(collator)
             batches = ImageBatches(dataset, collator, crops)
             shown = self.is_local_process_zero() and not self.args.disable_tqdm
             batches.cache(self.args.cache_gib * 2**30, progress=shown)
@@ -227,9 +213,10 @@ class SageTrainer(Trainer):
         if not is_map_style(self.train_dataset):
             return super().get_train_dataloader()
         batches = self._batches("train", self.train_dataset, self.data_collator)
-        sampler: Any = self._sampler
-        if self.args.train_sampling_strategy == "sequential":
-            sampler = SequentialSampler(batches)
+        sampler: Any = SequentialSampler(batches)
+        if self.args.train_sampling_strategy != "sequential":
+            sampler = SeedableRandomSampler(batches, data_seed=self.args.data_seed)
+            self._schedule.sampler = sampler
         size = self._train_batch_size
         full = len(batches) >= size * self.args.world_size
         return self._loader(batches, batch_size=size, sampler=sampler, drop_last=full)
@@ -272,7 +259,7 @@ class SageTrainer(Trainer):
         Raises:
             ValueError: The checkpoint is not complete, or of a run with other settings or data, which are named.
         """
-        checkpoint = self._find_checkpoint(resume_from_checkpoint)
+        checkpoint = self.find_checkpoint(resume_from_checkpoint)
         if self._makes_loss:
             self._choose_text_terms(checkpoint)
         if self.args.eval_strategy != IntervalStrategy.NO:
@@ -283,20 +270,6 @@ class SageTrainer(Trainer):
         output = super().train(checkpoint, *args, **kwargs)
         self._choose_adapter_scale()
         return output
-
-    def _find_checkpoint(self, wanted: Any) -> str | None:
-        found = wanted or None
-        if wanted is True or wanted == "latest":
-            found = latest_checkpoint(self.args.output_dir)
-            if found is None and wanted is True:
-                raise ValueError(
-                    f"`resume_from_checkpoint` is True, but {self.args.output_dir!r} has no complete checkpoint."
-                )
-        # Processes may look at different moments.
-        found = broadcast_object_list([found and str(found)])[0]
-        if found is not None:
-            check_checkpoint(found, self._settings)
-        return found
 
     def _choose_text_terms(self, checkpoint: str | None) -> None:
         """Make the loss with the text prior, the guidance and what stands for absent classes."""
@@ -391,27 +364,21 @@ class SageTrainer(Trainer):
             args = self.args
             trained = cast(Any, self.model if model is None else model)
             kind, settings = self.get_optimizer_cls_and_kwargs(args, trained)
-            # Others choose the parameters themselves.
-            if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
-                groups = parameter_groups(
-                    trained, args.learning_rate, args.head_learning_rate
-                )
-                decay = {"weight_decay": args.weight_decay}
-                self.optimizer = kind([{**g, **decay} for g in groups], **settings)
+            groups = parameter_groups(
+                trained, args.learning_rate, args.head_learning_rate
+            )
+            decay = {"weight_decay": args.weight_decay}
+            self.optimizer = kind([{**g, **decay} for g in groups], **settings)
         return super().create_optimizer(model)
 
-    def training_step(
-        self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """A step, in which decoded images are augmented on their device."""
-        inputs = self._model_inputs(inputs, self.data_collator)
-        return super().training_step(model, inputs, *args, **kwargs)
-
-    def _model_inputs(self, inputs: Any, collator: Any) -> dict[str, Any]:
-        inputs = dict(self._prepare_inputs(inputs))
-        if "pixels" in inputs:
-            inputs["pixel_values"] = collator.finish(inputs.pop("pixels"))
-        return inputs
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """As in Trainer; decoded images are augmented and normalised on their device."""
+        inputs = super()._prepare_inputs(inputs)
+        if "pixels" not in inputs:
+            return inputs
+        collator: Any = self.data_collator if self.model.training else self._plain
+        pixels = inputs.pop("pixels")
+        return {**inputs, "pixel_values": collator.finish(pixels)}
 
     def prediction_step(
         self,
@@ -421,7 +388,7 @@ class SageTrainer(Trainer):
         ignore_keys: Any = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Loss, logits and labels of a batch; the logits of several crops are averaged in float32."""
-        inputs = self._model_inputs(inputs, self._plain)
+        inputs = dict(self._prepare_inputs(inputs))
         labels = inputs.pop("labels", None)
         pixels = inputs["pixel_values"]
         crops = pixels.shape[1] if pixels.ndim == 5 else 1
@@ -445,34 +412,6 @@ class SageTrainer(Trainer):
         if name in metrics and metrics[name] == self.state.best_metric:
             self.state.best_metric = None
         return super()._determine_best_metric(metrics, trial)
-
-    # Checkpoints
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint that is complete only at its end: Trainer writes its own state last."""
-        folder = Path(
-            self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"
-        )
-        try:
-            if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True)
-                settings = json.dumps(self._settings, indent=2)
-                (folder / SETTINGS_FILE).write_text(settings, encoding="utf-8")
-                save_text_prior(folder, self.text_prior)
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise OSError(
-                f"The checkpoint {str(folder)!r} could not be written: {error}. Earlier ones are whole; resume from "
-                "them with `resume_from_checkpoint`."
-            ) from error
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # The checkpoint counts as complete with what the main process writes next.
-        self.accelerator.wait_for_everyone()
 
     def push_to_hub(
         self,

@@ -14,14 +14,14 @@ from .arguments import EPOCHS
 class ScheduleCallback(TrainerCallback):
     """Tell the sampler its epoch, and evaluate and save about ten times where there are more epochs."""
 
-    def __init__(self, sampler: Any) -> None:
-        self.sampler = sampler
+    sampler: Any = None
 
     def on_epoch_begin(
         self, args: Any, state: TrainerState, *_: Any, **kwargs: Any
     ) -> None:
-        # Also where a run is resumed within an epoch, which Trainer does not tell a sampler below others.
-        self.sampler.set_epoch(int((state.epoch or 0) + 1e-9))
+        if self.sampler is not None:
+            # Trainer does not reach a sampler below others, as where a run is resumed within an epoch.
+            self.sampler.set_epoch(int((state.epoch or 0) + 1e-9))
 
     def on_step_end(
         self,

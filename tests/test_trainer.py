@@ -412,6 +412,14 @@ def test_trackers_and_bfloat16(tmp_path, monkeypatch):
     torch.testing.assert_close(five[0], logits.mean(dim=0), atol=0.2, rtol=0)
 
 
+def test_a_loss_of_ones_own_may_take_any_labels(tmp_path):
+    soft = [{**row, "labels": [0.2, 0.3, 0.5]} for row in tensors(TRAIN)]
+    args = arguments(tmp_path, max_steps=2)
+    trainer = SageTrainer(sage(), args, soft, compute_loss_func=cross_entropy)
+    assert trainer.train().global_step == 2
+    assert len(SageTrainer(sage(), args).predict(VALIDATION).predictions) == 9
+
+
 def test_what_is_given_wins(tmp_path):
     class Collator:
         def __call__(self, items):
