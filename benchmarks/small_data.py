@@ -40,7 +40,7 @@ from .markdown import markdown_table
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "finetune.py"
 SCORES = ("overall", "macro", "many", "medium", "few")
-LIFT = ["--method", "adaptformer", "--loss", "la"]
+LIFT = ["--method", "adaptformer", "--loss", "la", "--choose-adapter-scale", "false"]
 LEARNING_RATES = ("0.0005", "0.002", "0.005")
 TAUS = ("0.75", "1", "1.25")
 DIGITS = [
