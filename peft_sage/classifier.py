@@ -26,6 +26,7 @@ from .prediction import best_classes, fit_temperature, make_batches
 from .saving import (
     Saved,
     absolute,
+    has_changed,
     hub_arguments,
     load_if_any,
     load_model,
@@ -252,11 +253,8 @@ class SageClassifier(nn.Module, PushToHubMixin):
             ValueError: `folder` is a file, or the tower is not the base model's any more: it was trained, or adapters
                 were merged into it.
         """
-        now = sample_weights(self.model)
-        if not getattr(self, "peft_config", None) and any(
-            name in now and not torch.equal(values.to(now[name]), now[name])
-            for name, values in self._base_samples.items()
-        ):
+        has_adapters = getattr(self, "peft_config", None)
+        if not has_adapters and has_changed(self.model, self._base_samples):
             raise ValueError(
                 "The tower has other weights than its base model, and only the head would be saved: save before "
                 "`merge_and_unload`, which may follow `from_pretrained`, or save `state_dict()` yourself."

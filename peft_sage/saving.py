@@ -210,3 +210,12 @@ def sample_weights(model: nn.Module) -> dict[str, Tensor]:
             every = 1 + weight.numel() // 8
             samples[name] = weight.detach().flatten()[::every].cpu().clone()
     return samples
+
+
+def has_changed(model: nn.Module, samples: dict[str, Tensor]) -> bool:
+    """Whether a model has other weights than when [`sample_weights`] took these."""
+    now = sample_weights(model)
+    return any(
+        name in now and not torch.equal(values.to(now[name]), now[name])
+        for name, values in samples.items()
+    )

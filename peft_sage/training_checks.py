@@ -94,6 +94,7 @@ def read_labels(
         values = column_of(dataset, name)
         if values is not None:
             highest = inf if num_classes is None else num_classes - 1
+            # The message has backticks around the whole, and so around both names.
             labels = [
                 check_integer(f"{name}` of `{argument}[{row}]", value, 0, highest)
                 for row, value in enumerate(values)

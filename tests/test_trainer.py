@@ -26,7 +26,7 @@ from peft_sage import (
     SageTrainingArguments,
 )
 from peft_sage.adapter_scale import TOLERANCE
-from peft_sage.run_files import is_complete, latest_checkpoint
+from peft_sage.run_files import check_saved_model, is_complete, latest_checkpoint
 from tests.conftest import tiny_clip
 
 
@@ -159,6 +159,23 @@ def test_the_adapters_are_halved_unless_validation_images_lose(half, kept, tmp_p
     with torch.no_grad():
         answers = loaded(pixel_values=pixels).logits
     torch.testing.assert_close(answers, logits[[*scores].index(kept)])
+
+
+def test_what_was_saved_is_compared_by_its_scores(tmp_path, capsys):
+    """Classes that are alike may change places; another model is refused."""
+    alike = TEXTS[[0, 0, 1]]
+    model = SageClassifier(tiny_clip(), alike, NAMES, image_processor=processor())
+    model.name_or_path = str(tmp_path / "clip")
+    model.model.save_pretrained(model.name_or_path)
+    model.save_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        model.head.weight[0] += 1e-6 * TEXTS[2]
+    check_saved_model(model, tmp_path / "saved", VALIDATION)
+    assert "predicts the same for 9 test images" in capsys.readouterr().out
+    with torch.no_grad():
+        model.head.weight.copy_(model.head.weight.roll(1, dims=0))
+    with pytest.raises(RuntimeError, match="sees image 0 differently"):
+        check_saved_model(model, tmp_path / "saved", VALIDATION)
 
 
 def test_without_validation_images_the_adapters_are_kept(tmp_path):

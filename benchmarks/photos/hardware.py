@@ -1,15 +1,13 @@
 """What the machine computes on, and in which number format."""
 
-from pathlib import Path
-
 import torch
+
+from peft_sage import arguments
 
 
 def has_fast_bfloat16() -> bool:
     """Whether this machine computes in bfloat16 faster than in float32."""
-    info = Path("/proc/cpuinfo")
-    flags = info.read_text() if info.exists() else ""
-    return torch.cuda.is_available() or "avx512_bf16" in flags or "amx_bf16" in flags
+    return torch.cuda.is_available() or arguments.has_fast_bfloat16()
 
 
 def device() -> torch.device:
