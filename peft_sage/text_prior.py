@@ -93,7 +93,7 @@ def choose_text_prior(
     [`SageLoss`]. Chosen is the strength with the best balanced accuracy on the held-out images. If there are classes
     without images, further folds treat a fifth of the others as absent. These are given a count of one at the chosen
     strength, 0.1 at the next, or are left out of the softmax at the one after it: what is best for the accuracy over
-    absent and present classes in the proportion in which they will be met.
+    absent and present classes in the proportion in which they will be met. A single strength is kept for all three.
 
     Args:
         features: (n, e) image embeddings of the frozen tower, on any device.
@@ -122,7 +122,8 @@ def choose_text_prior(
     scores = _balanced(correct.where(sample.fold >= 0, torch.nan), sample.labels)
     best = int(scores.argmax())
     missing = int((counts == 0).sum()) / len(counts)
-    strength, absent = _choose_absent(sample, strengths[best:], missing, rng)
+    stronger = strengths[best:] if len(strengths) > 1 else 3 * strengths
+    strength, absent = _choose_absent(sample, stronger, missing, rng)
     label_probability = torch.full(labels.shape, torch.nan)
     label_probability[sample.images] = probability[best]
     predicted_label = torch.full(labels.shape, -1)
@@ -236,7 +237,7 @@ def _draw(
     fold = _folds(own, groups[images], folds, rng)
     if not (fold >= 0).any():
         raise ValueError(
-            "`labels` must have a class with two images (or groups) to hold out; give a text prior."
+            "`labels` must have a class with two images (or groups) to hold out; give `text_prior` and `absent`."
         )
     return _Sample(
         images,

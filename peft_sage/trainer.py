@@ -289,7 +289,6 @@ class SageTrainer(ResumableTrainer):
             self.base_image_embeds = self._embed_training_images()
         if chooses:
             self.text_prior = load_text_prior(checkpoint) or self._choose_text_prior()
-        if prior == "auto":
             prior = self.text_prior.strength
         guidance = GUIDANCE_SHARE * prior if guidance == "auto" else guidance
         terms: dict[str, Any] = {"text_prior": prior, "text_guidance": guidance}
@@ -336,6 +335,8 @@ class SageTrainer(ResumableTrainer):
     def _choose_text_prior(self) -> TextPrior:
         """The choice of one process, as on a GPU two might not come to the same."""
         chosen = None
+        fixed = self.args.text_prior
+        tried: Any = {} if fixed == "auto" else {"strengths": [fixed]}
         if self.is_world_process_zero():
             chosen = choose_text_prior(
                 self.base_image_embeds.to(self.args.device),
@@ -343,6 +344,7 @@ class SageTrainer(ResumableTrainer):
                 self.classifier.text_embeds,
                 seed=self.args.seed,
                 groups=read_groups(self.train_dataset),
+                **tried,
             )
         return broadcast_object_list([chosen])[0]
 

@@ -103,6 +103,8 @@ def test_absent_classes_are_given_a_place_by_the_data():
     assert "classes without images" in str(true)
     assert false.strength <= 1 and false.absent == 1
     assert "classes without images" not in str(false)
+    fixed = choose_text_prior(*make_bed(counts, "true"), strengths=(1,))
+    assert fixed.strength == 1 and fixed.absent != 1
     # Without such classes there is nothing to choose.
     assert choose_text_prior(*make_bed(COUNTS, "true")).absent == 1
     # Left out of the softmax, with no prior, they stay at their texts.

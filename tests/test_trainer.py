@@ -211,12 +211,16 @@ def test_the_text_terms_are_chosen_by_the_data(tmp_path):
         grouped.train()
 
 
-def test_absent_classes_are_classes(tmp_path):
-    trainer = SageTrainer(
-        sage(), arguments(tmp_path, num_train_epochs=1), pictures([12, 0, 3])
-    )
+@pytest.mark.parametrize("given", [{}, {"text_prior": 2}], ids=["auto", "given"])
+def test_absent_classes_are_classes(given, tmp_path):
+    args = arguments(tmp_path, num_train_epochs=1, **given)
+    trainer = SageTrainer(sage(), args, pictures([12, 0, 3]))
     trainer.train()
     assert trainer.class_counts == [12, 0, 3]
+    assert len(trainer.text_prior.scores) == (1 if given else 6)
+    assert trainer.loss.text_prior == given.get(
+        "text_prior", trainer.text_prior.strength
+    )
     assert trainer.loss.absent == trainer.text_prior.absent
     assert "eval_none" in trainer.evaluate(VALIDATION)
 
