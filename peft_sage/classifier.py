@@ -167,6 +167,7 @@ class SageClassifier(nn.Module, PushToHubMixin):
                 folder of an adapter.
         """
         texts = read_class_descriptions(classes)
+        warn_of_alike(texts)
         hub = hub_arguments(kwargs) | {"revision": revision}
         if not isinstance(model, nn.Module):
             refuse_adapter(model, **hub)
@@ -441,6 +442,7 @@ class SageClassifier(nn.Module, PushToHubMixin):
             head.set_rows(rows.to(head.weight), None)
         else:
             texts = read_class_descriptions(classes)
+            warn_of_alike(texts)
             rows = self._encode(texts, templates)
             head.set_classes(list(texts), rows, keep_texts=not isinstance(texts, dict))
         self._update_guidance()

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any, cast
 
 
-#: Names of classes that `load_images` has warned of.
-WARNED: list[list[str]] = []
 #: Used for classes that have only a name.
 DEFAULT_TEMPLATES = ["a photo of a {}."]
 
@@ -39,7 +37,7 @@ def read_class_descriptions(
 
     Returns:
         Class names, or a dictionary from class name to texts, without white space around them. Others than
-        `class_names` are left out with a warning; one also names classes that may be one, such as "Owl" and "owl".
+        `class_names` are left out with a warning.
 
     Raises:
         TypeError, ValueError: The source has none of these shapes, or a file cannot be read or names a class twice, a
@@ -67,8 +65,6 @@ def read_class_descriptions(
             f"{where} must have class names: a list of str or a dictionary, got a list of lists."
         )
     names = _stripped(names, where)
-    if class_names is None and names not in WARNED:
-        warn_of_alike(names)
     has_texts = not isinstance(texts[0], str)
     texts = [[t.strip() for t in entry] for entry in texts] if has_texts else names
     if class_names is not None:
@@ -78,7 +74,7 @@ def read_class_descriptions(
 
 
 def warn_of_alike(names: Iterable[str]) -> None:
-    """Warn of class names that differ only in case, spaces, `_`, `-` or Unicode form, by name."""
+    """Warn of class names that may be one, as they differ only in case, spaces, `_`, `-` or Unicode form."""
     groups: dict[str, dict[str, None]] = {}
     for name in names:
         key = unicodedata.normalize("NFKC", name).casefold()

@@ -116,6 +116,18 @@ def test_from_texts_encodes_once_and_keeps_the_names(folder, tmp_path, monkeypat
         SageClassifier.from_texts(folder, [*NAMES, "owl"], cache_dir=tmp_path / "kept")
 
 
+@pytest.mark.parametrize(
+    "pair",
+    [("Owl", "owl"), ("snowy_owl", "snowy owl"), ("caf\u00e9", "cafe\u0301")],
+)
+def test_classes_that_are_alike_are_named(pair, clip):
+    for source in ([*pair, "cow"], dict.fromkeys(["cow", *pair], "a text")):
+        with pytest.warns(UserWarning, match=f"alike .*: '{pair[0]}' and '{pair[1]}'"):
+            model = SageClassifier.from_texts(clip, source, tokenizer=byte_tokenizer())
+        with pytest.warns(UserWarning, match="alike"):
+            model.set_classes(source)
+
+
 def test_output_in_training_has_what_the_loss_needs_and_in_evaluation_only_logits(
     clip, pixel_values
 ):

@@ -180,13 +180,3 @@ def test_white_space_is_no_part_of_a_class(tmp_path):
         with pytest.raises(ValueError, match="'owl ' and 'owl', which differ only in"):
             read_class_descriptions(source)
     assert read_class_descriptions(np.array(["owl", "cow"])) == ["owl", "cow"]
-
-
-@pytest.mark.parametrize(
-    "pair",
-    [("Owl", "owl"), ("snowy_owl", "snowy owl"), ("caf\u00e9", "cafe\u0301")],
-)
-def test_classes_that_are_alike_are_named(pair):
-    for source in ([*pair, "cow"], dict.fromkeys(["cow", *pair], "a text")):
-        with pytest.warns(UserWarning, match=f"alike .*: '{pair[0]}' and '{pair[1]}'"):
-            assert len(read_class_descriptions(source)) == 3

@@ -2,7 +2,6 @@
 """From what a user has to `ImageData`: read, check, draw missing splits, number the classes."""
 
 import os
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, DatasetDict, Image, load_from_disk
 
-from ..descriptions import WARNED, read_class_descriptions, tidy, warn_of_alike
+from ..descriptions import read_class_descriptions, tidy
 from .checks import find_unreadable, refuse_shared_files
 from .folders import find_descriptions, read_folder
 from .groups import number_groups
@@ -141,10 +140,7 @@ def _choose_classes(
         descriptions = find_descriptions(request.root)
     described: Any = []
     if descriptions is not None:
-        with warnings.catch_warnings():
-            # Of names that are alike one is told below, once.
-            warnings.filterwarnings("ignore", "Classes whose names are alike")
-            described = read_class_descriptions(descriptions)
+        described = read_class_descriptions(descriptions)
     ordered: list[str] = []
     written: dict[str, Any] = (
         described if isinstance(described, dict) else dict.fromkeys(described)
@@ -166,8 +162,6 @@ def _choose_classes(
             f"Column {request.label_column!r} has {found}, which cannot be matched."
         )
     names = [*dict.fromkeys(ordered + sorted(others, key=natural_key))]
-    warn_of_alike(names)
-    WARNED.append(names)
     if not isinstance(described, dict):
         return names, names
     if missing := [name for name in names if name not in written]:
