@@ -213,9 +213,10 @@ def sample_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def has_changed(model: nn.Module, samples: dict[str, Tensor]) -> bool:
-    """Whether a model has other weights than when [`sample_weights`] took these."""
-    now = sample_weights(model)
-    return any(
-        name in now and not torch.equal(values.to(now[name]), now[name])
-        for name, values in samples.items()
-    )
+    """Whether a model has other weights than when [`sample_weights`] took these; a cast, and back, changes none."""
+    for name, weight in sample_weights(model).items():
+        before = samples.get(name, weight)
+        types = before.dtype, torch.bfloat16, torch.float16
+        if not any(torch.equal(before.to(t).to(weight), weight) for t in types):
+            return True
+    return False

@@ -244,8 +244,9 @@ def test_a_tower_that_was_merged_is_not_lost_in_silence(folder, tmp_path, method
     classifier = SageClassifier.from_texts(folder, NAMES)
     model = trained(get_peft_model(classifier, CONFIGS[method]))
     if method == "lora":
-        model.unload().half().save_pretrained(tmp_path / "half")
-        model = trained(get_peft_model(classifier.float(), CONFIGS[method]))
+        model.unload().bfloat16().save_pretrained(tmp_path / "cast")
+        classifier.float().save_pretrained(tmp_path / "and_back")
+        model = trained(get_peft_model(classifier, CONFIGS[method]))
         with pytest.raises(ValueError, match="save before `merge_and_unload`"):
             model.merge_and_unload().save_pretrained(tmp_path / "merged")
         assert not (tmp_path / "merged").exists()
