@@ -37,15 +37,15 @@ def adapter_outputs(model: nn.Module) -> list[Tensor]:
 
 @torch.no_grad()
 def choose_adapter_scale(
-    outputs: Sequence[Tensor], score: Callable[[], float]
+    outputs: Sequence[Tensor], whole: float, score: Callable[[], float]
 ) -> AdapterScale:
     """Halve the adapters' update in place, unless the score falls by more than half a point.
 
     Args:
         outputs: [`adapter_outputs`] of the model.
-        score: Evaluates the model as it is, in [0, 1]; higher is better.
+        whole: The score of the model as it is, in [0, 1]; higher is better.
+        score: Evaluates the model.
     """
-    whole = score()
     for weights in outputs:
         weights.mul_(0.5)
     half = score()

@@ -311,13 +311,19 @@ class SageTrainer(ResumableTrainer):
         divided = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if not outputs or divided or isinstance(self.eval_dataset, dict):
             return
-        metric = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+        metric = f"test_{args.metric_for_best_model.removeprefix('eval_')}"
 
         def score() -> float:
-            evaluation = self.predict(self.eval_dataset, metric_key_prefix="eval")
-            return cast(Any, evaluation.metrics)[metric]
+            return cast(Any, self.predict(self.eval_dataset).metrics)[metric]
 
-        self.adapter_scale = choose_adapter_scale(outputs, score)
+        # The kept epoch's score, unless another checkpoint is loaded or a callback of one's own may have changed it.
+        state = self.state
+        kept = Path(state.best_model_checkpoint or "")
+        is_best = kept.is_dir() and kept.name == f"checkpoint-{state.best_global_step}"
+        callbacks = {type(c).__module__ for c in self.callback_handler.callbacks}
+        is_best &= all(m.startswith(("transformers.", "peft_sage.")) for m in callbacks)
+        whole = cast(float, state.best_metric) if is_best else score()
+        self.adapter_scale = choose_adapter_scale(outputs, whole, score)
 
     def _embed_training_images(self) -> Tensor:
         batches = self._batches("train", self.train_dataset, self.data_collator)
