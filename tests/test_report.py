@@ -235,6 +235,8 @@ def test_the_page_of_a_run(run):
         assert value in unescape(page)
     assert re.search(r"colour_\d/\d\.png", page) and "Validation accuracy" in page
     assert f"{100 * results.adapter_scale:g}% of the adapters' update is kept" in page
+    absent = f"images: 1 of 4, accuracy {results.trained.none:.1f}%"
+    assert absent in page and "better descriptions" in page
     assert 'src="http' not in page and str(folder.parent) not in page
 
 

@@ -40,7 +40,8 @@ class Page:
         self.num_right = self._per_class(self.right)
         order = np.argsort(-self.confidences, kind="stable")
         #: Wrong answers, most confident first.
-        self.wrong = order[~self.right[order]]
+        is_wrong = ~self.right[order]
+        self.wrong = order[is_wrong]
         _, right_before = results.zero_shot.answers(results.labels)
         self.gained = self.right & ~right_before
         self.lost = ~self.right & right_before
@@ -49,13 +50,15 @@ class Page:
         """Return the figures of a class."""
         right = self.num_right[k]
         tested = self.tested[k]
+        before = self.results.zero_shot.per_class
+        after = self.results.trained.per_class
         return {
             "name": self.names[k],
             "count": self.results.class_counts[k],
             "tested": tested,
             "right": right,
-            "before": self.results.zero_shot.per_class[k],
-            "accuracy": self.results.trained.per_class[k],
+            "before": before[k],
+            "accuracy": after[k],
             "interval": wilson_interval(right, max(1, tested)),
         }
 
@@ -96,7 +99,9 @@ class Page:
 
     def mistakes(self, k: int) -> list[int]:
         """Return the test images of a class that are taken for others."""
-        return [i for i in self.wrong if self.labels[i] == k]
+        labels = self.labels[self.wrong]
+        images = self.wrong[labels == k]
+        return images.tolist()
 
     def taken_for(self, k: int) -> list[tuple[str, int]]:
         """Return what a class is taken for most often, and how often."""
@@ -147,5 +152,6 @@ class Page:
     def _per_class(self, counted: np.ndarray) -> list[int]:
         """Return the number of counted test images of each class."""
         labels = self.labels[counted]
-        numbers = np.bincount(labels, minlength=len(self.names))
+        classes = len(self.names)
+        numbers = np.bincount(labels, minlength=classes)
         return numbers.tolist()

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import torch
+from numpy import ndarray
 from scipy.special import expit, logit
 from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
@@ -45,7 +46,7 @@ def paired_difference_interval(
     return low, high
 
 
-def calibration_error(confidences: np.ndarray, right: np.ndarray) -> float:
+def calibration_error(confidences: ndarray, right: ndarray) -> float:
     """Return the expected calibration error over 15 bins (Guo et al. 2017, arXiv 1706.04599)."""
     scores = torch.as_tensor(confidences)
     truth = torch.as_tensor(right).int()
@@ -53,8 +54,8 @@ def calibration_error(confidences: np.ndarray, right: np.ndarray) -> float:
 
 
 def accuracy_by_coverage(
-    confidences: np.ndarray, right: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    confidences: ndarray, right: ndarray
+) -> tuple[ndarray, ndarray, ndarray]:
     """Return falling thresholds of the confidence, the share of images at or above each, and the accuracy on these."""
     order = np.argsort(-confidences, kind="stable")
     falling = confidences[order]
@@ -69,7 +70,7 @@ def accuracy_by_coverage(
 
 
 def confidence_threshold(
-    confidences: np.ndarray, right: np.ndarray, accuracy: float = 0.95
+    confidences: ndarray, right: ndarray, accuracy: float = 0.95
 ) -> float | None:
     """Return the lowest confidence at or above which `accuracy` of the answers are right; None if there is none."""
     thresholds, _, accuracies = accuracy_by_coverage(confidences, right)
@@ -80,8 +81,8 @@ def confidence_threshold(
 
 
 def expected_gains(
-    counts: np.ndarray, right: np.ndarray, tested: np.ndarray
-) -> tuple[int, np.ndarray]:
+    counts: ndarray, right: ndarray, tested: ndarray
+) -> tuple[int, ndarray]:
     """Estimate what each class would gain from as many further training images as the median class has.
 
     A logistic regression of the accuracies on the logarithm of the number of training images gives how fast accuracy
@@ -97,7 +98,8 @@ def expected_gains(
         The number of further images, and the gains (K,) in points; 0 if accuracy does not rise with the number of
         images, and for classes without test images.
     """
-    extra = max(1, int(np.median(counts)))
+    median = int(np.median(counts))
+    extra = max(1, median)
     images = np.log1p(counts)
     rise = np.log1p(counts + extra) - images
     # Classes without images are answered from their texts, which says nothing about the effect of images.
@@ -113,7 +115,8 @@ def expected_gains(
     inputs = inputs.reshape(-1, 1)
     regression.fit(inputs, outcomes, weights)
     slope = max(0.0, regression.coef_[0, 0])
-    probabilities = regression.predict_proba(images.reshape(-1, 1))
+    inputs = images.reshape(-1, 1)
+    probabilities = regression.predict_proba(inputs)
     fitted = probabilities[:, 1]
     level = (right + 4 * fitted) / (tested + 4)
     higher = logit(level) + slope * rise
