@@ -27,7 +27,6 @@ from .blocks import autocast, in_batches, load_fast_tower
 from .data import SPLITS, Data, tower_inputs
 
 
-BATCH_SIZE = 128
 HEAD_STEPS, HEAD_BATCH_SIZE = 600, 256
 SCALE = 25.0  # Of the cosines of every trained head.
 SCORES = ("overall", "macro", "many", "medium", "few", "none")
@@ -59,6 +58,7 @@ class Settings:
     blocks: float = 0.5
     r: int = 16
     epochs: int = 10
+    batch_size: int = 128
     #: Of the head: texts, or trained on the frozen embeddings.
     start: str = "texts"
     #: How many of the 40 rarest classes lose their images.
@@ -215,10 +215,11 @@ def train_tower(settings: Settings, data: Data, seed: int) -> dict[str, Any]:
         }
         for head, lr in enumerate(settings.rates)
     ]
-    steps = settings.epochs * math.ceil(len(data.labels) / BATCH_SIZE)
+    steps = settings.epochs * math.ceil(len(data.labels) / settings.batch_size)
 
     def losses() -> Iterator[Tensor]:
-        for images, views in batches(*data.embeds.shape[:2], BATCH_SIZE, steps, seed):
+        size = settings.batch_size
+        for images, views in batches(*data.embeds.shape[:2], size, steps, seed):
             base = data.embeds[images, views if settings.view == "same" else 0]
             tokens = inputs["train"][images, views].float()
             outputs = model(tokens, base_image_embeds=base)
