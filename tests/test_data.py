@@ -453,6 +453,47 @@ def test_data_sets_of_datasets(monkeypatch, tmp_path):
         load_images(datasets.DatasetDict(train=data, test=unlabelled), **columns)
 
 
+@pytest.mark.parametrize("layout", ["a", "b", "c", "d", "e"])
+def test_layouts_with_the_split_in_a_folders_name(tmp_path, layout):
+    labels = {"train": ["owl", "cow", "owl"], "test": ["owl", "cow"]}
+    rows = []
+    for split, names in labels.items():
+        for number, name in enumerate(names):
+            file = f"{split}/{number}.png"
+            draw(tmp_path / file, number)
+            rows.append({"file_name": file, "label": name, "split": split})
+
+    def write(path, rows):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    for split, names in labels.items():
+        of_split = [row for row in rows if row["split"] == split]
+        inside = [{**row, "file_name": row["file_name"][-5:]} for row in of_split]
+        if layout == "a":
+            write(tmp_path / split / "metadata.jsonl", inside)
+        elif layout == "b":
+            pairs = [(row["file_name"], row["label"]) for row in inside]
+            write_list(tmp_path / split / "metadata.csv", pairs)
+        elif layout == "c":
+            write(tmp_path / f"{split}.jsonl", of_split)
+        elif layout == "d":
+            write_parquet(tmp_path / split / "0000.parquet", names)
+    if layout == "e":
+        of_all = ["\t".join(row) for row in [rows[0], *map(dict.values, rows)]]
+        (tmp_path / "all.tsv").write_text("\n".join(of_all).replace("split", "part"))
+    expected = {
+        split: Counter((name, colour(number)) for number, name in enumerate(names))
+        for split, names in labels.items()
+    }
+    assert content(load_images(tmp_path)) == expected
+
+
+def test_lines_that_are_not_json(tmp_path):
+    (tmp_path / "all.jsonl").write_text('{"file_name": "a.png", "label": "a"}\n[1')
+    with pytest.raises(ValueError, match="all.jsonl': line 2 is not a JSON object"):
+        load_images(tmp_path / "all.jsonl")
+
+
 # Pictures
 
 

@@ -17,11 +17,13 @@ from ..pictures import is_image_name, is_shown
 from .labels import NAMES
 from .splits import match_splits
 from .table import Request, Table, images_of_files, preview
-from .tables import has_columns, is_parquet, read_table
+from .tables import LISTS, has_columns, is_parquet, read_table
 
 
 #: Texts of the classes, which are no table of images.
 DESCRIPTIONS = ["descriptions.json", "descriptions.csv"]
+#: In a split's folder, the files and classes of its images, as `imagefolder` of `datasets` has them.
+METADATA = ["metadata.csv", "metadata.jsonl"]
 #: What Windows leaves in folders.
 LEFTOVERS = ["thumbs.db", "desktop.ini"]
 
@@ -32,7 +34,9 @@ def read_folder(request: Request, root: Path) -> list[Table]:
     tables = [root / name for name in files if is_table(name)]
     for name in folders:
         inner = _entries(root / name)[1]
-        tables += [root / name / file for file in inner if is_parquet(file)]
+        tables += [
+            root / name / file for file in inner if is_parquet(file) or file in METADATA
+        ]
     fitting = [path for path in tables if has_columns(request, path)]
     matched = match_splits(folders, request.splits)
     has_class_folders = "train" in matched and _entries(root / matched["train"])[0]
@@ -65,7 +69,7 @@ def read_folder(request: Request, root: Path) -> list[Table]:
 
 def is_table(name: str) -> bool:
     """Whether a file may be a table of images by its name."""
-    is_list = name.lower().endswith(".csv") and name not in DESCRIPTIONS
+    is_list = name.lower().endswith(LISTS) and name not in DESCRIPTIONS
     return is_list or is_parquet(name)
 
 
@@ -146,7 +150,11 @@ def _tables_of_splits(request: Request, paths: list[Path]) -> dict[str, list[Pat
     """Group tables by the splits that they are called after, apart from the numbers of parquet files' parts."""
     named = defaultdict(list)
     for path in paths:
-        named[re.sub(r"[-_.]\d.*", "", path.stem)].append(path)
+        # The Hub's own conversion to parquet is `train/0000.parquet`.
+        is_nameless = path.stem.isdigit() or path.name in METADATA
+        of_folder = is_nameless and path.parent != request.root
+        name = path.parent.name if of_folder else path.stem
+        named[re.sub(r"[-_.]\d.*", "", name)].append(path)
     matched = match_splits(named, request.splits)
     if "train" not in matched:
         return {}

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of images, or of the names of image files: CSV, parquet, and data sets of `datasets`."""
+"""Tables of images, or of the names of image files: CSV, JSON lines, parquet, and data sets of `datasets`."""
 
 import glob
+import json
 import os
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -11,9 +13,14 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_dataset
 from huggingface_hub import HfApi
 
-from ..descriptions import read_csv
+from ..descriptions import read_csv, read_text
 from .labels import read_labels
+from .splits import match_splits
 from .table import Request, Table, encoded, images_of_files, preview
+
+
+#: Tables of file names.
+LISTS = (".csv", ".tsv", ".jsonl")
 
 
 def is_parquet(path: str | Path) -> bool:
@@ -32,8 +39,23 @@ def has_columns(request: Request, path: Path) -> bool:
 def _header(path: Path) -> list[str]:
     if is_parquet(path):
         return pq.read_schema(path).names
-    _, first = next(read_csv(path), (0, {}))
+    _, first = next(_read_list(path), (0, {}))
     return [*first]
+
+
+def _read_list(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the rows of a table of file names, each with its line."""
+    if path.suffix.lower() != ".jsonl":
+        yield from read_csv(path)
+        return
+    for line, text in enumerate(read_text(path).split("\n"), start=1):
+        try:
+            if text.strip():
+                yield line, dict(json.loads(text))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{str(path)!r}: line {line} is not a JSON object: {error}"
+            ) from error
 
 
 def read_table(request: Request, paths: list[Path], key: str) -> list[Table]:
@@ -41,10 +63,12 @@ def read_table(request: Request, paths: list[Path], key: str) -> list[Table]:
     if is_parquet(paths[0]):
         return _read_parquet(request, paths, key)
     path = paths[0]
-    if path.suffix.lower() != ".csv":
-        raise ValueError(f"{str(path)!r} is neither a parquet nor a CSV file.")
+    if path.suffix.lower() not in LISTS:
+        raise ValueError(
+            f"{str(path)!r} is neither a parquet nor a CSV, TSV or JSON lines file."
+        )
     # Not by `datasets`, which makes a number of the class 007 and a gap of the class NA.
-    numbered = [*read_csv(path)]
+    numbered = [*_read_list(path)]
     name = repr(request.relative(path))
     if not numbered:
         raise ValueError(f"{name} has no rows.")
@@ -130,12 +154,6 @@ def read_rows(
     """
     image = request.find_image_column(data.column_names, name)
     labels, kind = read_labels(data, request.label_column, rows)
-    splits: list[str | None] = [key] * len(data)
-    if not key and "split" in data.column_names:
-        names = [str(split) for split in data.with_format(None)["split"][:]]
-        matched = request.match(sorted(set(names)))
-        keys = {split: key for key, split in matched.items()}
-        splits = [keys.get(split) for split in names]
     files = rows
     paths: list[str | None] = [None] * len(data)
     if folder is not None and "string" in getattr(data.features[image], "dtype", ""):
@@ -155,5 +173,24 @@ def read_rows(
                 f"Column {image!r} of {name}, {data.features[image]}, cannot be read as images: {error}"
             ) from error
     classes = getattr(data.features[request.label_column], "names", [])
+    splits = _splits(request, data, key, files)
     groups = request.find_groups(data)
     return Table(labels, kind, files, paths, images, splits, groups, classes, True)
+
+
+def _splits(
+    request: Request, data: Dataset, key: str, files: list[str]
+) -> list[str | None]:
+    """Return the key of each row's split, by the column `split` or by the files' first folders if these are splits."""
+    if key:
+        return [key] * len(data)
+    if "split" in data.column_names:
+        names = [str(split) for split in data.with_format(None)["split"][:]]
+        matched = request.match(sorted(set(names)))
+    else:
+        names = [Path(file).parts[0] for file in files]
+        matched = match_splits(sorted(set(names)), request.splits)
+        if not {"train", "test"} <= set(matched):
+            return [""] * len(data)
+    keys = {split: key for key, split in matched.items()}
+    return [keys.get(split) for split in names]
