@@ -9,8 +9,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import (
     CLIPVisionConfig,
@@ -32,6 +33,8 @@ from peft_sage import (
     SageClassifier,
     SageConfig,
     SageLoss,
+    SageTrainer,
+    SageTrainingArguments,
     parameter_groups,
 )
 from tests.conftest import VISION, tiny_clip
@@ -254,6 +257,28 @@ def fsdp2(folder: Path) -> None:
         torch.save((state, get_peft_model_state_dict(whole)), folder / "fsdp2.pt")
 
 
+def sharded_trainer(folder: Path) -> None:
+    """SageTrainer under FSDP2, which Accelerate leaves out on what it knows to be CPUs."""
+    arguments = SageTrainingArguments(
+        str(folder),
+        num_train_epochs=2,
+        per_device_train_batch_size=4,
+        text_prior=0.3,
+        use_cpu=True,
+        fsdp=True,
+        fsdp_config={"transformer_layer_cls_to_wrap": ["CLIPEncoderLayer"]},
+    )
+    PartialState().distributed_type = DistributedType.MULTI_GPU
+    data = make_data(24)
+    trainer = SageTrainer(make_vision_model(), arguments, data, data)
+    trainer.train()
+    assert all(isinstance(weight, DTensor) for weight in trainer.model.parameters())
+    logits = torch.as_tensor(trainer.predict(data).predictions)
+    trainer.save_model(str(folder / "sharded"))
+    if trainer.is_world_process_zero():
+        torch.save(logits, folder / "sharded" / "logits.pt")
+
+
 def deepspeed(folder: Path) -> None:
     """Gradients and optimiser states spread by ZeRO stage 2, against the whole model on the whole batch."""
     from deepspeed import init_distributed, initialize
@@ -300,6 +325,7 @@ if __name__ == "__main__":
         "trainer": train_by_trainer,
         "loss": loss_of_parts,
         "fsdp2": fsdp2,
+        "sharded_trainer": sharded_trainer,
         "deepspeed": deepspeed,
     }
     for job in sys.argv[2:]:

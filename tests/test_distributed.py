@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two and four processes on one machine, with gloo."""
 
+import copy
 import os
 import shutil
 import subprocess
@@ -12,8 +13,14 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from peft_sage import LongTailAccuracy, SageLoss
-from tests.distributed_job import COUNTS, loss_outputs, make_model
+from peft_sage import LongTailAccuracy, SageClassifier, SageLoss
+from tests.distributed_job import (
+    COUNTS,
+    loss_outputs,
+    make_data,
+    make_model,
+    make_vision_model,
+)
 
 
 ROOT = Path(__file__).parent.parent
@@ -123,6 +130,21 @@ def test_fsdp2_gives_the_weights_of_one_process(folder):
     sharded, whole = torch.load(folder / "fsdp2.pt")
     assert any("guidance" in name for name in sharded)
     torch.testing.assert_close(sharded, whole, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_what_sage_trainer_saves_under_fsdp2_gives_the_same_logits(tmp_path):
+    run(tmp_path, 2, "sharded_trainer")
+    before = make_vision_model().unload()
+    model = SageClassifier.from_pretrained(
+        tmp_path / "sharded", copy.deepcopy(before.model)
+    )
+    images = torch.stack([row["pixel_values"] for row in make_data(24)])
+    with torch.no_grad():
+        logits, base = (m(pixel_values=images).logits for m in (model, before))
+    expected = torch.load(tmp_path / "sharded" / "logits.pt")
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    assert (logits - base).abs().max() > 0.01
 
 
 def test_deepspeed_gives_the_weights_of_one_process(tmp_path):
