@@ -109,9 +109,8 @@ def embed_images(
 
     `finish` makes the model's input of `pixels`, without augmentation.
     """
-    world = accelerator.num_processes
     rank = accelerator.process_index
-    size = -(-len(batches) // world)
+    size = -(-len(batches) // accelerator.num_processes)
     share = range(len(batches))[rank * size : (rank + 1) * size]
     loader = batches.loader(num_workers, batch_size=batch_size, sampler=share)
 
@@ -127,11 +126,9 @@ def embed_images(
     if share:
         with accelerator.autocast():
             embeds = classifier.embed(inputs())
-    if world == 1:
-        return embeds
-    padded = embeds.new_zeros(size, classifier.text_embeds.shape[1])
-    padded[: len(embeds)] = embeds
-    return accelerator.gather(padded.to(accelerator.device)).cpu()[: len(batches)]
+    padded = accelerator.pad_across_processes(embeds.to(accelerator.device))
+    gathered: Any = accelerator.gather(padded)
+    return gathered.cpu()[: len(batches)]
 
 
 def undecoded(source: Any, image_column: str) -> Any:

@@ -138,9 +138,9 @@ def _choose_classes(
     """Return the names and the texts of the classes: ordered ones in their order, then others, sorted."""
     if descriptions is None and request.root:
         descriptions = find_descriptions(request.root)
-    described: Any = []
-    if descriptions is not None:
-        described = read_class_descriptions(descriptions)
+    described: Any = (
+        [] if descriptions is None else read_class_descriptions(descriptions)
+    )
     ordered: list[str] = []
     written: dict[str, Any] = (
         described if isinstance(described, dict) else dict.fromkeys(described)
