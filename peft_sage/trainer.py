@@ -124,7 +124,7 @@ class SageTrainer(ResumableTrainer):
         self.settings = run_settings(args, model, data_of_run)
         self._prepared: dict[str, tuple[Any, ImageBatches]] = {}
         self._schedule = ScheduleCallback()
-        metrics = None if self._long_tail is None else self._long_tail.compute_metrics
+        metrics = getattr(self._long_tail, "compute_metrics", None)
         super().__init__(
             model=model,
             args=args,
@@ -178,7 +178,7 @@ class SageTrainer(ResumableTrainer):
 
     def _describe(self) -> str:
         """What is about to be trained."""
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        trained = self.get_num_trainable_parameters()
         total = sum(p.numel() for p in self.model.parameters())
         text = f"Training {trained:,} of {total:,} parameters on {self._num_images:,} images"
         if self.text_prior is None:
@@ -317,12 +317,12 @@ class SageTrainer(ResumableTrainer):
             return cast(Any, self.predict(self.eval_dataset).metrics)[metric]
 
         # The kept epoch's score, unless another checkpoint is loaded or a callback of one's own may have changed it.
-        state = self.state
+        state: Any = self.state
         kept = Path(state.best_model_checkpoint or "")
         is_best = kept.is_dir() and kept.name == f"checkpoint-{state.best_global_step}"
         callbacks = {type(c).__module__ for c in self.callback_handler.callbacks}
         is_best &= all(m.startswith(("transformers.", "peft_sage.")) for m in callbacks)
-        whole = cast(float, state.best_metric) if is_best else score()
+        whole = state.best_metric if is_best else score()
         self.adapter_scale = choose_adapter_scale(outputs, whole, score)
 
     def _embed_training_images(self) -> Tensor:
