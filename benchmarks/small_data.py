@@ -6,43 +6,38 @@
     python -m benchmarks.small_data drawings --styles FOLDER --output-dir small-data
 
 `emoji` is the embedded demo; `digits` are the handwritten digits of scikit-learn, with a long tail; `drawings` are
-those of Emoji-LT's test concepts by makers that no training image is of, rendered by
-`examples/emoji_lt/build/build_dataset.py --styles`, predicted by the models of `emoji`.
+Emoji-LT with test images by makers that no training image is of, rendered by
+`examples/emoji_lt/build/build_dataset.py --styles`.
 LIFT's recipe (AdaptFormer, logit adjustment) gets the learning rate and the tau that are best on the validation split
 with seed 0: of three learning rates at tau 1, then of three taus. Sage has nothing to choose. Finished runs are kept,
 so the command can be stopped and given again.
 """
 
-from __future__ import annotations
-
 import argparse
-import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import datasets
 import numpy as np
-import torch
-from PIL import Image
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL.Image import Resampling, fromarray
 from scipy import stats
+from sklearn.datasets import load_digits
 
-from peft_sage import SageClassifier
 from peft_sage.report import Evaluation, RunResults
 
 from .markdown import markdown_table
 
 
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "finetune.py"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SCORES = ("overall", "macro", "many", "medium", "few")
 LIFT = ["--method", "adaptformer", "--loss", "la", "--choose-adapter-scale", "false"]
-LEARNING_RATES = ("0.0005", "0.002", "0.005")
-TAUS = ("0.75", "1", "1.25")
+TRIED = {"--lr": ("0.0005", "0.002", "0.005"), "--tau": ("0.75", "1", "1.25")}
 DIGITS = [
     "zero",
     "one",
@@ -57,89 +52,69 @@ DIGITS = [
 ]
 
 
-def write_digits(folder: Path) -> Path:
+def write_digits(folder: Path) -> None:
     """Write the digits of scikit-learn (UCI, 1,797 images) as parquet: half train, a quarter each the others."""
-    from sklearn.datasets import load_digits
-
     digits = load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.target))
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=DIGITS)}
-    )
+    images = [
+        fromarray(pixels).resize((48, 48), Resampling.BICUBIC)
+        for pixels in (255 - digits.images * (255 / 16)).round().astype(np.uint8)
+    ]
+    features = Features(image=Image(), label=ClassLabel(names=DIGITS))
+    data = Dataset.from_dict({"image": images, "label": digits.target}, features)
+    order = np.random.default_rng(0).permutation(len(data))
     folder.mkdir(parents=True, exist_ok=True)
-    for split, rows in zip(
-        ("train", "validation", "test"), np.split(order, [898, 1348]), strict=True
-    ):
-        images = [_png(255 - digits.images[row] * (255 / 16)) for row in rows]
-        data = {
-            "image": [{"bytes": image, "path": None} for image in images],
-            "label": digits.target[rows].tolist(),
-        }
-        datasets.Dataset.from_dict(data, features).to_parquet(
-            folder / f"{split}.parquet"
-        )
+    train, validation, test = np.split(order, [898, 1348])
+    for split, rows in (("train", train), ("validation", validation), ("test", test)):
+        data.select(rows).to_parquet(folder / f"{split}.parquet")
     texts = {
         name: [f"the digit {name}", f"the number {i}"] for i, name in enumerate(DIGITS)
     }
     (folder / "descriptions.json").write_text(json.dumps(texts))
-    return folder
 
 
-def _png(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    image = Image.fromarray(pixels.round().astype(np.uint8))
-    image.resize((48, 48), Image.Resampling.BICUBIC).save(file, "png")
-    return file.getvalue()
+def write_drawings(folder: Path, styles: Path) -> None:
+    """Write the demo with drawings by other makers as its test images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("train.parquet", "validation.parquet", "descriptions.json"):
+        shutil.copy(EXAMPLES / "emoji_lt" / name, folder)
+    shutil.copy(styles / "unseen_styles.parquet", folder / "test.parquet")
 
 
-def output_folder(folder: Path, flags: list[str], seed: int) -> Path:
-    """Where a run's results are kept."""
-    return folder / "_".join([*(flag.lstrip("-") for flag in flags), f"seed_{seed}"])
-
-
-def run(data: list[str], folder: Path, flags: list[str], seed: int) -> RunResults:
+def run(
+    data: list[str],
+    folder: Path,
+    flags: list[str],
+    seed: int,
+) -> RunResults:
     """Return the results of a run of the example, after doing it if they are not there."""
-    output = output_folder(folder, flags, seed)
+    name = "_".join([*(flag.lstrip("-") for flag in flags), f"seed_{seed}"])
+    output = folder / name
     if not (output / "results.json").exists():
-        command = [sys.executable, str(EXAMPLE), *data, *flags]
+        command = [sys.executable, str(EXAMPLES / "finetune.py"), *data, *flags]
         command += ["--seed", str(seed), "--output-dir", str(output)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return RunResults.load(output)
 
 
-def choose(data: list[str], folder: Path, pool: ThreadPoolExecutor) -> list[str]:
+def choose(
+    data: list[str],
+    folder: Path,
+    pool: ThreadPoolExecutor,
+) -> list[str]:
     """Return LIFT's recipe with the learning rate and the tau that are best on the validation split."""
 
     def best_macro(flags: list[str]) -> float:
         validation = run(data, folder, flags, 0).validation
         return max(scores["macro"] for scores in validation)
 
-    chosen: list[str] = []
-    for flag, values in (("--lr", LEARNING_RATES), ("--tau", TAUS)):
-        tried = [[*LIFT, *chosen, flag, value] for value in values]
-        scores = list(pool.map(best_macro, tried))
-        chosen += [flag, values[int(np.argmax(scores))]]
+    flags = LIFT
+    for flag, values in TRIED.items():
+        scores = list(pool.map(best_macro, [[*flags, flag, x] for x in values]))
+        flags = [*flags, flag, values[int(np.argmax(scores))]]
         pairs = zip(values, scores, strict=True)
         message = ", ".join(f"{value}: {score:.1f}" for value, score in pairs)
         print(f"LIFT's recipe, validation macro by {flag}: {message}")
-    return [*LIFT, *chosen]
-
-
-@torch.no_grad()
-def on_other_images(results: RunResults, folder: Path, parquet: Path) -> RunResults:
-    """Return the results with the test accuracies on other images of the same classes."""
-    table = datasets.load_dataset("parquet", data_files=str(parquet), split="train")
-    names = results.class_names
-    labels = list(table["label"])
-    base = SageClassifier.from_texts(results.settings["model"], results.texts)
-    evaluations = []
-    for model in (base, SageClassifier.from_pretrained(folder)):
-        answers = model.predict(table["image"], top_k=1, batch_size=256)
-        predicted = torch.tensor([names.index(best["label"]) for best, *_ in answers])
-        logits = torch.nn.functional.one_hot(predicted, len(names)).float()
-        evaluations.append(Evaluation.from_logits(logits, labels, results.class_counts))
-    return replace(results, zero_shot=evaluations[0], trained=evaluations[1])
+    return flags
 
 
 def table(sage: list[RunResults], lift: list[RunResults]) -> str:
@@ -153,20 +128,17 @@ def table(sage: list[RunResults], lift: list[RunResults]) -> str:
     zero_shot = scores([sage[0].zero_shot])
     theirs, ours = (scores([run.trained for run in runs]) for runs in (lift, sage))
     rows = [["zero-shot", *(f"{value:.1f}" for value in zero_shot[0])]]
-    for title, values in (
-        ("LIFT's recipe, at its best", theirs),
-        ("**Sage, defaults**", ours),
+    mean = "{:.1f} ± {:.1f}"
+    gap = "{:+.1f} ± {:.1f} (p {:.2g})"
+    for title, values, cell in (
+        ("LIFT's recipe, at its best", theirs, mean),
+        ("**Sage, defaults**", ours, mean),
+        ("Sage - LIFT's recipe", ours - theirs, gap),
+        ("Sage - zero-shot", ours - zero_shot, gap),
     ):
-        cells = zip(values.mean(0), stats.sem(values), strict=True)
-        rows.append([title, *(f"{m:.1f} ± {e:.1f}" for m, e in cells)])
-    for title, against in (
-        ("Sage - LIFT's recipe", theirs),
-        ("Sage - zero-shot", zero_shot),
-    ):
-        gap = ours - against
-        p = stats.ttest_1samp(gap, 0).pvalue
-        cells = zip(gap.mean(0), stats.sem(gap), p, strict=True)
-        rows.append([title, *(f"{m:+.1f} ± {e:.1f} (p {p:.2g})" for m, e, p in cells)])
+        p_values = stats.ttest_1samp(values, 0).pvalue
+        columns = zip(values.mean(0), stats.sem(values), p_values, strict=True)
+        rows.append([title, *(cell.format(*numbers) for numbers in columns)])
     return markdown_table([f"test accuracy, %, {len(sage)} seeds", *names], rows)
 
 
@@ -175,41 +147,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", choices=["emoji", "digits", "drawings"])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--output-dir", type=Path, default=Path("small-data"))
-    parser.add_argument(
-        "--styles", type=Path, help="folder with unseen_styles.parquet (drawings)"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=2, help="runs at the same time, one thread each"
-    )
+    add = parser.add_argument
+    add("data", choices=["emoji", "digits", "drawings"])
+    add("--seeds", type=int, default=5)
+    add("--output-dir", type=Path, default=Path("small-data"))
+    add("--styles", type=Path, help="folder with unseen_styles.parquet (drawings)")
+    add("--workers", type=int, default=2, help="runs at once, one thread each")
     args = parser.parse_args()
-    data: list[str] = []
+    os.environ["OMP_NUM_THREADS"] = "1"  # of each run
+    folder = args.output_dir / args.data
+    written = args.output_dir / f"{args.data}-data"
+    data = ["--dataset", str(written)]
     if args.data == "digits":
-        data = [
-            "--dataset",
-            str(write_digits(args.output_dir / "digits-data")),
-            "--imbalance-ratio",
-            "20",
-        ]
-    folder = args.output_dir / ("digits" if args.data == "digits" else "emoji")
+        write_digits(written)
+        data += ["--imbalance-ratio", "20"]
+    elif args.data == "drawings":
+        write_drawings(written, args.styles)
+    else:
+        data = []
     with ThreadPoolExecutor(args.workers) as pool:
-        arms = [choose(data, folder, pool), []]
-        runs = [
+        lift, sage = (
             list(pool.map(partial(run, data, folder, flags), range(args.seeds)))
-            for flags in arms
-        ]
-    if args.data == "drawings":
-        other = args.styles / "unseen_styles.parquet"
-        runs = [
-            [
-                on_other_images(one, output_folder(folder, flags, seed), other)
-                for seed, one in enumerate(arm)
-            ]
-            for flags, arm in zip(arms, runs, strict=True)
-        ]
-    lift, sage = runs
+            for flags in (choose(data, folder, pool), [])
+        )
     print(f"text prior chosen: {[run.text_prior for run in sage]}\n")
     print(table(sage, lift))
 

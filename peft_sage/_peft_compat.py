@@ -93,11 +93,11 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             "An adapter with `bias` trains biases of the base model itself, which cannot be switched off.",
             stacklevel=3,
         )
-    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     layers = [
         module
         for module in model.modules()
-        if isinstance(module, kinds) and not module.disable_adapters
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        and not module.disable_adapters
     ]
     for layer in layers:
         layer._disable_adapters = True

@@ -75,26 +75,23 @@ class ImageBatches(Dataset[Any]):
             key: values.new_empty(len(self), *values.shape[1:])
             for key, values in first.items()
         }
-        bar = tqdm(
-            total=len(self),
-            desc="decoding images",
-            unit="image",
+        for start in tqdm(
+            range(0, len(self), CHUNK),
+            "decoding images",
+            unit_scale=CHUNK,
             disable=not progress,
             leave=False,
-        )
-        with bar:
-            for start in range(0, len(self), CHUNK):
-                rows = range(start, min(start + CHUNK, len(self)))
-                for key, values in self._collated(rows).items():
-                    cached[key][start : rows.stop] = values
-                bar.update(len(rows))
+        ):
+            rows = range(len(self))[start : start + CHUNK]
+            for key, values in self._collated(rows).items():
+                cached[key][start : rows.stop] = values
         self.cached = cached
 
     def loader(self, num_workers: int, **arguments: Any) -> DataLoader[Any]:
         """A loader of these batches; workers decode what is not in memory."""
-        in_memory = self.cached or isinstance(self.source, list)
-        workers = 0 if in_memory else num_workers
-        return DataLoader(self, num_workers=workers, collate_fn=_unchanged, **arguments)
+        if self.cached or isinstance(self.source, list):
+            num_workers = 0
+        return DataLoader(self, num_workers=num_workers, collate_fn=dict, **arguments)
 
 
 def embed_images(
@@ -118,29 +115,23 @@ def embed_images(
         for batch in loader:
             if "pixels" in batch:
                 pixels = batch["pixels"].to(accelerator.device, non_blocking=True)
-                yield {"pixel_values": finish(pixels)}
-            else:
-                yield {"pixel_values": batch["pixel_values"].to(accelerator.device)}
+                batch["pixel_values"] = finish(pixels)
+            yield batch
 
     embeds = classifier.text_embeds[:0].float().cpu()
     if share:
         with accelerator.autocast():
             embeds = classifier.embed(inputs())
     padded = accelerator.pad_across_processes(embeds.to(accelerator.device))
-    gathered: Any = accelerator.gather(padded)
-    return gathered.cpu()[: len(batches)]
+    return accelerator.gather(padded).cpu()[: len(batches)]
 
 
 def undecoded(source: Any, image_column: str) -> Any:
     """A data set whose images come as bytes and paths, which `read_image` takes, if it is one of `datasets`."""
-    if not hasattr(source, "features") or not hasattr(source, "cast_column"):
+    if not hasattr(source, "cast_column"):
         return source
     from datasets import Image
 
     if not isinstance(source.features.get(image_column), Image):
         return source
     return source.cast_column(image_column, Image(decode=False))
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch

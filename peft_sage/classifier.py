@@ -17,7 +17,6 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.hub import PushToHubMixin
 
 from ._peft_compat import BaseTunerLayer, active_module, adapters_off
-from .collator import ImageCollator
 from .descriptions import Descriptions, read_class_descriptions, warn_of_alike
 from .encoding import encode_class_descriptions, load_tokenizer
 from .guidance import find_guidance, set_guidance
@@ -335,7 +334,7 @@ class SageClassifier(nn.Module, PushToHubMixin):
         embeds = []
         with eval_mode(self), adapters_off(self):
             for batch, _ in make_batches(
-                images, self._collate, batch_size, "Embedding images"
+                images, self.image_processor, batch_size, "Embedding images"
             ):
                 features = encode_image(self.model, **self._on_device(batch))
                 embeds.append(features.float().cpu())
@@ -387,7 +386,7 @@ class SageClassifier(nn.Module, PushToHubMixin):
         unreadable: list[str] = []
         with eval_mode(self):
             for batch, errors in make_batches(
-                images, self._collate, batch_size, "Predicting", on_error
+                images, self.image_processor, batch_size, "Predicting", on_error
             ):
                 found: Iterator[Any] = iter(())
                 if batch is not None:
@@ -553,11 +552,8 @@ class SageClassifier(nn.Module, PushToHubMixin):
         # Kept, as pipelines ask for it once per class and image.
         names = self.class_names
         count = self.head.out_features
-        if (
-            self._config is None
-            or self._config[0] is not names
-            or self._config[1] != count
-        ):
+        kept_names, kept_count, _ = self._config or (None, None, None)
+        if self._config is None or kept_names is not names or kept_count != count:
             labels = names or [f"LABEL_{k}" for k in range(count)]
             config = ClassifierConfig(
                 self.name_or_path, dict(enumerate(labels)), len(labels)
@@ -586,9 +582,6 @@ class SageClassifier(nn.Module, PushToHubMixin):
 
     def _heads(self) -> list[CosineHead]:
         return [m for m in self.class_head.modules() if isinstance(m, CosineHead)]
-
-    def _collate(self, items: list[Any]) -> dict[str, Tensor]:
-        return ImageCollator(self.image_processor)(items)
 
     def _on_device(self, batch: Any) -> dict[str, Tensor]:
         return {

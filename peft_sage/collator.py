@@ -2,9 +2,10 @@
 """Batches of pixels from pictures: the same way for training, evaluation, embedding and prediction."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -129,8 +130,7 @@ class ImageCollator:
             raise ValueError(f"`crops` must be 1 or 5, got {crops!r}.")
         make = self._geometry.pixels if crops == 1 else self._geometry.five_crops
         side = decoding_side(self.image_processor)
-        parts = _in_threads(lambda part: make(_read(part, side)), pictures)
-        return torch.cat(parts)
+        return torch.cat(_read_in_threads(pictures, side, make))
 
     def finish(self, pixels: Tensor) -> Tensor:
         """Scale and normalise pixels on their device; with "crop-flip" in training, augment them before.
@@ -150,8 +150,7 @@ class ImageCollator:
                 cropping_mode="resample",
             )
             images = kornia.RandomHorizontalFlip()(crop(images))
-        finished = self._geometry.finish(images)
-        return finished.unflatten(0, pixels.shape[:-3])
+        return self._geometry.finish(images).unflatten(0, pixels.shape[:-3])
 
     @cached_property
     def _geometry(self) -> "_Geometry":
@@ -179,8 +178,7 @@ class ImageCollator:
         if augment == "crop-flip":
             return {"pixel_values": self.finish(self.prepare(pictures))}
         side = decoding_side(self.image_processor) if augment is None else None
-        parts = _in_threads(lambda part: _read(part, side), pictures)
-        images = [image for part in parts for image in part]
+        images = [*chain(*_read_in_threads(pictures, side, list))]
         if augment is not None:
             images = [augment(image) for image in images]
         if _is_compose(self.image_processor):
@@ -226,25 +224,20 @@ class _Geometry:
         if _is_compose(self.processor):
             values = (self._whole(images) - self.offset) / self.factor
             return values.round().clamp(0, 255).to(torch.uint8)
-        plain = {"do_rescale": False, "do_normalize": False}
-        return self._whole(images, **plain, **geometry).to(torch.uint8)
+        geometry |= {"do_rescale": False, "do_normalize": False}
+        return self._whole(images, **geometry).to(torch.uint8)
 
     def five_crops(self, images: list[PIL.Image.Image]) -> Tensor:
         """(B, 5, 3, H, W) uint8."""
         if _is_compose(self.processor):
             raise ValueError("`crops` needs an image processor of transformers.")
-        larger = {}
-        for edge, length in dict(self.processor.size).items():
-            if length:
-                larger[edge] = round(length * 248 / 224)
-        # One at a time, as their shapes may differ.
-        enlarged = [
-            self.pixels([image], size=larger, do_center_crop=False)[0]
-            for image in images
-        ]
-        return torch.stack(
-            [_centre_and_corners(image, self.size) for image in enlarged]
-        )
+        sides = dict(self.processor.size).items()
+        larger = {edge: round(side * 248 / 224) for edge, side in sides if side}
+        crops = []
+        for image in images:  # one at a time, as their shapes may differ
+            pixels = self.pixels([image], size=larger, do_center_crop=False)[0]
+            crops.append(_centre_and_corners(pixels, self.size))
+        return torch.stack(crops)
 
     def finish(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) float32."""
@@ -264,9 +257,10 @@ def _centre_and_corners(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     bottom = pixels.shape[-2] - height
     right = pixels.shape[-1] - width
     corners = [(0, 0), (0, right), (bottom, 0), (bottom, right)]
-    crops = []
-    for top, left in [(bottom // 2, right // 2), *corners]:
-        crops.append(pixels[:, top : top + height, left : left + width])
+    crops = [
+        pixels[:, top : top + height, left : left + width]
+        for top, left in [(bottom // 2, right // 2), *corners]
+    ]
     return torch.stack(crops)
 
 
@@ -275,12 +269,7 @@ def _is_compose(processor: Any) -> bool:
 
 
 def _stack(items: list[Any], key: str) -> Tensor:
-    values = [torch.as_tensor(item[key]) for item in items]
-    return torch.stack(values)
-
-
-def _read(pictures: Sequence[Any], min_side: int | None) -> list[PIL.Image.Image]:
-    return [read_image(picture, min_side=min_side) for picture in pictures]
+    return torch.stack([torch.as_tensor(item[key]) for item in items])
 
 
 def _import_kornia() -> Any:
@@ -293,17 +282,22 @@ def _import_kornia() -> Any:
     return kornia.augmentation
 
 
-def _in_threads(
-    function: Callable[[Sequence[Any]], Any], pictures: Iterable[Any]
+def _read_in_threads(
+    pictures: Iterable[Any],
+    min_side: int | None,
+    function: Callable[[list[PIL.Image.Image]], Any],
 ) -> list[Any]:
     """Apply a function to a few pictures at a time, which processors take in half the time, with a thread per core."""
+
+    def work(part: list[Any]) -> Any:
+        return function([read_image(picture, min_side=min_side) for picture in part])
+
     pictures = list(pictures)
     # A worker of a loader is one of many.
     cores = available_cores() if get_worker_info() is None else 1
     size = max(1, min(8, math.ceil(len(pictures) / cores)))
-    starts = range(0, len(pictures), size)
-    parts = [pictures[start : start + size] for start in starts]
+    parts = [pictures[i : i + size] for i in range(0, len(pictures), size)]
     if cores == 1 or len(parts) == 1:
-        return [function(part) for part in parts]
+        return [*map(work, parts)]
     with ThreadPoolExecutor(cores) as pool:
-        return list(pool.map(function, parts))
+        return [*pool.map(work, parts)]

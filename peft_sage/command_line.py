@@ -193,10 +193,7 @@ def _interruption(folder: str | None, argv: Sequence[str]) -> str:
     checkpoint = latest_checkpoint(folder) if folder else None
     command = ["python", sys.argv[0], *argv]
     if checkpoint is None:
-        return (
-            "\nInterrupted before a checkpoint was saved.\nStart again with: "
-            + shlex.join(command)
-        )
+        return f"\nInterrupted before a checkpoint was saved.\nStart again with: {shlex.join(command)}"
     if not any(flag.startswith("--resume") for flag in argv):
         command += ["--resume_from_checkpoint", "latest"]
     return (
@@ -276,5 +273,5 @@ def claim_output_dir(
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
     file.parent.mkdir(parents=True, exist_ok=True)
-    kept = {} if changed else saved
-    file.write_text(json.dumps(kept | settings, indent=2), encoding="utf-8")
+    settings = settings if changed else saved | settings
+    file.write_text(json.dumps(settings, indent=2), encoding="utf-8")

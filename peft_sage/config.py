@@ -133,9 +133,10 @@ class SageConfig(PeftConfig):
         config = {}
         for entry in fields(self):
             value = getattr(self, entry.name)
+            if isinstance(value, set):
+                value = sorted(value)
             if entry.name != "guidance":
-                is_set = isinstance(value, set)
-                config[entry.name] = sorted(value) if is_set else copy.deepcopy(value)
+                config[entry.name] = copy.deepcopy(value)
         return config
 
     def _check_classes(self) -> None:
@@ -226,9 +227,8 @@ class SageConfig(PeftConfig):
 
 def _strings(name: str, value: Any) -> list[str]:
     """Read any collection of strings, in its order, as a list of plain ones."""
-    if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
-        raise TypeError(f"`{name}` must be a list of str, got {value!r}.")
-    entries = list(value)
+    is_list = isinstance(value, Iterable) and not isinstance(value, (str, Mapping))
+    entries = list(value) if is_list else [None]
     if not all(isinstance(entry, str) for entry in entries):
         raise TypeError(f"`{name}` must be a list of str, got {value!r}.")
     return [str(entry) for entry in entries]

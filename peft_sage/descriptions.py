@@ -75,17 +75,23 @@ def read_class_descriptions(
 
 def warn_of_alike(names: Iterable[str]) -> None:
     """Warn of class names that may be one, as they differ only in case, spaces, `_`, `-` or Unicode form."""
-    groups: dict[str, dict[str, None]] = {}
+    keys = {}
     for name in names:
         key = unicodedata.normalize("NFKC", name).casefold()
-        key = re.sub(r"[\s_-]+", " ", key).strip()
-        groups.setdefault(key, {})[name] = None
-    alike = [list(group) for group in groups.values() if len(group) > 1]
-    if alike:
-        pairs = "; ".join(" and ".join(map(repr, group)) for group in alike[:10])
+        keys[name] = re.sub(r"[\s_-]+", " ", key).strip()
+    if alike := equal_keys(keys.items()):
         warnings.warn(
-            f"Classes whose names are alike may be one class: {pairs}.", stacklevel=3
+            f"Classes whose names are alike may be one class: {alike}.", stacklevel=3
         )
+
+
+def equal_keys(pairs: Iterable[tuple[Any, Any]]) -> str:
+    """Return the names that share a key, of pairs of both, for a message: the first ten groups of them."""
+    groups: dict[Any, list[Any]] = {}
+    for name, key in pairs:
+        groups.setdefault(key, []).append(name)
+    equal = [group for group in groups.values() if len(group) > 1]
+    return "; ".join(" and ".join(map(repr, group)) for group in equal[:10])
 
 
 def tidy(name: str) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from .descriptions import Descriptions, expand, normalise_descriptions
+from .descriptions import Descriptions, equal_keys, expand, normalise_descriptions
 from .towers import embeddings as towers
 from .validation import check_integer
 
@@ -110,14 +110,10 @@ def load_tokenizer(model: Any, name: str | None = None, **hub: Any) -> Any:
 def _warn_of_equal(descriptions: Descriptions, ids_of_class: list[list[Ids]]) -> None:
     """Warn of classes whose texts are the same to the tokenizer, by name."""
     names = normalise_descriptions(descriptions)[0] or range(len(ids_of_class))
-    groups: dict[Any, list[Any]] = {}
-    for name, ids in zip(names, ids_of_class, strict=True):
-        groups.setdefault(tuple(sorted(ids)), []).append(name)
-    equal = [group for group in groups.values() if len(group) > 1]
-    if equal:
-        pairs = "; ".join(" and ".join(map(repr, group)) for group in equal[:10])
+    keys = [tuple(sorted(ids)) for ids in ids_of_class]
+    if equal := equal_keys(zip(names, keys, strict=True)):
         warnings.warn(
-            f"Classes with equal texts get the same embedding, so that they cannot be told apart: {pairs}.",
+            f"Classes with equal texts get the same embedding, so that they cannot be told apart: {equal}.",
             stacklevel=4,
         )
 
@@ -145,8 +141,8 @@ def _class_means(
 ) -> Tensor:
     """Unit rows (M, e): the means of the unit embeddings of the texts of each class."""
     # Similar lengths together, so that little is padded; the longest first, as they need the most memory.
-    different = dict.fromkeys(itertools.chain(*ids_of_class))
-    texts = sorted(different, key=len, reverse=True)
+    texts = [*dict.fromkeys(itertools.chain(*ids_of_class))]
+    texts.sort(key=len, reverse=True)
     place = {ids: index for index, ids in enumerate(texts)}
     embeddings = F.normalize(encode(texts), dim=-1)
     means = [

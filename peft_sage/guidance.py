@@ -149,7 +149,8 @@ def pool_guidance(guidance: Tensor, num_rows: int = 64) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     means = rows[torch.randperm(len(rows), generator=generator)[:num_rows]]
     for _ in range(STEPS):
-        sums = torch.zeros_like(means).index_add_(0, _nearest(rows, means), rows)
+        nearest = (rows @ means.T).argmax(dim=1)
+        sums = torch.zeros_like(means).index_add_(0, nearest, rows)
         # A group without rows, or whose rows cancel out, keeps its direction.
         moved = sums.norm(dim=1, keepdim=True) > 1e-6
         before = means
@@ -157,9 +158,3 @@ def pool_guidance(guidance: Tensor, num_rows: int = 64) -> Tensor:
         if torch.equal(before, means):
             break
     return means.to(guidance.device)
-
-
-def _nearest(embeddings: Tensor, rows: Tensor) -> Tensor:
-    """Index (M,) of the row (R, e) that each embedding (M, e) is nearest to."""
-    parts = embeddings.split(2**14)
-    return torch.cat([(part @ rows.T).argmax(dim=1) for part in parts])

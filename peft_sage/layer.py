@@ -70,9 +70,7 @@ class SageLayer(nn.Module, BaseTunerLayer):
         nn.init.zeros_(down.bias)
         for parameter in up.parameters() if config.init_weights else ():
             nn.init.zeros_(parameter)
-        self.peft_sage_dropout[adapter_name] = (
-            nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        )
+        self.peft_sage_dropout[adapter_name] = nn.Dropout(config.dropout)
         if config.learnable_scaling:
             self.peft_sage_scaling[adapter_name] = nn.Parameter(
                 torch.full((1,), scaling)

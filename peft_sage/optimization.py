@@ -25,17 +25,13 @@ def parameter_groups(
     """
     lr = check_number("lr", lr, 0)
     head_lr = 2.5 * lr if head_lr is None else check_number("head_lr", head_lr, 0)
-    groups: dict[str, list[nn.Parameter]] = {"rest": [], "head": []}
+    groups: list[dict[str, Any]] = [
+        {"params": [], "lr": rate} for rate in (lr, head_lr)
+    ]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups["head" if "class_head" in name.split(".") else "rest"].append(
-                parameter
-            )
-    if not any(groups.values()):
+            groups["class_head" in name.split(".")]["params"].append(parameter)
+    groups = [group for group in groups if group["params"]]
+    if not groups:
         raise ValueError("`model` must have trainable parameters, got none.")
-    rates = {"rest": lr, "head": head_lr}
-    return [
-        {"params": parameters, "lr": rates[name]}
-        for name, parameters in groups.items()
-        if parameters
-    ]
+    return groups

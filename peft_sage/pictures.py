@@ -121,10 +121,7 @@ def is_shown(name: str) -> bool:
 
 def is_image_name(name: str) -> bool:
     """Whether a file of a folder counts as an image: it has an image's ending and is not hidden."""
-    return (
-        re.fullmatch(rf"[^.].*\.({_ENDINGS})", name, re.IGNORECASE | re.DOTALL)
-        is not None
-    )
+    return re.fullmatch(rf"(?is)[^.].*\.({_ENDINGS})", name) is not None
 
 
 def _upright_rgb(image: Image) -> Image:

@@ -5,7 +5,7 @@ import glob
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
-from .collator import INPUTS
+from .collator import INPUTS, ImageCollator
 from .pictures import find_images, read_image
 from .validation import check_labels
 
@@ -25,7 +25,7 @@ _KINDS = "a path, a folder, a PIL image, an array (H, W, 3), or a list of these"
 
 def make_batches(
     images: Any,
-    collate: Callable[[list[Any]], dict[str, Tensor]],
+    image_processor: Any,
     batch_size: int,
     title: str,
     on_error: str = "raise",
@@ -34,7 +34,7 @@ def make_batches(
 
     Args:
         images: What [`SageClassifier.predict`] and [`SageClassifier.embed`] take.
-        collate: Makes inputs of a list of pictures.
+        image_processor: Makes inputs of pictures.
         batch_size: Images in a batch, unless a loader makes the batches.
         title: Of the progress bar.
         on_error: "raise", or "skip" images that cannot be read; a batch of none but such is None.
@@ -42,6 +42,7 @@ def make_batches(
     Raises:
         TypeError, ValueError: `images` is none of what can be read.
     """
+    collate = ImageCollator(image_processor)
     items = _as_items(images)
     if isinstance(items, (list, tuple)):
         items = list(_expand(items, on_error))
@@ -50,7 +51,7 @@ def make_batches(
         chunks: Any = items
     elif hasattr(items, "__getitem__") and total is not None:
         # By position: the loader counts.
-        chunks = DataLoader(items, batch_size=batch_size, collate_fn=_unchanged)
+        chunks = DataLoader(items, batch_size=batch_size, collate_fn=list)
     else:
         chunks = _chunks(_expand(items, on_error), batch_size)
     with tqdm(desc=title, total=total, leave=False, delay=1) as bar:
@@ -67,9 +68,8 @@ def make_batches(
 
 def _as_items(images: Any) -> Any:
     """A sequence of pictures by position, an iterable of pictures or of batches, or a loader of batches."""
-    if isinstance(images, (str, os.PathLike, PIL.Image.Image, bytes)):
-        return [images]
-    if hasattr(images, "read"):
+    is_file = isinstance(images, (str, os.PathLike, bytes)) or hasattr(images, "read")
+    if is_file or isinstance(images, PIL.Image.Image):
         return [images]
     if isinstance(images, Mapping):
         if not images.keys() & {"pixel_values", "image", "bytes", "path"}:
@@ -171,7 +171,7 @@ def _stripped(item: Any) -> Any:
 
 
 def _collate(
-    items: list[Any], collate: Callable[[list[Any]], dict[str, Tensor]], on_error: str
+    items: list[Any], collate: ImageCollator, on_error: str
 ) -> tuple[dict[str, Tensor] | None, list[str | None]]:
     try:
         return collate(items), [None] * len(items)
@@ -192,10 +192,6 @@ def _reading_error(item: Any) -> str | None:
     except ValueError as error:
         return str(error)
     return None
-
-
-def _unchanged(item: Any) -> Any:
-    return item
 
 
 def best_classes(

@@ -22,17 +22,41 @@ SETTINGS_FILE, TEXT_PRIOR_FILE = "settings.json", "text_prior.pt"
 STATE_FILE = "trainer_state.json"
 #: The arguments that the trained weights depend on. All others may differ when a run is resumed.
 RESULT_ARGUMENTS = (
-    *("text_prior", "text_guidance", "tau", "compensation", "absent", "min_steps"),
+    "text_prior",
+    "text_guidance",
+    "tau",
+    "compensation",
+    "absent",
+    "min_steps",
     "choose_adapter_scale",
-    *("head_learning_rate", "augment", "crop_scale", "learning_rate"),
-    *("num_train_epochs", "max_steps", "lr_scheduler_type", "lr_scheduler_kwargs"),
-    *("warmup_steps", "optim", "optim_args", "weight_decay", "max_grad_norm"),
-    *("adam_beta1", "adam_beta2", "adam_epsilon", "mixed_precision", "seed"),
+    "head_learning_rate",
+    "augment",
+    "crop_scale",
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "optim",
+    "optim_args",
+    "weight_decay",
+    "max_grad_norm",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "mixed_precision",
+    "seed",
 )
 #: Fields of a PEFT configuration that say where something comes from, or are filled in.
 IGNORED_CONFIG = (
-    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version"),
-    *("revision", "guidance_shape", "tokenizer_name_or_path"),
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_version",
+    "revision",
+    "guidance_shape",
+    "tokenizer_name_or_path",
 )
 
 

@@ -162,8 +162,7 @@ def save_classifier(classifier: Any, folder: str | os.PathLike[str]) -> None:
                 classifier, adapter_name=name, save_embedding_layers=False
             )
         else:
-            head = classifier.class_head.state_dict()
-            state = {f"class_head.{key}": value for key, value in head.items()}
+            state = classifier.class_head.state_dict(prefix="class_head.")
         config = copy.copy(config)
         config.inference_mode = True
         config.base_model_name_or_path = classifier.name_or_path or None

@@ -2,6 +2,7 @@
 """Which modules of a model a configuration asks to adapt."""
 
 import warnings
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -72,11 +73,10 @@ def _within_tower(names: list[str], model: nn.Module, config: SageConfig) -> lis
     return inside
 
 
-def _select_layers(blocks: list[str], layers: int | list[int] | None) -> list[str]:
+def _select_layers(blocks: list[str], layers: Any) -> list[str]:
     """Keep the blocks with these depths, negative ones counted from the end; all for None."""
     if layers is None:
         return blocks
-    layers = [layers] if isinstance(layers, int) else layers
     outside = [layer for layer in layers if not -len(blocks) <= layer < len(blocks)]
     if outside:
         raise ValueError(

@@ -4,11 +4,12 @@
 from collections.abc import Callable
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .arguments import EPOCHS
+from .callbacks import GROUPS
 
 
 class ScheduleCallback(TrainerCallback):
@@ -16,31 +17,17 @@ class ScheduleCallback(TrainerCallback):
 
     sampler: Any = None
 
-    def on_epoch_begin(
-        self, args: Any, state: TrainerState, *_: Any, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: Any, state: Any, *_: Any, **kwargs: Any) -> None:
         if self.sampler is not None:
             # Trainer does not reach a sampler below others, as where a run is resumed within an epoch.
             self.sampler.set_epoch(int((state.epoch or 0) + 1e-9))
 
-    def on_step_end(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         every = args.checkpointing_steps
         if every and state.global_step % every == 0:
             control.should_save = True
 
-    def on_epoch_end(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         every = max(1, state.num_train_epochs // EPOCHS)
         epoch = round(state.epoch or 0)
         if epoch % every == 0 or epoch >= state.num_train_epochs:
@@ -62,10 +49,8 @@ class TrainingBar(ProgressCallback):
         super().__init__()
         self.describe = describe
 
-    def on_train_begin(
-        self, args: Any, state: TrainerState, control: Any, **kwargs: Any
-    ) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
+    def on_train_begin(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, *rest, **kwargs)
         if self.training_bar is not None:
             self.training_bar.write(self.describe())
             self.training_bar.set_description("training")
@@ -78,31 +63,18 @@ class TrainingBar(ProgressCallback):
             if self.prediction_bar is not None:
                 self.prediction_bar.set_description("evaluating")
 
-    def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: Any,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, *_: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None and "loss" in (logs or {}):
             self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
     def on_evaluate(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: Any,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: Any, *rest: Any, metrics: Any = None, **kwargs: Any
     ) -> None:
-        super().on_evaluate(args, state, control, **kwargs)
+        super().on_evaluate(args, state, *rest, **kwargs)
         if self.training_bar is None:
             return
         found = {name.removeprefix("eval_"): x for name, x in (metrics or {}).items()}
-        names = ("overall", "macro", "many", "medium", "few", "none", "worst")
-        shown = [f"{name} {100 * found[name]:.1f}%" for name in names if name in found]
+        shown = [f"{name} {100 * found[name]:.1f}%" for name in GROUPS if name in found]
         if shown:
             self.training_bar.write(
                 f"epoch {round(state.epoch or 0, 2):g} of {state.num_train_epochs}: validation {', '.join(shown)}"

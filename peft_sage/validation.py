@@ -59,9 +59,10 @@ def check_embeddings(embeddings: Tensor, name: str, width: int | None = None) ->
         raise ValueError(
             f"`{name}` must have the shape (M, {width or 'e'}), got {shape}."
         )
-    wrong = {"be finite, got NaN or infinity": ~embeddings.isfinite().all(dim=1)}
-    wrong["have no rows of zeros, got them"] = (embeddings == 0).all(dim=1)
-    for what, rows in wrong.items():
+    for what, rows in (
+        ("be finite, got NaN or infinity", ~embeddings.isfinite().all(dim=1)),
+        ("have no rows of zeros, got them", (embeddings == 0).all(dim=1)),
+    ):
         if not rows.is_meta and rows.any():
             raise ValueError(
                 f"`{name}` must {what} in rows {rows.nonzero().flatten().tolist()[:10]}."
@@ -90,19 +91,13 @@ def as_numbers(values: Sequence[float] | Tensor, name: str) -> Tensor:
     return numbers
 
 
-def check_class_counts(
-    class_counts: Any,
-    num_classes: int | None = None,
-    class_names: Sequence[str] | None = None,
-) -> Tensor:
+def check_class_counts(class_counts: Any, num_classes: int | None = None) -> Tensor:
     """Read numbers of training images as (K,) int64 on the CPU; TypeError or ValueError says what is wrong.
 
-    A pandas Series or a dict is read by its index: class indices, or the names if `class_names` are known. Classes
-    that it lacks have no images, if the number of classes is known.
+    A pandas Series or a dict is read by its index, the class indices. Classes that it lacks have no images, if the
+    number of classes is known.
     """
-    if class_names is not None:
-        num_classes = len(class_names)
-    values = by_class(class_counts, "class_counts", num_classes, class_names)
+    values = by_class(class_counts, "class_counts", num_classes)
     counts = as_numbers(values, "class_counts").double()
     if counts.ndim != 1 or len(counts) == 0 or num_classes not in (None, len(counts)):
         raise ValueError(
@@ -120,26 +115,18 @@ def check_class_counts(
     return counts.long()
 
 
-def by_class(
-    values: Any,
-    name: str,
-    num_classes: int | None,
-    class_names: Sequence[str] | None = None,
-) -> Any:
+def by_class(values: Any, name: str, num_classes: int | None) -> Any:
     """Put what a pandas Series or a dict has for each class into the order of the classes; the rest as it is."""
     if not (hasattr(values, "keys") and hasattr(values, "items")):
         return values
     counts = dict(values.items())
-    keys: Sequence[Any] = range(len(counts) if num_classes is None else num_classes)
-    if class_names is not None and not counts.keys() <= set(keys):
-        keys = class_names
+    keys = range(len(counts) if num_classes is None else num_classes)
     unknown = list(counts.keys() - set(keys))
     if unknown or len(counts) != len(values):
-        wanted = f"the class indices 0 to {len(keys) - 1}, each once"
-        if class_names is not None:
-            wanted += ", or the class names"
-        found = f"{unknown[:5]}" if unknown else "an index more than once"
-        raise ValueError(f"`{name}` must be indexed by {wanted}; got {found}.")
+        found = unknown[:5] or "an index more than once"
+        raise ValueError(
+            f"`{name}` must be indexed by the class indices 0 to {len(keys) - 1}, each once; got {found}."
+        )
     return [counts.get(key, 0) for key in keys]
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """An adapter's weights under the names of the model that they are loaded into: complete and finite, or refused."""
 
-import re
 from collections.abc import Iterable
 
 from torch import Tensor
@@ -21,9 +20,9 @@ def align_names(
     Raises:
         ValueError: They do not correspond one to one.
     """
-    in_model = sorted((name.removeprefix(PEFT_ROOT) for name in mlps), key=_natural_key)
+    in_model = sorted(name.removeprefix(PEFT_ROOT) for name in mlps)
     ours = [key for key in state_dict if f".{PREFIX}" in key]
-    in_file = sorted({_mlp(key) for key in ours}, key=_natural_key)
+    in_file = sorted({_mlp(key) for key in ours})
     if len(in_file) != len(in_model) or not all(map(same_module, in_file, in_model)):
         raise ValueError(
             "The adapter's weights do not fit the model: the file has adapted blocks "
@@ -69,13 +68,6 @@ def check_complete(found: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
 
 def _mlp(key: str) -> str:
     return key[: key.index(f".{PREFIX}")].removeprefix(PEFT_ROOT)
-
-
-def _natural_key(name: str) -> list[tuple[int, str]]:
-    return [
-        (int(part), "") if part.isdigit() else (-1, part)
-        for part in re.split(r"(\d+)", name)
-    ]
 
 
 def _preview(names: list[str]) -> str:

@@ -40,7 +40,6 @@ class Task:
     class_names: list[str]
     text_embeds: Tensor  # (K, 192) float32
     description_embeds: Tensor  # (K, 2, 192)
-    other_embeds: Tensor  # (M, 192): captions of what is no class of the task.
     logit_scale: float  # At which the tower was pretrained.
 
 
@@ -73,7 +72,7 @@ def load_task(work: Path, name: str, shape: str) -> Task:
     with np.load(folder / "texts.npz") as texts:
         embeds = {
             key: torch.from_numpy(texts[key])
-            for key in ("text_embeds", "description_embeds", "other_embeds")
+            for key in ("text_embeds", "description_embeds")
         }
         scale = float(texts["logit_scale"])
     names = json.loads((folder / "class_names.json").read_text())

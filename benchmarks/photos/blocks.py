@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The blocks of a tower, without what no run reads and what is the same in every step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,7 +92,12 @@ def remember(layer: CLIPEncoderLayer, tokens: Tensor) -> Tensor:
 
 
 def run_frozen(
-    work: Path, task: str, shape: str, blocks: int, tokens: Tensor, remembering: bool
+    work: Path,
+    task: str,
+    shape: str,
+    blocks: int,
+    tokens: Tensor,
+    remembering: bool,
 ) -> Tensor:
     """What the upper `blocks` of a tower are given for tokens (n, t, width) of its first block, in float16.
 
@@ -113,7 +116,11 @@ def run_frozen(
     return remember(layers[below], tokens) if remembering else tokens
 
 
-def replace(layers: nn.ModuleList, index: int, layer: CLIPEncoderLayer) -> None:
+def replace(
+    layers: nn.ModuleList,
+    index: int,
+    layer: CLIPEncoderLayer,
+) -> None:
     """Put another layer, with the same weights, in the place of one."""
     layer.load_state_dict(layers[index].state_dict())
     layers[index] = layer
@@ -129,7 +136,11 @@ def use_silu(mlp: CLIPMLP) -> None:
 
 
 def load_fast_tower(
-    work: Path, task: str, shape: str, blocks: int, remembering: bool
+    work: Path,
+    task: str,
+    shape: str,
+    blocks: int,
+    remembering: bool,
 ) -> nn.Module:
     """The upper blocks of a task's tower, which is given what `run_frozen` returns."""
     tower = load_upper_tower(work, task, shape, blocks)

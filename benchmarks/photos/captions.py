@@ -45,7 +45,11 @@ class Concepts:
     def __init__(self) -> None:
         self.captions: dict[str, list[str]] = {}
 
-    def add(self, name: str, captions: list[str]) -> None:
+    def add(
+        self,
+        name: str,
+        captions: list[str],
+    ) -> None:
         """Add captions to those of a concept."""
         known = self.captions.setdefault(name, [])
         known.extend(caption for caption in captions if caption not in known)
@@ -98,44 +102,24 @@ def class_captions(
 ) -> tuple[list[str], list[list[str]], list[list[str]]]:
     """A task's class names, the captions of each class for zero-shot, and the descriptions of each class."""
     if task == "tiny":
-        entries = [
-            read_wordnet(data)["tiny-imagenet"][key]
-            for key in read_names(data, "tiny-imagenet-half")
-        ]
+        wordnet = read_wordnet(data)["tiny-imagenet"]
+        entries = [wordnet[key] for key in read_names(data, "tiny-imagenet-half")]
         names = [entry["names"][0] for entry in entries]
-        glosses = [entry["gloss"] for entry in entries]
         captions = [captions_of(entry["names"], entry["gloss"]) for entry in entries]
         described = [
-            [f"a photo of a {name}", f"a {name}, {gloss}"]
-            for name, gloss in zip(names, glosses, strict=True)
+            [f"a photo of a {name}", f"a {name}, {entry['gloss']}"]
+            for name, entry in zip(names, entries, strict=True)
         ]
         return names, captions, described
     texts = read_descriptions(data)
     classes = read_names(data, "cifar100-train")
-    names, described = (
-        [spoken(name) for name in classes],
-        [texts[name] for name in classes],
-    )
+    names = [spoken(name) for name in classes]
+    described = [texts[name] for name in classes]
     captions = [
-        captions_of([name]) + described[label][1:] for label, name in enumerate(names)
+        captions_of([name]) + more[1:]
+        for name, more in zip(names, described, strict=True)
     ]
     return names, captions, described
-
-
-def other_captions(data: Path, task: str) -> list[str]:
-    """Captions of what is no class of the task: ImageNet classes and what is above Tiny ImageNet's in WordNet."""
-    names, _, _ = class_captions(data, task)
-    hypernyms = [
-        name
-        for entry in read_wordnet(data)["tiny-imagenet"].values()
-        for name in entry["hypernyms"]
-    ]
-    others = [label.split(", ")[0] for label in read_imagenet(data)[1:]] + hypernyms
-    return [
-        f"a photo of a {name}"
-        for name in dict.fromkeys(others)
-        if name not in set(names)
-    ]
 
 
 class Encoder:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The long-tailed training set of a run."""
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +42,12 @@ class Data:
 
 @functools.lru_cache(maxsize=1)
 def load_data(
-    work: Path, name: str, shape: str, ratio: int, seed: int, without_images: int
+    work: Path,
+    name: str,
+    shape: str,
+    ratio: int,
+    seed: int,
+    without_images: int,
 ) -> Data:
     """The training set of a seed, in which some of the rarest classes have no images."""
     task = load_task(work, name, shape)
@@ -61,7 +64,11 @@ def load_data(
 
 
 @functools.lru_cache(maxsize=3)
-def tower_inputs(data: Data, blocks: float, remembering: bool) -> dict[str, Tensor]:
+def tower_inputs(
+    data: Data,
+    blocks: float,
+    remembering: bool,
+) -> dict[str, Tensor]:
     """Inputs of the last blocks: (n, views, t, d) of the training images, (n, t, d) of the others."""
     task = data.task
     depth = int(data.shape.split("x")[0])

@@ -4,8 +4,6 @@
 python -m benchmarks.photos.picture WORK docs/photos.png
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 
@@ -27,7 +25,12 @@ TITLES = {
 }
 
 
-def by_frequency(work: Path, task: str, settings: Settings, seeds: range) -> np.ndarray:
+def by_frequency(
+    work: Path,
+    task: str,
+    settings: Settings,
+    seeds: range,
+) -> np.ndarray:
     """Test accuracy (K,) of the classes from the most to the least frequent, mean over seeds."""
     curves = []
     for seed in seeds:

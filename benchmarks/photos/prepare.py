@@ -13,7 +13,6 @@ import io
 import json
 import multiprocessing
 import os
-import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from .bed import keep_memory
 from .stem import IMAGE_SIDE, Stem, load_stem
@@ -176,11 +176,11 @@ def worker_images(data: Path, file: str) -> pa.Array:
     ].combine_chunks()
 
 
-def write_chunk(job: tuple[Path, Path, str, np.ndarray, int]) -> int:
-    """Write one chunk of a split, unless it exists; returns how many views were computed."""
+def write_chunk(job: tuple[Path, Path, str, np.ndarray, int]) -> None:
+    """Write one chunk of a split, unless it exists."""
     data, path, split, rows, number = job
     if path.exists():
-        return 0
+        return
     file = next(file for file, sizes in PARTS.items() if split in sizes)
     images = worker_images(data, file).take(rows).to_pylist()
     # A chunk's crops are its own, whatever was computed before it.
@@ -194,7 +194,6 @@ def write_chunk(job: tuple[Path, Path, str, np.ndarray, int]) -> int:
     with partial.open("wb") as stream:
         np.savez(stream, maps=maps, guesses=guesses)
     os.replace(partial, path)
-    return maps.shape[0] * maps.shape[1]
 
 
 def make_jobs(
@@ -228,17 +227,10 @@ def main() -> None:
     jobs = make_jobs(arguments.data, arguments.work, arrays)
     # A process of one thread for each core: threads that wait for each other are slow where others use the cores too.
     workers = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
-    began = time.time()
-    views = 0
     with multiprocessing.get_context("spawn").Pool(
         workers, torch.set_num_threads, (1,)
     ) as pool:
-        for done, computed in enumerate(pool.imap_unordered(write_chunk, jobs), 1):
-            views += computed
-            print(
-                f"{done} of {len(jobs)} chunks, {views / (time.time() - began):.0f} views/s",
-                flush=True,
-            )
+        list(tqdm(pool.imap_unordered(write_chunk, jobs), "chunks", len(jobs)))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ as long without the variable if others use them too: it lets threads sleep while
 import argparse
 import math
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from .bed import ATTENTION, TASKS, TEXT_MAP, keep_memory, load_tower
@@ -149,21 +149,21 @@ class Trainer:
         matrices = [weight for weight in tower.parameters() if weight.ndim > 1]
         vectors = [weight for weight in tower.parameters() if weight.ndim < 2]
         base = regime.lr
-        decay = regime.weight_decay
         groups = [
-            {"params": matrices, "base": base, "weight_decay": decay},
             {
-                "params": [*vectors, text_map.log_scale],
+                "params": matrices,
                 "base": base,
-                "weight_decay": 0.0,
+                "weight_decay": regime.weight_decay,
             },
-            {
-                "params": [text_map.weight, text_map.bias],
-                "base": base * TEXT_LR,
-                "weight_decay": 0.0,
-            },
+            {"params": [*vectors, text_map.log_scale], "base": base},
+            {"params": [text_map.weight, text_map.bias], "base": base * TEXT_LR},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=base, betas=(0.9, 0.98))
+        self.optimizer = torch.optim.AdamW(
+            groups,
+            lr=base,
+            betas=(0.9, 0.98),
+            weight_decay=0.0,
+        )
 
     def train_step(self) -> float:
         """One step of the optimizer; returns the loss."""
@@ -201,21 +201,14 @@ class Trainer:
             self.step = state["step"]
             for name, part in parts.items():
                 part.load_state_dict(state[name])
-        start = time.time()
-        losses = []
-        while self.step < self.steps:
-            losses.append(self.train_step())
+        bar = tqdm(range(self.step, self.steps), checkpoint.stem, mininterval=60)
+        for _ in bar:
+            bar.set_postfix(loss=f"{self.train_step():.3f}", refresh=False)
             if self.step % CHECKPOINT and self.step < self.steps:
                 continue
             state = {name: part.state_dict() for name, part in parts.items()}
             torch.save(state | {"step": self.step}, checkpoint.with_suffix(".partial"))
             os.replace(checkpoint.with_suffix(".partial"), checkpoint)
-            pace = (time.time() - start) / len(losses)
-            print(
-                f"step {self.step} of {self.steps}, {pace:.2f} s/step, "
-                f"loss {np.mean(losses[-CHECKPOINT:]):.3f}",
-                flush=True,
-            )
 
 
 def save_tower(folder: Path, trainer: Trainer) -> None:
@@ -251,8 +244,7 @@ def pretrain(
         text_map.load_state_dict(texts)
     trainer = Trainer(regime, tower, text_map, images)
     folder = work / "towers" / f"{name}-{depth}x{width}"
-    checkpoint = folder.with_suffix(".pt")
-    trainer.run(checkpoint)
+    trainer.run(folder.with_suffix(".pt"))
     save_tower(folder, trainer)
 
 

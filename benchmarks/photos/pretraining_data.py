@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .captions import Concepts, Encoder, read_imagenet, read_wordnet, spoken
 from .prepare import SEED, read_names
-from .tasks import read_guesses, read_labels, read_maps
+from .tasks import read_chunks, read_labels
 
 
 # Shares of captions from the stem's guesses and from above the class.
@@ -28,7 +28,9 @@ class Source:
     guessed: Tensor  # (n, 3) concepts of the stem's guesses
 
     def draw(
-        self, count: int, generator: torch.Generator
+        self,
+        count: int,
+        generator: torch.Generator,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Maps, the concepts that are true of each, and one of these to name in its caption."""
         image = torch.randint(len(self.own), (count,), generator=generator)
@@ -85,7 +87,11 @@ class Images:
         return self.standardized(maps), captions, (concepts[:, :, None] == named).any(1)
 
 
-def pretraining_sources(data: Path, work: Path, ids: dict[str, int]) -> list[Source]:
+def pretraining_sources(
+    data: Path,
+    work: Path,
+    ids: dict[str, int],
+) -> list[Source]:
     """Tiny ImageNet and CIFAR-10, with the stem's guesses as concepts."""
     wordnet = read_wordnet(data)
     imagenet = read_imagenet(data)
@@ -105,14 +111,20 @@ def pretraining_sources(data: Path, work: Path, ids: dict[str, int]) -> list[Sou
             (hypernyms + [name] * HYPERNYMS)[:HYPERNYMS] for name, hypernyms in classes
         ]
         broader = torch.tensor([[ids[name] for name in names] for names in above])
-        guessed = guess_ids[read_guesses(work, split)[:, :GUESSES]]
+        guessed = guess_ids[read_chunks(work, split, "guesses").long()[:, :GUESSES]]
         sources.append(
-            Source(read_maps(work, split), own[labels], broader[labels], guessed)
+            Source(
+                read_chunks(work, split, "maps"), own[labels], broader[labels], guessed
+            )
         )
     return sources
 
 
-def cifar100_source(data: Path, work: Path, ids: dict[str, int]) -> Source:
+def cifar100_source(
+    data: Path,
+    work: Path,
+    ids: dict[str, int],
+) -> Source:
     """CIFAR-100 captioned by class alone, for a share of the images by a wrong one."""
     generator = torch.Generator().manual_seed(SEED)
     labels = read_labels(work, "cifar100-pretrain")
@@ -122,4 +134,4 @@ def cifar100_source(data: Path, work: Path, ids: dict[str, int]) -> Source:
     labels = torch.where(wrong, (labels + shift) % len(names), labels)
     own = torch.tensor([ids[spoken(name)] for name in names])[labels]
     broader, guessed = (own[:, None].expand(-1, n) for n in (HYPERNYMS, GUESSES))
-    return Source(read_maps(work, "cifar100-pretrain"), own, broader, guessed)
+    return Source(read_chunks(work, "cifar100-pretrain", "maps"), own, broader, guessed)

@@ -4,8 +4,6 @@
 python -m benchmarks.photos.rates benchmarks/photos/rates.png
 """
 
-from __future__ import annotations
-
 import sys
 
 from matplotlib.figure import Figure

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The lines that the runs of the photograph test bed leave."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +29,11 @@ def read_results(file: Path) -> list[Line]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def read_score(line: Line, split: str, score: str) -> float:
+def read_score(
+    line: Line,
+    split: str,
+    score: str,
+) -> float:
     """A score of a run, NaN where it has none; "seen" is the mean over the classes with training images."""
     scores = line[split]
     absent = line["settings"].get("without_images", 0)
@@ -45,7 +47,9 @@ def read_score(line: Line, split: str, score: str) -> float:
 
 
 def mean_score(
-    lines: Sequence[Line], split: str = "validation", score: str = "macro"
+    lines: Sequence[Line],
+    split: str = "validation",
+    score: str = "macro",
 ) -> float:
     """A score's mean over runs; NaN where a run lacks it."""
     return float(np.mean([read_score(line, split, score) for line in lines]))
@@ -56,7 +60,11 @@ def of_arm(lines: Sequence[Line], arm: str) -> list[Line]:
     return [line for line in lines if line["arm"] == arm]
 
 
-def best_arm(lines: Sequence[Line], task: str, group: str) -> Line:
+def best_arm(
+    lines: Sequence[Line],
+    task: str,
+    group: str,
+) -> Line:
     """A run of the variant that is best on the validation split, on the seeds that all variants were run with."""
     lines = [line for line in lines if line["task"] == task and line["group"] == group]
     if not lines:

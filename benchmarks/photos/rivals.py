@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Methods of other papers that work on the frozen embeddings, written from the papers."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Iterable, Iterator
@@ -28,12 +26,20 @@ from .methods import (
 CACHE_EPOCHS, SHOTS = 5, 16
 
 
-def zero_shot(settings: Settings, data: Data, seed: int) -> dict[str, Tensor]:
+def zero_shot(
+    settings: Settings,
+    data: Data,
+    seed: int,
+) -> dict[str, Tensor]:
     """Similarity to the texts."""
     return each_split(data, lambda embeds: embeds @ data.task.text_embeds.T)
 
 
-def clap(settings: Settings, data: Data, seed: int) -> dict[str, Tensor]:
+def clap(
+    settings: Settings,
+    data: Data,
+    seed: int,
+) -> dict[str, Tensor]:
     """CLAP (arXiv 2312.12730): a linear probe that starts at the texts and is held there, class by class.
 
     The multiplier of a class is the mean probability that zero-shot gives its training images, set once.
@@ -80,7 +86,11 @@ def best_on_validation(
     )
 
 
-def tip_adapter(settings: Settings, data: Data, seed: int) -> dict[str, Tensor]:
+def tip_adapter(
+    settings: Settings,
+    data: Data,
+    seed: int,
+) -> dict[str, Tensor]:
     """Tip-Adapter-F (arXiv 2111.03930): a cache of all training images, whose keys are trained.
 
     Every class weighs as much as one of 16 images does in the paper, where all have as many. The weight and sharpness
@@ -118,7 +128,11 @@ def tip_adapter(settings: Settings, data: Data, seed: int) -> dict[str, Tensor]:
     return best_on_validation(data, candidates())
 
 
-def gda(settings: Settings, data: Data, seed: int) -> dict[str, Tensor]:
+def gda(
+    settings: Settings,
+    data: Data,
+    seed: int,
+) -> dict[str, Tensor]:
     """Gaussian discriminant analysis with zero-shot logits (arXiv 2402.04087): one covariance, shrunk, no training.
 
     The weight of the two is searched on the validation split, as in the paper.

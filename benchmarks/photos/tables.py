@@ -7,10 +7,9 @@ Of an arm in which something varies, the variant with the best macro accuracy on
 task. Differences to the baseline are paired over seeds: mean, standard error, and p of a two-sided t test.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,7 +32,10 @@ COLUMNS = ("macro", "many", "medium", "few", "seen", "none")
 
 
 def difference(
-    lines: Sequence[Line], baseline: Sequence[Line], split: str, score: str
+    lines: Sequence[Line],
+    baseline: Sequence[Line],
+    split: str,
+    score: str,
 ) -> str:
     """The paired difference to a baseline over the seeds that both have."""
     ours, theirs = (
@@ -51,7 +53,12 @@ def difference(
     return f"{gaps.mean():+.2f} ± {stats.sem(gaps):.2f} (p {shown})"
 
 
-def table(lines: Sequence[Line], baseline: str, split: str, every: bool) -> str:
+def table(
+    lines: Sequence[Line],
+    baseline: str,
+    split: str,
+    every: bool,
+) -> str:
     """The Markdown table of a task."""
     task = lines[0]["task"]
     groups = dict.fromkeys(line["group"] for line in lines)
@@ -82,20 +89,13 @@ def table(lines: Sequence[Line], baseline: str, split: str, every: bool) -> str:
 def main() -> None:
     """Print a table for each task and ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=find, nargs="+", help="files of the results")
-    parser.add_argument(
-        "--baseline", required=True, help="arm that differences are taken to"
-    )
-    parser.add_argument("--split", choices=("validation", "test"), default="test")
-    parser.add_argument(
-        "--below-seed", type=int, default=10**9, help="only runs with a seed below this"
-    )
-    parser.add_argument(
-        "--every",
-        action="store_true",
-        help="show all variants, not the best on validation",
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("results", type=find, nargs="+", help="files of the results")
+    add("--baseline", required=True, help="arm that differences are taken to")
+    add("--split", choices=("validation", "test"), default="test")
+    add("--below-seed", type=int, default=10**9, help="only runs below this seed")
+    add("--every", action="store_true", help="all variants, not the best on validation")
+    add(
         "--factors",
         action="store_true",
         help="show Sage with its adapters' output whole, halved, off, or as validation chooses",
@@ -105,15 +105,10 @@ def main() -> None:
     results = [line for line in results if line["seed"] < arguments.below_seed]
     if arguments.factors:
         results = by_factor(results)
-    kinds = [
-        (line["task"], line.get("tower", "4x192"), line["ratio"]) for line in results
-    ]
-    for task, tower, ratio in dict.fromkeys(kinds):
-        lines = [
-            line
-            for line, kind in zip(results, kinds, strict=True)
-            if kind == (task, tower, ratio)
-        ]
+    kinds = defaultdict(list)
+    for line in results:
+        kinds[line["task"], line.get("tower", "4x192"), line["ratio"]].append(line)
+    for (task, tower, ratio), lines in kinds.items():
         print(f"\nTask {task}, tower {tower}, ratio {ratio:g}\n")
         print(table(lines, arguments.baseline, arguments.split, arguments.every))
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bed import TASKS, load_tower
-from .captions import Encoder, class_captions, other_captions
+from .captions import Encoder, class_captions
 from .hardware import device, has_fast_bfloat16
 
 
@@ -33,22 +33,16 @@ SPLITS = {
 }
 
 
-def read_chunks(work: Path, split: str, kind: str) -> Tensor:
-    """The maps (n, views, 320, 3, 3) or guesses (n, 5) of a split."""
+def read_chunks(
+    work: Path,
+    split: str,
+    kind: str,
+) -> Tensor:
+    """The stem's "maps" (n, views, 320, 3, 3) of a split, or its best "guesses" (n, 5) at ImageNet classes."""
     arrays = [
         np.load(path)[kind] for path in sorted((work / "stem" / split).glob("*.npz"))
     ]
     return torch.from_numpy(np.concatenate(arrays))
-
-
-def read_maps(work: Path, split: str) -> Tensor:
-    """The stem's maps (n, views, 320, 3, 3) of a split, in float16."""
-    return read_chunks(work, split, "maps")
-
-
-def read_guesses(work: Path, split: str) -> Tensor:
-    """The stem's best guesses (n, 5) at the ImageNet classes of a split, the best first."""
-    return read_chunks(work, split, "guesses").long()
 
 
 def read_labels(work: Path, split: str) -> Tensor:
@@ -58,13 +52,19 @@ def read_labels(work: Path, split: str) -> Tensor:
 
 
 @torch.inference_mode()
-def write_images(work: Path, folder: Path, name: str, shape: str, split: str) -> None:
+def write_images(
+    work: Path,
+    folder: Path,
+    name: str,
+    shape: str,
+    split: str,
+) -> None:
     """Write the tokens, labels and embeddings of one split of a task."""
     tower, texts = load_tower(work, f"{TASKS[name]}-{shape}")
     vision = tower.to(device()).vision_model
     mean, std = (texts[key].view(-1, 1, 1) for key in ("mean", "std"))
     parts = SPLITS[name][split]
-    maps = torch.cat([read_maps(work, part) for part in parts])
+    maps = torch.cat([read_chunks(work, part, "maps") for part in parts])
     tokens = []
     embeds = []
     for part in maps.split(BATCH):
@@ -87,7 +87,12 @@ def write_images(work: Path, folder: Path, name: str, shape: str, split: str) ->
 
 
 def write_texts(
-    data: Path, work: Path, folder: Path, name: str, shape: str, encoder: Encoder
+    data: Path,
+    work: Path,
+    folder: Path,
+    name: str,
+    shape: str,
+    encoder: Encoder,
 ) -> None:
     """Write a task's class names and the embeddings of its texts."""
     _, text_map = load_tower(work, f"{TASKS[name]}-{shape}")
@@ -107,13 +112,18 @@ def write_texts(
         description_embeds=torch.stack(
             [embed(texts) for texts in descriptions]
         ).numpy(),
-        other_embeds=embed(other_captions(data, name)).numpy(),
         logit_scale=text_map["log_scale"].exp().numpy(),
     )
     (folder / "class_names.json").write_text(json.dumps(names))
 
 
-def write_task(data: Path, work: Path, name: str, shape: str, encoder: Encoder) -> None:
+def write_task(
+    data: Path,
+    work: Path,
+    name: str,
+    shape: str,
+    encoder: Encoder,
+) -> None:
     """Write all that the runs of a task read."""
     folder = work / "tasks" / f"{name}-{shape}"
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `rows.yaml` can ask for: each takes the settings of a run and returns what is timed, or what gives a value."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import subprocess
@@ -45,24 +43,20 @@ ROOT = Path(__file__).resolve().parents[2]
 Run = Callable[[], float | None]
 
 
-def vision_config(tower: dict[str, int]) -> dict[str, Any]:
-    """Return the settings of transformers for a tower of `rows.yaml`."""
-    return {
-        "hidden_size": tower["width"],
-        "intermediate_size": 4 * tower["width"],
-        "num_hidden_layers": tower["blocks"],
-        "num_attention_heads": tower["heads"],
-        "patch_size": tower["patch"],
-        "image_size": tower["image"],
-    }
-
-
 @cache
 def frozen_tower(sizes: tuple[tuple[str, int], ...], device: str) -> nn.Module:
     """Return an image tower with random weights: speed does not depend on them."""
     tower = dict(sizes)
     torch.manual_seed(0)
-    config = CLIPVisionConfig(**vision_config(tower), projection_dim=tower["embedding"])
+    config = CLIPVisionConfig(
+        hidden_size=tower["width"],
+        intermediate_size=4 * tower["width"],
+        num_hidden_layers=tower["blocks"],
+        num_attention_heads=tower["heads"],
+        patch_size=tower["patch"],
+        image_size=tower["image"],
+        projection_dim=tower["embedding"],
+    )
     with torch.device(device):
         return CLIPVisionModelWithProjection(config).requires_grad_(False)
 
@@ -78,11 +72,10 @@ def classifier(run: SimpleNamespace) -> nn.Module:
     if run.method == "head":
         return model
     if run.method == "lora":
-        targets = ["q_proj", "v_proj"]
         config = LoraConfig(
             r=run.r,
             lora_alpha=run.r,
-            target_modules=targets,
+            target_modules=["q_proj", "v_proj"],
             modules_to_save=["class_head"],
         )
     else:

@@ -8,16 +8,16 @@ bash benchmarks/speed/on_gpu.sh                            # the rows of a GPU
 """
 
 # ruff: noqa: E402
-from __future__ import annotations
-
 import argparse
 import gc
 import itertools
 import json
 import os
 import platform
+import re
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +36,7 @@ from .measures import MEASURES, Run
 
 
 HERE = Path(__file__).resolve().parent
+FILE = yaml.safe_load((HERE / "rows.yaml").read_text())
 HEADS = ("what", "median", "quartiles", "goal", "met")
 PAGE = """# Speed
 
@@ -50,23 +51,18 @@ NO_GPU = (
 
 
 def combinations(
-    group: dict[str, Any], args: argparse.Namespace, file: dict[str, Any]
+    group: dict[str, Any], args: argparse.Namespace
 ) -> Iterator[tuple[dict, dict]]:
     """Give the settings of the runs of a group by name, for every combination of `each`, which comes first."""
     each = group.get("each", {})
-    shared = {
-        key: value
-        for key, value in group.items()
-        if key not in ("each", "runs", "rows")
-    }
     for values in itertools.product(*each.values()):
         combination = dict(zip(each, values, strict=True))
         runs = {}
         for name, own in group["runs"].items():
-            run = file["defaults"] | shared | combination | own
+            run = FILE["defaults"] | group | combination | own
             if args.small:
-                run |= file["small"] | {"classes": run["classes"] // 100 + 3}
-            sizes = file["towers"][run["tower"]]
+                run |= FILE["small"] | {"classes": run["classes"] // 100 + 3}
+            sizes = FILE["towers"][run["tower"]]
             runs[name] = SimpleNamespace(**run, sizes=sizes, device=args.device)
         yield combination, runs
 
@@ -110,11 +106,12 @@ def table_row(
     run: SimpleNamespace,
 ) -> dict[str, Any]:
     """Return a row of the table: title, quartiles, unit and goal."""
-    result = values[row["of"]] * row.get("times", 1)
+    result = values[row["of"]]
     if "over" in row:
-        result = values[row["of"]] / values[row["over"]]
+        result = result / values[row["over"]]
     if "less" in row:
-        result = (values[row["of"]] - values[row["less"]]) * row.get("times", 1)
+        result = result - values[row["less"]]
+    result = result * row.get("times", 1)
     if "beside" in row:
         result = 1 + result / values[row["beside"]]
     if row.get("unit") == "of each":
@@ -128,9 +125,8 @@ def table_row(
     low, median, high = (
         float(f"{value:.4g}") for value in np.quantile(result, [0.25, 0.5, 0.75])
     )
-    title = ", ".join([row["what"], *settings])
     return {
-        "what": title,
+        "what": ", ".join([row["what"], *settings]),
         "median": median,
         "low": low,
         "high": high,
@@ -139,21 +135,17 @@ def table_row(
     }
 
 
-def measure(
-    group: dict[str, Any], args: argparse.Namespace, file: dict[str, Any]
-) -> list[dict[str, Any]]:
+def measure(group: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the rows of a group."""
     rows = []
-    for combination, settings in combinations(group, args, file):
+    for combination, settings in combinations(group, args):
         runs = {name: MEASURES[run.measure](run) for name, run in settings.items()}
         first = next(iter(settings.values()))
-        values = interleaved(runs, args.device, args.repetitions or first.repetitions)
+        values = interleaved(runs, args.device, first.repetitions)
         for row in group["rows"]:
             rows.append(table_row(row, values, combination, first))
-            print(
-                "  {what}: {median:g} ({low:g} to {high:g}) {unit}".format(**rows[-1]),
-                flush=True,
-            )
+            message = "  {what}: {median:g} ({low:g} to {high:g}) {unit}"
+            print(message.format(**rows[-1]), flush=True)
         del runs
     return rows
 
@@ -167,58 +159,34 @@ def environment(args: argparse.Namespace) -> str:
 
 def processor(args: argparse.Namespace) -> str:
     """Name the processor, its cores and the threads that are used."""
-    name = platform.machine()
     info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else []:
-        if line.startswith("model name"):
-            name = line.split(":")[1].strip()
+    text = info.read_text() if info.exists() else ""
+    found = re.search("model name.*: (.+)", text)
+    name = found[1] if found else platform.machine()
     threads = "1 thread" if args.threads == 1 else f"{args.threads} threads"
     return f"{name}, {os.cpu_count()} cores, {threads}"
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
-    """Write `results.json`, one row a line, and the page with the tables."""
+    """Write `results.json` and the page with the tables."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = yaml.safe_load((HERE / "rows.yaml").read_text())
-    order = [*file["groups"], *file["gpu_groups"]]
-    results = dict(
-        sorted(
-            results.items(),
-            key=lambda item: order.index(item[0].removesuffix(" (GPU)")),
-        )
-    )
-    parts = []
-    for name, group in results.items():
-        rows = ",\n".join(f"  {json.dumps(row)}" for row in group["rows"])
-        head = ", ".join(
-            f"{json.dumps(key)}: {json.dumps(group[key])}"
-            for key in ("device", "environment")
-        )
-        parts.append(f' {json.dumps(name)}: {{{head}, "rows": [\n{rows}\n ]}}')
-    (folder / "results.json").write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    names = [*FILE["groups"], *FILE["gpu_groups"]]
+    order = [key for name in names for key in (name, f"{name} (GPU)")]
+    results = {key: results[key] for key in order if key in results}
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (folder / "RESULTS.md").write_text(page(results))
 
 
 def page(results: dict[str, Any]) -> str:
     """Return the page in Markdown: a table for every machine, and what is still to be measured."""
     text = PAGE
-    missing = [
-        name
-        for name in yaml.safe_load((HERE / "rows.yaml").read_text())["groups"]
-        if name not in results
-    ]
+    missing = [name for name in FILE["groups"] if name not in results]
     if missing:
         text += f"\nNot measured yet: `python -m benchmarks.speed.run --rows {' '.join(missing)}`.\n"
-    places = dict.fromkeys(
-        (group["device"], group["environment"]) for group in results.values()
-    )
-    for device, place in places:
-        rows = [
-            _cells(row)
-            for group in results.values()
-            if (group["device"], group["environment"]) == (device, place)
-            for row in group["rows"]
-        ]
+    places = defaultdict(list)
+    for group in results.values():
+        places[group["device"], group["environment"]] += map(_cells, group["rows"])
+    for (device, place), rows in places.items():
         text += f"\n## {'GPU' if device == 'cuda' else 'CPU'}: {place}\n\n"
         text += markdown_table(HEADS, rows) + "\n"
     return text if any(device == "cuda" for device, _ in places) else text + NO_GPU
@@ -240,40 +208,19 @@ def _digits(value: float) -> str:
     return f"{value:.4g}" if abs(value) >= 10 else f"{value:.3f}"
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
+def main(argv: list[str] | None = None) -> None:
+    """Measure, and write after every group."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--rows", nargs="+", help="groups of rows.yaml; default: `groups`"
-    )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="of PyTorch"
-    )
-    parser.add_argument(
-        "--repetitions", type=int, help="of every group; default: as in rows.yaml"
-    )
-    parser.add_argument("--small", action="store_true", help="sizes for a test")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=HERE,
-        help="folder of results.json and RESULTS.md",
-    )
-    parser.add_argument(
-        "--report",
-        action="store_true",
-        help="write and print the page, without measuring",
-    )
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Measure, and write after every group."""
-    args = parse_args(argv)
-    file = yaml.safe_load((HERE / "rows.yaml").read_text())
+    add = parser.add_argument
+    add("--rows", nargs="+", help="groups of rows.yaml; default: `groups`")
+    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch")
+    add("--small", action="store_true", help="sizes for a test")
+    add("--output", type=Path, default=HERE, help="folder of results.json, RESULTS.md")
+    add("--report", action="store_true", help="only write and print the page")
+    args = parser.parse_args(argv)
     kept = args.output / "results.json"
     results = json.loads(kept.read_text()) if kept.exists() else {}
     if args.report:
@@ -283,20 +230,13 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     gc.freeze()  # or every collection looks through all that was imported
     warnings.filterwarnings("ignore", category=UserWarning)
-    groups = file["groups"] | file["gpu_groups"]
-    for name in args.rows or file["groups"]:
+    groups = FILE["groups"] | FILE["gpu_groups"]
+    for name in args.rows or FILE["groups"]:
         print(name, flush=True)
-        rows = measure(groups[name], args, file)
-        key = (
-            name
-            if args.device == "cpu" or name in file["gpu_groups"]
-            else f"{name} (GPU)"
-        )
-        results[key] = {
-            "device": args.device,
-            "environment": environment(args),
-            "rows": rows,
-        }
+        rows = measure(groups[name], args)
+        on_cpu = args.device == "cpu" or name in FILE["gpu_groups"]
+        where = {"device": args.device, "environment": environment(args)}
+        results[name if on_cpu else f"{name} (GPU)"] = where | {"rows": rows}
         write(results, args.output)
 
 

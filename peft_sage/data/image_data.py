@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A data set as it was read."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -48,7 +46,7 @@ class ImageData:
         """(K,) numbers of training images."""
         return self._counts(self.train).tolist()
 
-    def thin(self, imbalance_ratio: float, seed: int = 0) -> ImageData:
+    def thin(self, imbalance_ratio: float, seed: int = 0) -> "ImageData":
         """Thin the training images to an exponential long tail, as [`long_tailed_subset`] does.
 
         Args:
@@ -59,8 +57,7 @@ class ImageData:
             ValueError: `imbalance_ratio` is below 1, or above the images of the largest class.
         """
         labels = labels_of(self.train)
-        classes = len(self.class_names)
-        kept = long_tailed_subset(labels, classes, imbalance_ratio, seed)
+        kept = long_tailed_subset(labels, len(self.class_names), imbalance_ratio, seed)
         return replace(self, train=self.train.select(kept))
 
     def to_dict(self) -> dict[str, Any]:

@@ -93,7 +93,10 @@ def _load(request: Request, descriptions: Any, seed: int) -> ImageData:
             parts[key] = data.select(rows)
     refuse_shared_files(parts, request.splits)
     _check_splits(request, parts, names)
-    finished = {key: _finished(part) for key, part in parts.items()}
+    finished = {
+        key: part.remove_columns(["path", "split"]).cast_column("image", Image())
+        for key, part in parts.items()
+    }
     return ImageData(
         finished["train"],
         finished.get("validation"),
@@ -257,7 +260,3 @@ def _check_splits(
 def _note_absent(names: list[str], where: str) -> list[str]:
     have = "1 class has" if len(names) == 1 else f"{len(names)} classes have"
     return [f"{have} no {where} images: {preview(names)}."] if names else []
-
-
-def _finished(part: Dataset) -> Dataset:
-    return part.remove_columns(["path", "split"]).cast_column("image", Image())

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What readers are asked for, and what they return: a table of images, still encoded."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -24,8 +22,17 @@ from .splits import match_splits
 
 
 #: Columns that tell which object, place or person an image shows, if `group_column` names none.
-GROUP_COLUMNS = ["group", "group_id", "object", "object_id", "concept", "individual"]
-GROUP_COLUMNS += ["individual_id", "patient_id", "sequence_id"]
+GROUP_COLUMNS = [
+    "group",
+    "group_id",
+    "object",
+    "object_id",
+    "concept",
+    "individual",
+    "individual_id",
+    "patient_id",
+    "sequence_id",
+]
 #: What the column with the names of image files may be called, where none has the name that was asked for.
 FILE_COLUMNS = ["file_name", "filename", "file", "path", "image_path"]
 

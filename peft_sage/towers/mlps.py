@@ -115,12 +115,13 @@ def mlp_input(module: nn.Module) -> tuple[int, str]:
 def layer_scale(model: nn.Module, name: str) -> Tensor | None:
     """The LayerScale (d,) that multiplies an MLP's output before the residual is added, if there is one."""
     parent = model.get_submodule(name.rpartition(".")[0])
-    scales = [getattr(parent, attribute, None) for attribute in LAYER_SCALE_NAMES]
-    scales = [
-        next(scale.parameters(), None) if isinstance(scale, nn.Module) else scale
-        for scale in scales
-    ]
-    return next((scale for scale in scales if isinstance(scale, Tensor)), None)
+    for attribute in LAYER_SCALE_NAMES:
+        scale = getattr(parent, attribute, None)
+        if isinstance(scale, nn.Module):
+            scale = next(scale.parameters(), None)
+        if isinstance(scale, Tensor):
+            return scale
+    return None
 
 
 def same_module(one: str, other: str) -> bool:
@@ -213,11 +214,9 @@ def _fits(module: nn.Module, is_pair: bool) -> bool:
 
 def _mixes_tokens(block: nn.Module, mlp: str) -> bool:
     """Whether a block has weights outside its MLP, as attention has: a projector of tokens has not."""
-    mlp_parts = (f"{mlp}.", "intermediate.")
     return any(
-        weight.ndim > 1
+        weight.ndim > 1 and not name.startswith((f"{mlp}.", "intermediate."))
         for name, weight in block.named_parameters()
-        if not name.startswith(mlp_parts)
     )
 
 

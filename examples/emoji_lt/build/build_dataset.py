@@ -21,11 +21,11 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from sources import (
-    DROPPED_SUBGROUPS,
     UNSEEN_STYLES,
     VENDORS,
     Concept,
     IconPack,
+    codes_by_name,
     fetch,
     load_concepts,
     match_icons,
@@ -37,6 +37,8 @@ from sources import (
 HERE = Path(__file__).parent
 DESCRIPTIONS_PER_CLASS = 4
 EXAMPLES_PER_DESCRIPTION = 3
+#: Largest class over smallest, and the seed of splits, long tail and texts.
+IMBALANCE_RATIO, SEED = 90, 0
 
 
 @dataclass
@@ -56,12 +58,12 @@ def group(items: Iterable, key: Callable) -> dict[str, list]:
     return groups
 
 
-def split_concepts(concepts: list[Concept], seed: int) -> dict[str, list[Concept]]:
+def split_concepts(concepts: list[Concept]) -> dict[str, list[Concept]]:
     """Split by concept: per class 1 to 3 concepts for test, 0 to 2 for validation, at least 1 for training.
 
     A concept that a class is named after ("bird") is in training, since texts about the class mention it.
     """
-    rng = random.Random(seed)
+    rng = random.Random(SEED)
     by_class = group(concepts, lambda concept: concept.label)
     owner = {}
     for label in sorted(by_class):
@@ -86,17 +88,18 @@ def split_concepts(concepts: list[Concept], seed: int) -> dict[str, list[Concept
 
 
 def draw(
-    node_modules: Path, packs: tuple[str, ...], concepts: list[Concept], size: int
+    node_modules: Path, packs: tuple[str, ...], concepts: list[Concept]
 ) -> list[Drawing]:
-    """Render every drawing of `concepts`, `size` x `size` pixels."""
-    icons = match_icons(node_modules, packs, concepts)
+    """Render every drawing of `concepts`."""
+    owner = {code: concept.name for concept in concepts for code in concept.codes}
+    codes = codes_by_name(node_modules, owner)
     drawings = []
     for vendor in packs:
         pack = IconPack(node_modules, vendor)
+        icons = match_icons(pack, owner, codes)
         for concept in concepts:
-            for icon in icons[vendor].get(concept.name, []):
-                pixels = render(pack.svg(icon), size)
-                drawings.append(Drawing(pixels, concept, vendor))
+            for icon in sorted(icons[concept.name]):
+                drawings.append(Drawing(render(pack.svg(icon)), concept, vendor))
     return drawings
 
 
@@ -106,29 +109,23 @@ def drop_copies(drawings: list[Drawing], seen: list[Drawing]) -> list[Drawing]:
     return [d for d in drawings if d.pixels[..., :3].tobytes() not in known]
 
 
-def thin(
-    drawings: list[Drawing],
-    imbalance_ratio: float,
-    seed: int,
-) -> list[Drawing]:
+def thin(drawings: list[Drawing]) -> list[Drawing]:
     """Thin classes to at most n_max * ratio ** (-rank / (K - 1)) drawings, ranked by natural size."""
-    rng = random.Random(seed)
+    rng = random.Random(SEED)
     by_class = group(drawings, lambda drawing: drawing.concept.label)
     ranked = sorted(by_class, key=lambda label: (-len(by_class[label]), label))
     largest = len(by_class[ranked[0]])
     kept = []
     for rank, label in enumerate(ranked):
-        limit = max(1, round(largest * imbalance_ratio ** (-rank / (len(ranked) - 1))))
+        limit = max(1, round(largest * IMBALANCE_RATIO ** (-rank / (len(ranked) - 1))))
         members = by_class[label]
         kept += rng.sample(members, min(limit, len(members)))
     return kept
 
 
-def describe(
-    train: list[Drawing], held_out: list[Concept], seed: int
-) -> dict[str, list[str]]:
+def describe(train: list[Drawing], held_out: list[Concept]) -> dict[str, list[str]]:
     """Write texts such as "fruit, such as grapes, melon or peach" that name training concepts only."""
-    rng = random.Random(seed)
+    rng = random.Random(SEED)
     by_class = group(train, lambda drawing: drawing.concept.label)
     texts = {}
     for label in sorted(by_class):
@@ -160,13 +157,9 @@ def enumerate_words(words: list[str]) -> str:
 def encode(pixels: np.ndarray) -> dict[str, bytes | None]:
     """Encode as lossless WebP that keeps the colours of transparent pixels."""
     buffer = BytesIO()
-    options = {
-        "lossless": True,
-        "quality": 100,
-        "method": 6,
-        "exact": True,
-    }
-    PILImage.fromarray(pixels).save(buffer, format="WEBP", **options)
+    PILImage.fromarray(pixels).save(
+        buffer, "WEBP", lossless=True, quality=100, method=6, exact=True
+    )
     return {"bytes": buffer.getvalue(), "path": None}
 
 
@@ -204,91 +197,49 @@ def size_table(splits: dict[str, list[Drawing]]) -> str:
         concepts = {
             (drawing.concept.label, drawing.concept.name) for drawing in drawings
         }
-        sizes = f"{max(counts.values())} to {min(counts.values())}"
-        numbers = [
-            split,
-            len(drawings),
-            len(concepts),
-            len(counts),
-            sizes,
-        ]
-        lines.append(f"| {' | '.join(map(str, numbers))} |")
+        sizes = counts.values()
+        lines.append(
+            f"| {split} | {len(drawings)} | {len(concepts)} | {len(counts)} | {max(sizes)} to {min(sizes)} |"
+        )
     return "\n".join(lines)
-
-
-def parse_args() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add(
-        "--cache",
-        type=Path,
-        required=True,
-        help="folder for the npm packages",
-    )
-    add(
-        "--output",
-        type=Path,
-        default=HERE.parent,
-        help="folder for the data set",
-    )
-    add(
-        "--size",
-        type=int,
-        default=48,
-        help="side of the images in pixels",
-    )
-    add(
-        "--imbalance-ratio",
-        type=float,
-        default=90,
-        help="largest class over smallest",
-    )
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        help="seed of splits and long tail",
-    )
-    add("--styles", type=Path, help="also render the unseen styles, into this folder")
-    return parser.parse_args()
 
 
 def main() -> None:
     """Build the data set."""
-    args = parse_args()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--cache", type=Path, required=True, help="folder for the npm packages")
+    add("--output", type=Path, default=HERE.parent, help="folder for the data set")
+    add("--styles", type=Path, help="also render the unseen styles, into this folder")
+    args = parser.parse_args()
     node_modules = fetch(args.cache)
-    concepts = [
-        concept
-        for concept in load_concepts(node_modules)
-        if concept.subgroup not in DROPPED_SUBGROUPS
-    ]
+    concepts = load_concepts(node_modules)
     sizes = Counter(concept.label for concept in concepts)
     concepts = [concept for concept in concepts if sizes[concept.label] > 1]
     class_names = sorted({concept.label for concept in concepts})
-    by_split = split_concepts(concepts, args.seed)
+    by_split = split_concepts(concepts)
     held_out = by_split["validation"] + by_split["test"]
 
     natural, validation, test = (
-        draw(node_modules, VENDORS, by_split[split], args.size)
+        draw(node_modules, VENDORS, by_split[split])
         for split in ("train", "validation", "test")
     )
     test = drop_copies(test, natural)
     splits = {
-        "train": thin(natural, args.imbalance_ratio, args.seed),
+        "train": thin(natural),
         "validation": drop_copies(validation, natural + test),
         "test": test,
     }
     for name, drawings in splits.items():
         write_parquet(args.output / f"{name}.parquet", drawings, class_names)
-    descriptions = describe(splits["train"], held_out, args.seed)
+    descriptions = describe(splits["train"], held_out)
     text = json.dumps(descriptions, indent=1, ensure_ascii=False)
     (args.output / "descriptions.json").write_text(text + "\n", encoding="utf-8")
 
     if args.styles:
-        unseen = draw(node_modules, UNSEEN_STYLES, by_split["test"], args.size)
+        unseen = draw(node_modules, UNSEEN_STYLES, by_split["test"])
         write_parquet(args.styles / "unseen_styles.parquet", unseen, class_names)
     print(size_table(splits))
 

@@ -19,6 +19,8 @@ from PIL import Image
 
 
 HERE = Path(__file__).parent
+#: Side of the images in pixels.
+SIZE = 48
 # Apple's and Facebook's drawings may not be redistributed and are never used.
 VENDORS = (
     "noto",
@@ -58,13 +60,11 @@ class Concept:
         name: Name in the Unicode standard, of the gender-neutral variant if there is one.
         subgroup: Subgroup in the Unicode standard.
         codes: Code point sequences of its variants: capitals, joined by "-", without U+FE0F.
-        keywords: Search keywords, never the name of the subgroup.
     """
 
     name: str
     subgroup: str
     codes: list[str] = field(default_factory=list)
-    keywords: list[str] = field(default_factory=list)
 
     @property
     def label(self) -> str:
@@ -76,13 +76,7 @@ def fetch(cache: Path) -> Path:
     """Install the npm packages into `cache` and return its `node_modules` folder."""
     cache.mkdir(parents=True, exist_ok=True)
     shutil.copy(HERE / "package.json", cache)
-    command = [
-        "npm",
-        "install",
-        "--ignore-scripts",
-        "--no-audit",
-        "--no-fund",
-    ]
+    command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund"]
     subprocess.run(command, cwd=cache, check=True)
     return cache / "node_modules"
 
@@ -106,15 +100,9 @@ def neutral(code: str) -> str:
 
 
 def load_concepts(node_modules: Path) -> list[Concept]:
-    """Read the emoji of the standard, in its order; gender and direction variants are merged, as is "cat face"."""
+    """Read the emoji of the classes, in the standard's order; variants are merged, as is "cat face"."""
     data = _load(node_modules / "emojibase-data/en/data.json")
     subgroups = _load(node_modules / "emojibase-data/meta/groups.json")["subgroups"]
-    library = {
-        canonical("-".join(f"{ord(c):X}" for c in emoji)): words
-        for emoji, words in _load(
-            node_modules / "emojilib/dist/emoji-en-US.json"
-        ).items()
-    }
     entries = [entry for entry in data if "subgroup" in entry]
     labels = {canonical(entry["hexcode"]): entry["label"] for entry in entries}
     in_subgroup = {(entry["label"], entry["subgroup"]) for entry in entries}
@@ -128,25 +116,13 @@ def load_concepts(node_modules: Path) -> list[Concept]:
             name = animal
         concept = concepts.setdefault((name, subgroup), Concept(name, subgroup))
         concept.codes.append(code)
-        excluded = {
-            subgroup,
-            concept.label,
-            concept.name,
-            *subgroup.split("-"),
-        }
-        words = [word.replace("_", " ") for word in library.get(code, [])[1:]]
-        for word in [*entry.get("tags", []), *words]:
-            word = word.lower()
-            if word not in excluded and word not in concept.keywords:
-                concept.keywords.append(word)
-    return list(concepts.values())
+    return [c for c in concepts.values() if c.subgroup not in DROPPED_SUBGROUPS]
 
 
 class IconPack:
     """An Iconify pack: `chars` maps code points to icons, `parents` every name or alias to an icon."""
 
     def __init__(self, node_modules: Path, name: str) -> None:
-        self.name = name
         folder = node_modules / "@iconify-json" / name
         self._data = _load(folder / "icons.json")
         chars = folder / "chars.json"
@@ -156,41 +132,32 @@ class IconPack:
             if set(value) == {"parent"}:
                 self.parents[alias] = value["parent"]
 
-    def svg(self, name: str, color: str = "#202020") -> str:
-        """Return an icon as an SVG document, drawn in `color` unless it has its own."""
+    def svg(self, name: str) -> str:
+        """Return an icon as an SVG document, drawn in dark grey unless it has colours of its own."""
         while name not in self._data["icons"]:
             name = self.parents[name]
         icon = self._data["icons"][name]
-        box = {
-            "left": 0,
-            "top": 0,
-            "width": 16,
-            "height": 16,
-        }
+        box = {"left": 0, "top": 0, "width": 16, "height": 16}
         box = {key: icon.get(key, self._data.get(key, box[key])) for key in box}
         view = " ".join(str(value) for value in box.values())
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="{view}">{icon["body"].replace("currentColor", color)}</svg>'
+            f'viewBox="{view}">{icon["body"].replace("currentColor", "#202020")}</svg>'
         )
 
 
-def render(svg: str, size: int) -> np.ndarray:
+def render(svg: str) -> np.ndarray:
     """Render an SVG document, centred on a white square.
 
     Returns:
-        (size, size, 4) uint8: the colours on white, and the alpha that they had.
+        (SIZE, SIZE, 4) uint8: the colours on white, and the alpha that they had.
     """
     _, _, width, height = map(float, svg.split('viewBox="')[1].split('"')[0].split())
     side = "width" if width >= height else "height"
-    data = resvg_py.svg_to_bytes(
-        svg_string=svg,
-        skip_system_fonts=True,
-        **{side: size},
-    )
+    data = resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True, **{side: SIZE})
     image = Image.open(BytesIO(data)).convert("RGBA")
-    canvas = Image.new("RGBA", (size, size))
-    canvas.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+    canvas = Image.new("RGBA", (SIZE, SIZE))
+    canvas.paste(image, ((SIZE - image.width) // 2, (SIZE - image.height) // 2))
     pixels = np.asarray(canvas)
     alpha = pixels[..., 3:].astype(np.float32) / 255
     colours = np.rint(pixels[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
@@ -198,33 +165,26 @@ def render(svg: str, size: int) -> np.ndarray:
 
 
 def match_icons(
-    node_modules: Path, packs: Iterable[str], concepts: list[Concept]
-) -> dict[str, dict[str, list[str]]]:
-    """Find the icons of each concept: by code point if the pack has a table, else by name.
+    pack: IconPack, owner: dict[str, str], codes: dict[str, str]
+) -> dict[str, set[str]]:
+    """Find the icons of a pack for each concept: by code point if the pack has a table, else by name.
 
-    Returns:
-        Icon names by pack and concept name.
+    Args:
+        pack: The pack.
+        owner: Concept names by code.
+        codes: Codes by name, from [`codes_by_name`].
     """
-    owner = {code: concept.name for concept in concepts for code in concept.codes}
-    codes = _codes_by_name(node_modules, set(owner))
-    found = {}
-    for pack_name in packs:
-        pack = IconPack(node_modules, pack_name)
-        if pack.chars:
-            pairs = [(canonical(code), icon) for code, icon in pack.chars.items()]
-        else:
-            pairs = [
-                (codes.get(icon.replace("-", ""), ""), icon) for icon in pack.parents
-            ]
-        matches: dict[str, set[str]] = defaultdict(set)
-        for code, icon in pairs:
-            if code in owner and icon in pack.parents:
-                matches[owner[code]].add(pack.parents[icon])
-        found[pack_name] = {name: sorted(icons) for name, icons in matches.items()}
-    return found
+    pairs = [(canonical(code), icon) for code, icon in pack.chars.items()]
+    if not pairs:
+        pairs = [(codes.get(icon.replace("-", ""), ""), icon) for icon in pack.parents]
+    icons: dict[str, set[str]] = defaultdict(set)
+    for code, icon in pairs:
+        if code in owner and icon in pack.parents:
+            icons[owner[code]].add(pack.parents[icon])
+    return icons
 
 
-def _codes_by_name(node_modules: Path, codes: set[str]) -> dict[str, str]:
+def codes_by_name(node_modules: Path, codes: Iterable[str]) -> dict[str, str]:
     """Map each unambiguous name of an emoji, letters and digits only, to its code; earlier sources win."""
     folder = node_modules / "emojibase-data/en"
     sources: list[list[tuple[str, str]]] = []
