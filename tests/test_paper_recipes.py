@@ -6,7 +6,6 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
@@ -34,9 +33,7 @@ SPECIES = [
 
 def draw(path, label):
     path.parent.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(label)
-    pixels = rng.integers(0, 255, size=(24, 32, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
+    Image.new("RGB", (32, 24), (90 * label, 40, 9)).save(path)
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +98,6 @@ def test_inaturalist_has_what_the_species_belong_to(data):
     found = {Path(image["file"]).name: image["label"] for image in photos.test}
     labels = [photos.class_names.index(name) for name in ("Bos taurus", "Bubo bubo")]
     assert found == dict(zip(("val20180.jpg", "val20181.jpg"), labels, strict=True))
-    names = json.loads((folder / "names.json").read_text())
-    assert names["Bubo bubo"] == ["a photo of a Bubo bubo."]
 
 
 @pytest.fixture(scope="module")

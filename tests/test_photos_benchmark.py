@@ -23,15 +23,16 @@ CLASSES, WIDTH, TOKENS, SHAPE = 6, 32, 10, "4x192"
 def bed(tmp_path_factory):
     """A folder with a tower of random weights and a task of random tokens."""
     work = tmp_path_factory.mktemp("bed")
-    sizes = {
-        "hidden_size": WIDTH,
-        "intermediate_size": 2 * WIDTH,
-        "projection_dim": WIDTH,
-        "num_attention_heads": 2,
-    }
     torch.manual_seed(0)
     config = CLIPVisionConfig(
-        num_channels=3, image_size=3, patch_size=1, num_hidden_layers=4, **sizes
+        num_channels=3,
+        image_size=3,
+        patch_size=1,
+        num_hidden_layers=4,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        projection_dim=WIDTH,
+        num_attention_heads=2,
     )
     CLIPVisionModelWithProjection(config).save_pretrained(
         work / "towers" / f"A-{SHAPE}"
@@ -109,9 +110,7 @@ def test_runs_are_done_once_and_reported(bed, tmp_path, script, monkeypatch):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
         assert script(run, bed, tmp_path / f"{name}.yaml", "--results", tmp_path)
     assert script(run, bed, tmp_path / "trial.yaml", "--results", tmp_path) == []
-    lines = [
-        json.loads(line) for line in (tmp_path / "trial.jsonl").read_text().splitlines()
-    ]
+    lines = results.read_results(tmp_path / "trial.jsonl")
     assert len(lines) == 22
     assert {line["seed"] for line in lines} == {0, 1}
     assert all(

@@ -81,10 +81,7 @@ def test_what_is_prepared_for_a_gpu_runs_on_the_cpu(tmp_path):
     command = [
         "bash",
         str(SPEED / "on_gpu.sh"),
-        "--device",
-        "cpu",
-        "--output",
-        str(tmp_path),
+        *f"--device cpu --output {tmp_path}".split(),
         *SMALL,
     ]
     subprocess.run(command, check=True)

@@ -15,7 +15,11 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 from torch import nn
-from transformers import CLIPImageProcessorPil, TrainerCallback
+from transformers import (
+    CLIPImageProcessorPil,
+    Siglip2ImageProcessorPil,
+    TrainerCallback,
+)
 
 from peft_sage import (
     ImageCollator,
@@ -28,6 +32,7 @@ from peft_sage import (
 from peft_sage.adapter_scale import TOLERANCE
 from peft_sage.run_files import check_saved_model, is_complete, latest_checkpoint
 from tests.conftest import tiny_clip
+from tests.test_classifier import naflex
 
 
 NAMES = ["blue", "green", "red"]
@@ -597,3 +602,13 @@ def test_classes_in_another_order_are_refused():
 def test_bad_arguments_name_their_field(name, value, message):
     with pytest.raises(ValueError, match=f"`{name}` .*{message}"):
         SageTrainingArguments("out", **{name: value})
+
+
+def test_a_tower_of_patches_gets_their_mask_before_training_too(tmp_path):
+    ready = Siglip2ImageProcessorPil(patch_size=8, max_num_patches=4)
+    model = SageClassifier(naflex(), torch.eye(3, 32), NAMES, image_processor=ready)
+    args = arguments(tmp_path, augment="none", max_steps=1)
+    trainer = SageTrainer(model, args, TRAIN)
+    trainer.train()
+    expected = model.embed(TRAIN)
+    torch.testing.assert_close(trainer.base_image_embeds, expected)
