@@ -58,8 +58,7 @@ def bed(tmp_path_factory):
         )
     texts = generator.standard_normal((CLASSES, WIDTH), dtype=np.float32)
     texts /= np.linalg.norm(texts, axis=1, keepdims=True)
-    embeds = {"text_embeds": texts, "description_embeds": texts[:, None]}
-    np.savez(folder / "texts.npz", logit_scale=np.float32(20), **embeds)
+    np.savez(folder / "texts.npz", logit_scale=np.float32(20), text_embeds=texts)
     (folder / "class_names.json").write_text(
         json.dumps([str(k) for k in range(CLASSES)])
     )

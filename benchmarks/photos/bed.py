@@ -39,7 +39,6 @@ class Task:
     test: Split
     class_names: list[str]
     text_embeds: Tensor  # (K, 192) float32
-    description_embeds: Tensor  # (K, 2, 192)
     logit_scale: float  # At which the tower was pretrained.
 
 
@@ -70,13 +69,10 @@ def load_task(work: Path, name: str, shape: str) -> Task:
         split: load_split(folder, split) for split in ("train", "validation", "test")
     }
     with np.load(folder / "texts.npz") as texts:
-        embeds = {
-            key: torch.from_numpy(texts[key])
-            for key in ("text_embeds", "description_embeds")
-        }
+        embeds = torch.from_numpy(texts["text_embeds"])
         scale = float(texts["logit_scale"])
     names = json.loads((folder / "class_names.json").read_text())
-    return Task(**splits, class_names=names, **embeds, logit_scale=scale)
+    return Task(**splits, class_names=names, text_embeds=embeds, logit_scale=scale)
 
 
 def load_tower(

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The texts of the photograph test bed: concepts, the captions that name them, and their MiniLM embeddings."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """First step of the photograph test bed: the splits of the images, and the stem's maps of their views.
 
 python prepare.py DATA WORK
@@ -60,11 +61,11 @@ VIEWS = {
 }
 
 
-def read_labels(data: Path, file: str) -> np.ndarray:
-    """The labels of a file of images."""
-    return pq.read_table(data / f"{file}.parquet", columns=["label"])[
-        "label"
-    ].to_numpy()
+@functools.cache
+def read_column(data: Path, file: str, name: str) -> pa.Array:
+    """A column of a file of images, "image" or "label", once in each process."""
+    table = pq.read_table(data / f"{file}.parquet", columns=[name])
+    return table[name].combine_chunks()
 
 
 def read_names(data: Path, file: str) -> list[str]:
@@ -78,7 +79,7 @@ def make_splits(data: Path) -> dict[str, np.ndarray]:
     arrays = {}
     for file, sizes in PARTS.items():
         generator = np.random.default_rng([SEED, zlib.crc32(file.encode())])
-        labels = read_labels(data, file)
+        labels = read_column(data, file, "label").to_numpy()
         shuffled = [
             generator.permutation(np.flatnonzero(labels == label))
             for label in np.unique(labels)
@@ -168,21 +169,13 @@ def worker_stem(data: Path) -> Stem:
     return load_stem(next(data.glob("mobilenet_v2*.tflite")))
 
 
-@functools.cache
-def worker_images(data: Path, file: str) -> pa.Array:
-    """The encoded images of a file, once in each process."""
-    return pq.read_table(data / f"{file}.parquet", columns=["image"])[
-        "image"
-    ].combine_chunks()
-
-
 def write_chunk(job: tuple[Path, Path, str, np.ndarray, int]) -> None:
     """Write one chunk of a split, unless it exists."""
     data, path, split, rows, number = job
     if path.exists():
         return
     file = next(file for file, sizes in PARTS.items() if split in sizes)
-    images = worker_images(data, file).take(rows).to_pylist()
+    images = read_column(data, file, "image").take(rows).to_pylist()
     # A chunk's crops are its own, whatever was computed before it.
     generator = torch.Generator().manual_seed(
         zlib.crc32(f"{SEED} {split} {number}".encode())

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MobileNetV2 with the weights of a quantised tflite file, in PyTorch: the stem of the photograph test bed."""
 
 from pathlib import Path

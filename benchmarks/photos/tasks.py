@@ -109,6 +109,7 @@ def write_texts(
     np.savez(
         folder / "texts.npz",
         text_embeds=classes.numpy(),
+        # No run reads them, but encoding them here keeps B's captions, and so its tower, the same bit for bit.
         description_embeds=torch.stack(
             [embed(texts) for texts in descriptions]
         ).numpy(),

@@ -226,21 +226,10 @@ def importing(run: SimpleNamespace) -> Run:
     code = "import time, peft; start = time.process_time(); import peft_sage; print(time.process_time() - start)"
 
     def measure() -> float:
-        output = subprocess.run(
-            [sys.executable, "-c", code],
-            check=True,
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-        )
-        return 1000 * float(output.stdout)
+        command = [sys.executable, "-c", code]
+        return 1000 * float(subprocess.check_output(command, cwd=ROOT))
 
     return measure
-
-
-@cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory()
 
 
 class StepClock(TrainerCallback):
@@ -263,17 +252,17 @@ def trainer(run: SimpleNamespace) -> Run:
     pixels = torch.randn(run.batch * run.steps, 3, side, side)
     items = [{"pixel_values": p, "label": i % 2} for i, p in enumerate(pixels)]
 
+    folder = tempfile.TemporaryDirectory()
+
     def by_trainer() -> float:
         arguments = SageTrainingArguments(
-            output_dir=_folder().name,
+            output_dir=folder.name,
             per_device_train_batch_size=run.batch,
             num_train_epochs=1,
-            min_steps=0,
             text_prior=1.0,
             text_guidance=0.0,
             save_strategy="no",
             eval_strategy="no",
-            load_best_model_at_end=False,
             report_to="none",
             disable_tqdm=True,
         )
