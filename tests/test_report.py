@@ -201,13 +201,17 @@ def test_results_come_back_from_their_file_and_fit_the_console(run, tmp_path):
     assert "Of the adapters' update 50% is kept" in str(half)
 
 
-def test_results_are_what_the_saved_model_says(run):
+def test_results_are_what_the_models_say(run):
     folder, results, data = run
-    answers = SageClassifier.from_pretrained(folder).predict(data.test["image"][:])
-    names = [results.class_names[k] for k in results.trained.predictions]
-    assert [answer[0]["label"] for answer in answers] == names
-    scores = [answer[0]["score"] for answer in answers]
-    assert scores == pytest.approx(results.trained.confidences, abs=1e-4)
+    for evaluation, model in (
+        (results.trained, SageClassifier.from_pretrained(folder)),
+        (results.zero_shot, SageClassifier.from_texts(CLIP, data.texts)),
+    ):
+        answers = [answer[0] for answer in model.predict(data.test["image"][:])]
+        names = [results.class_names[k] for k in evaluation.predictions]
+        assert [answer["label"] for answer in answers] == names
+        scores = [answer["score"] for answer in answers]
+        assert scores == pytest.approx(evaluation.confidences, abs=1e-4)
 
 
 def test_the_page_leads_to_files_and_says_what_changed(tmp_path):

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 
 from ..metrics import LongTailAccuracy
 from ..run_files import fingerprint, run_settings
@@ -169,8 +168,8 @@ class RunResults:
         threshold = _calibrate(trainer, data, counts)
         logits, labels = _predict(trainer, data.test)
         trained = Evaluation.from_logits(logits / head.temperature, labels, counts)
-        text_embeds = head.text_embeds.float().cpu()
-        similarity = _embed(trainer, data.test) @ text_embeds.T
+        with trainer.model.disable_adapter():
+            zero_shot, _ = _predict(trainer, data.test)
         images = fingerprint(data.train["label"])
         run = run_settings(trainer.args, trainer.model, images)
         return cls(
@@ -181,7 +180,7 @@ class RunResults:
             settings={**run, **(settings or {})},
             data=data.to_dict(),
             labels=labels,
-            zero_shot=Evaluation.from_logits(head.scale * similarity, labels, counts),
+            zero_shot=Evaluation.from_logits(zero_shot, labels, counts),
             trained=trained,
             calibration_error=calibration_error(*trained.answers(labels)),
             temperature=head.temperature,
@@ -332,17 +331,6 @@ def _calibrate(trainer: Any, data: Any, counts: list[int]) -> float | None:
         logits = logits / classifier.fit_temperature(logits, labels)
         evaluation = Evaluation.from_logits(logits, labels, counts)
     return confidence_threshold(*evaluation.answers(labels))
-
-
-def _embed(trainer: Any, dataset: Any) -> torch.Tensor:
-    """Embed images (n, e) with the frozen tower, each process its share."""
-    classifier = trainer.classifier
-    indices = list(range(len(dataset)))
-    with trainer.accelerator.split_between_processes(indices) as share:
-        embeds = classifier.text_embeds[:0].float().cpu()
-        if share:
-            embeds = classifier.embed(dataset.select(share))
-    return torch.cat(gather_object([embeds]))
 
 
 def _predict(trainer: Any, dataset: Any) -> tuple[torch.Tensor, list[int]]:
