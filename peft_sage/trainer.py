@@ -316,12 +316,10 @@ class SageTrainer(ResumableTrainer):
         def score() -> float:
             return cast(Any, self.predict(self.eval_dataset).metrics)[metric]
 
-        # The kept epoch's score, unless another checkpoint is loaded or a callback of one's own may have changed it.
+        # The kept epoch's score is known, unless its checkpoint is gone and the last epoch stays.
         state: Any = self.state
         kept = Path(state.best_model_checkpoint or "")
         is_best = kept.is_dir() and kept.name == f"checkpoint-{state.best_global_step}"
-        callbacks = {type(c).__module__ for c in self.callback_handler.callbacks}
-        is_best &= all(m.startswith(("transformers.", "peft_sage.")) for m in callbacks)
         whole = state.best_metric if is_best else score()
         self.adapter_scale = choose_adapter_scale(outputs, whole, score)
 
