@@ -75,16 +75,15 @@ class ImageBatches(Dataset[Any]):
             key: values.new_empty(len(self), *values.shape[1:])
             for key, values in first.items()
         }
-        for start in tqdm(
-            range(0, len(self), CHUNK),
-            "decoding images",
-            unit_scale=CHUNK,
-            disable=not progress,
-            leave=False,
-        ):
-            rows = range(len(self))[start : start + CHUNK]
-            for key, values in self._collated(rows).items():
-                cached[key][start : rows.stop] = values
+        title = "decoding images"
+        with tqdm(
+            total=len(self), desc=title, leave=False, disable=not progress
+        ) as bar:
+            for start in range(0, len(self), CHUNK):
+                rows = range(len(self))[start : start + CHUNK]
+                for key, values in self._collated(rows).items():
+                    cached[key][start : rows.stop] = values
+                bar.update(len(rows))
         self.cached = cached
 
     def loader(self, num_workers: int, **arguments: Any) -> DataLoader[Any]:

@@ -22,12 +22,24 @@ class ScheduleCallback(TrainerCallback):
             # Trainer does not reach a sampler below others, as where a run is resumed within an epoch.
             self.sampler.set_epoch(int((state.epoch or 0) + 1e-9))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        **kwargs: Any,
+    ) -> None:
         every = args.checkpointing_steps
         if every and state.global_step % every == 0:
             control.should_save = True
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_end(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        **kwargs: Any,
+    ) -> None:
         every = max(1, state.num_train_epochs // EPOCHS)
         epoch = round(state.epoch or 0)
         if epoch % every == 0 or epoch >= state.num_train_epochs:
@@ -68,7 +80,12 @@ class TrainingBar(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
     def on_evaluate(
-        self, args: Any, state: Any, *rest: Any, metrics: Any = None, **kwargs: Any
+        self,
+        args: Any,
+        state: Any,
+        *rest: Any,
+        metrics: Any = None,
+        **kwargs: Any,
     ) -> None:
         super().on_evaluate(args, state, *rest, **kwargs)
         if self.training_bar is None:

@@ -86,7 +86,7 @@ loaded = PeftModel.from_pretrained(
     again.get_base_model(), args.output_dir / "attention", adapter_name="attention"
 )
 again.set_adapter("semantic")  # loading the second adapter has switched the head off
+batch = collate(test["image"][:1])
 with torch.no_grad():
-    difference = loaded.eval()(**collate(test["image"][:1])).logits
-    difference -= both(**collate(test["image"][:1])).logits
+    difference = loaded.eval()(**batch).logits - both(**batch).logits
 print(f"loaded equals saved: {difference.abs().max() < 1e-4}")

@@ -16,10 +16,6 @@ from tqdm.auto import tqdm
 from ..pictures import available_cores, read_image
 
 
-#: Images that are checked between two steps of the progress bar.
-CHUNK = 1024
-
-
 def find_unreadable(data: Dataset, splits: dict[str, str]) -> dict[int, str]:
     """Return the rows whose images cannot be decoded, and why.
 
@@ -34,17 +30,13 @@ def find_unreadable(data: Dataset, splits: dict[str, str]) -> dict[int, str]:
     processes = dist.get_world_size() if connected else 1
     share = range(rank, len(data), processes)
     found = []
-    with ThreadPoolExecutor(available_cores()) as pool:
-        for start in tqdm(
-            range(0, len(share), CHUNK),
-            "checking images",
-            unit_scale=CHUNK,
-            disable=rank > 0,
-            leave=False,
-        ):
-            rows = share[start : start + CHUNK]
+    bar = tqdm(total=len(share), desc="checking images", disable=rank > 0, leave=False)
+    with bar, ThreadPoolExecutor(available_cores()) as pool:
+        for start in range(0, len(share), 1024):
+            rows = share[start : start + 1024]
             problems = pool.map(lambda row: _problem(data[row], splits), rows)
             found += [x for x in zip(rows, problems, strict=True) if x[1]]
+            bar.update(len(rows))
     shares: list[Any] = [found]
     if connected:
         shares = [None] * processes

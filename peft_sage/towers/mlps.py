@@ -87,15 +87,12 @@ def mlp_widths(module: nn.Module) -> tuple[int, int]:
         raise ValueError(
             f"`module` must hold a linear layer, but {type(module).__name__} has none."
         )
+    outputs = [linear.out_features for linear in linears]
     if mlp_input(module)[0] == 1:
-        return linears[-1].out_features, linears[-1].out_features
+        return outputs[-1], outputs[-1]
     width = linears[0].in_features
     # Gated MLPs do not always define their last linear layer last.
-    width_out = (
-        width
-        if any(linear.out_features == width for linear in linears)
-        else linears[-1].out_features
-    )
+    width_out = width if width in outputs else outputs[-1]
     if width_out > width:
         raise ValueError(
             f"`module` must map (..., d) to (..., d), got {width} to {width_out} features."
