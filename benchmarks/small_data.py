@@ -9,8 +9,8 @@
 Emoji-LT with test images by makers that no training image is of, rendered by
 `examples/emoji_lt/build/build_dataset.py --styles`.
 LIFT's recipe (AdaptFormer, logit adjustment) gets the learning rate and the tau that are best on the validation split
-with seed 0: of three learning rates at tau 1, then of three taus. Sage has nothing to choose. Finished runs are kept,
-so the command can be stopped and given again.
+with seed 0: of three learning rates at tau 1, then of three taus. Sage has nothing to choose. All is in float32.
+Finished runs are kept, so the command can be stopped and given again.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def run(
     output = folder / name
     if not (output / "results.json").exists():
         command = [sys.executable, str(EXAMPLES / "finetune.py"), *data, *flags]
-        command += ["--seed", str(seed), "--output-dir", str(output)]
+        command += ["--bf16", "false", "--seed", str(seed), "--output-dir", str(output)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return RunResults.load(output)
 
