@@ -11,17 +11,18 @@ from matplotlib.figure import Figure
 from .results import HERE, mean_score, read_results
 
 
-TOWERS = ("4x192", "12x192")
+TOWERS = ("4x192", "12x192", "4x384")
 TICKS = (0.0002, 0.001, 0.005)
 STYLES = {"Sage, deep": "C3", "LIFT, deep": "C0"}
 
 
 def main() -> None:
     """Draw a panel for each task and tower."""
-    lines = read_results(HERE / "results" / "grid-deep.jsonl")
-    figure = Figure(figsize=(10, 2.9), layout="constrained")
+    files = (HERE / "results" / f"grid-{name}.jsonl" for name in ("deep", "wide"))
+    lines = [line for file in files for line in read_results(file)]
+    figure = Figure(figsize=(10, 5.2), layout="constrained")
     panels = [(task, tower) for task in "AB" for tower in TOWERS]
-    for axis, (task, tower) in zip(figure.subplots(1, 4), panels, strict=True):
+    for axis, (task, tower) in zip(figure.subplots(2, 3).flat, panels, strict=True):
         here = [x for x in lines if (x["task"], x["tower"]) == (task, tower)]
         for group, color in STYLES.items():
             runs = [line for line in here if line["group"] == group]
