@@ -82,6 +82,10 @@ class SageTrainingArguments(TrainingArguments):
     crop_scale: float = _setting(
         0.5, "Smallest share of an image's area that a random crop keeps"
     )
+    patch_dropout: float = _setting(
+        0.5,
+        "Share of an image's patches that a training step leaves out, at random, where the tower allows it; in [0, 1)",
+    )
     cache_gib: float = _setting(
         2.0, "Decode a split once and keep it if it is no larger than this, in GiB"
     )
@@ -177,6 +181,10 @@ class SageTrainingArguments(TrainingArguments):
                 check_integer(name, getattr(self, name), 1)
         if not 0 < self.crop_scale <= 1:
             raise ValueError(f"`crop_scale` must lie in (0, 1], got {self.crop_scale}.")
+        if not 0 <= self.patch_dropout < 1:
+            raise ValueError(
+                f"`patch_dropout` must lie in [0, 1), got {self.patch_dropout}."
+            )
         for name, values in (
             ("augment", ("crop-flip", "none")),
             ("test_crops", (1, 5)),

@@ -32,6 +32,7 @@ RESULT_ARGUMENTS = (
     "head_learning_rate",
     "augment",
     "crop_scale",
+    "patch_dropout",
     "learning_rate",
     "num_train_epochs",
     "max_steps",

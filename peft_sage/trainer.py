@@ -2,6 +2,7 @@
 """The whole recipe over transformers' Trainer."""
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from .classifier import SageClassifier
 from .collator import ImageCollator
 from .loss import SageLoss
 from .optimization import parameter_groups
+from .patch_dropout import can_drop_patches, patch_dropout
 from .resumable_trainer import ResumableTrainer
 from .run_files import fingerprint, load_text_prior, run_settings
 from .text_prior import TextPrior, choose_text_prior
@@ -76,6 +78,7 @@ class SageTrainer(ResumableTrainer):
         class_counts: Numbers of training images (K); None if they are not known.
         loss: The [`SageLoss`] of the run, or None.
         text_prior: The [`TextPrior`] that was chosen, or None.
+        patch_dropout: Share of the patches that training left out; 0 where the tower needs all of them.
         adapter_scale: The [`AdapterScale`] that was chosen after training, or None.
         base_image_embeds: (n, e) embeddings of the training images by the frozen tower, or None.
         grouped_by: What the column `group` of `train_dataset` is made from, for messages.
@@ -164,6 +167,7 @@ class SageTrainer(ResumableTrainer):
     def _set_loss(self, args: SageTrainingArguments, compute_loss_func: Any) -> None:
         self.text_prior: Any = None
         self.adapter_scale: AdapterScale | None = None
+        self.patch_dropout = 0.0
         self.base_image_embeds: Any = None
         self.loss: SageLoss | None = None
         self._long_tail: Any = None
@@ -181,6 +185,10 @@ class SageTrainer(ResumableTrainer):
         trained = self.get_num_trainable_parameters()
         total = sum(p.numel() for p in self.model.parameters())
         text = f"Training {trained:,} of {total:,} parameters on {self._num_images:,} images"
+        if self.patch_dropout:
+            text += (
+                f", of which each step sees {1 - self.patch_dropout:.0%} of the patches"
+            )
         if self.text_prior is None:
             return text
         is_grouped = read_groups(self.train_dataset) is not None
@@ -267,7 +275,9 @@ class SageTrainer(ResumableTrainer):
             several = isinstance(self.eval_dataset, dict)
             for name in self.eval_dataset if several else [None]:
                 self.get_eval_dataloader(name)
-        output = super().train(checkpoint, *args, **kwargs)
+        self.patch_dropout = self._fitting_patch_dropout()
+        with patch_dropout(self.model, self.patch_dropout):
+            output = super().train(checkpoint, *args, **kwargs)
         self._choose_adapter_scale()
         return output
 
@@ -280,9 +290,8 @@ class SageTrainer(ResumableTrainer):
         absent = args.absent
         if classifier is None:
             return
-        trained = [n for n, p in self.model.named_parameters() if p.requires_grad]
-        if guidance == "auto" and all("class_head" in name for name in trained):
-            guidance = 0.0  # the tower stays frozen
+        if guidance == "auto" and not self._trains_tower():
+            guidance = 0.0
         lacks_images = 0 in self.class_counts
         chooses = prior == "auto" or (absent == "auto" and lacks_images)
         if (chooses or guidance) and self.base_image_embeds is None:
@@ -301,6 +310,27 @@ class SageTrainer(ResumableTrainer):
         self._long_tail.loss = self.loss
         batches = self._batches("train", self.train_dataset, self.data_collator)
         batches.embeds = self.base_image_embeds if guidance else None
+
+    def _trains_tower(self) -> bool:
+        trained = [n for n, p in self.model.named_parameters() if p.requires_grad]
+        return not all("class_head" in name for name in trained)
+
+    def _fitting_patch_dropout(self) -> float:
+        """`patch_dropout`; 0 where the tower is not trained, or needs all patches."""
+        classifier = self.classifier
+        share = self.args.patch_dropout
+        if classifier is None or not share or not self._trains_tower():
+            return 0.0
+        inputs = self._plain([*itertools.islice(self.train_dataset, 2)])
+        pixels = inputs["pixel_values"].to(classifier.device)
+        # Patches that come as such differ in number.
+        cuts_images = not {"pixel_attention_mask", "spatial_shapes"} & {*inputs}
+
+        def answer() -> Tensor:
+            with self.accelerator.autocast():
+                return classifier(pixel_values=pixels)["logits"]
+
+        return share if cuts_images and can_drop_patches(classifier, answer) else 0.0
 
     def _choose_adapter_scale(self) -> None:
         args = self.args

@@ -66,13 +66,6 @@ def test_every_script_is_tested_and_listed():
         assert f'"{script.stem}' in tests and f"`{script.name}`" in listed, script
 
 
-def test_lora_and_sage(run, capsys):
-    run("lora_and_sage", *QUICK, 16)
-    assert "loaded equals saved: True" in capsys.readouterr().out
-    folders = {path.name for path in Path("lora_and_sage").iterdir() if path.is_dir()}
-    assert folders == {"attention", "semantic"}
-
-
 def test_predict(run, saved, tmp_path, capsys):
     """Folders in folders, a broken file that does not end the others, and the answers as a table."""
     (tmp_path / "new" / "deep").mkdir(parents=True)

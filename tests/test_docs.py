@@ -96,6 +96,9 @@ def test_snippets_run(
     if page == "docs/trainer.md":
         history = names["trainer"].state.log_history
         assert any("train_loss" in entry for entry in history)
+    if page == "docs/from_lora_and_lift.md":
+        weights = " ".join(names["both"].state_dict())
+        assert "lora_A.attention" in weights and "modules_to_save.semantic" in weights
     if page == "docs/long_tails.md":
         assert names["prior"].label_probability.nan_to_num(1).argmin() == 3
 

@@ -291,6 +291,7 @@ def test_accumulation_equals_the_whole_batch(loss, as_tensors, tmp_path):
             per_device_train_batch_size=size,
             gradient_accumulation_steps=steps,
             augment="none",
+            patch_dropout=0,
             optim="sgd",
             **own,
         )
@@ -583,6 +584,7 @@ def test_classes_in_another_order_are_refused():
         ("min_steps", 0.5, "an integer"),
         ("per_device_train_batch_size", 0, "at least 1"),
         ("crop_scale", 1.5, r"lie in \(0, 1\]"),
+        ("patch_dropout", 1, r"lie in \[0, 1\)"),
         ("augment", "blur", "one of"),
         ("label_smoothing_factor", 0.1, "compute_loss_func"),
     ],

@@ -21,6 +21,7 @@ from peft_sage import (
     SageLoss,
     fit_head,
 )
+from peft_sage.patch_dropout import drop_patches
 
 from .bed import Split
 from .blocks import autocast, in_batches, load_fast_tower
@@ -57,6 +58,8 @@ class Settings:
     #: Share of the tower's blocks, the last ones, that are adapted.
     blocks: float = 0.5
     r: int = 16
+    #: Share of the patches that a step leaves out.
+    patch_dropout: float = 0.0
     epochs: int = 10
     batch_size: int = 128
     #: Of the head: texts, or trained on the frozen embeddings.
@@ -200,7 +203,7 @@ def train_tower(settings: Settings, data: Data, seed: int) -> dict[str, Any]:
 
     For adapters there are also the logits with half of their output and without it.
     """
-    inputs = tower_inputs(data, settings.blocks, settings.method == "adapter")
+    inputs = tower_inputs(data, settings.blocks, remembers_first_block(settings))
     model = make_model(settings, data, seed)
     objective = Objective(settings, data, seed)
     trained = [
@@ -222,6 +225,8 @@ def train_tower(settings: Settings, data: Data, seed: int) -> dict[str, Any]:
         for images, views in batches(*data.embeds.shape[:2], size, steps, seed):
             base = data.embeds[images, views if settings.view == "same" else 0]
             tokens = inputs["train"][images, views].float()
+            if settings.patch_dropout:
+                tokens = drop_patches(tokens, settings.patch_dropout)
             outputs = model(tokens, base_image_embeds=base)
             yield objective(outputs, data.labels[images])
 
@@ -244,6 +249,11 @@ def train_tower(settings: Settings, data: Data, seed: int) -> dict[str, Any]:
     return answers
 
 
+def remembers_first_block(settings: Settings) -> bool:
+    """Whether the frozen part of the first block is the same in every step."""
+    return settings.method == "adapter" and not settings.patch_dropout
+
+
 def make_model(settings: Settings, data: Data, seed: int) -> nn.Module:
     """The upper blocks of the task's tower with a head, and what the method adds."""
     texts = data.task.text_embeds
@@ -253,7 +263,7 @@ def make_model(settings: Settings, data: Data, seed: int) -> nn.Module:
         data.name,
         data.shape,
         round(depth * settings.blocks),
-        remembering=settings.method == "adapter",
+        remembering=remembers_first_block(settings),
     )
     # The head stays in float32.
     tower.forward = autocast()(tower.forward)

@@ -261,6 +261,7 @@ def trainer(run: SimpleNamespace) -> Run:
             num_train_epochs=1,
             text_prior=1.0,
             text_guidance=0.0,
+            patch_dropout=run.patch_dropout,
             save_strategy="no",
             eval_strategy="no",
             report_to="none",

@@ -112,7 +112,8 @@ def _vision_tower(model: nn.Module) -> nn.Module:
     )
     if type(model).__name__.endswith("VisionModelWithProjection"):
         return model
-    model = getattr(model, "base_model", model)
+    if type(model).__name__.endswith("ForImageClassification"):
+        model = getattr(model, "base_model", model)
     return model.get_submodule(next(iter(find_towers(model)), ""))
 
 
