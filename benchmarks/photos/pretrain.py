@@ -56,10 +56,9 @@ REGIMES = {
     ),
 }
 BATCH = 512
-# Tokens of a map, those kept, and the share of the steps with dropping.
+# Tokens of a map, and those kept while some are dropped.
 TOKENS = SIDE * SIDE
 KEPT = 5
-DROPPING = 0.85
 TEXT_LR = 0.1  # The text map's learning rate, as a share of the tower's.
 CHECKPOINT = 100  # Steps between checkpoints.
 EMBED_WIDTH, HEAD_WIDTH = 192, 48
@@ -139,8 +138,10 @@ class Trainer:
         tower: CLIPVisionModelWithProjection,
         text_map: TextMap,
         images: Images,
+        dropping: float,
     ) -> None:
         self.regime = regime
+        self.dropping = dropping
         self.images = images
         self.step = 0
         self.steps = regime.steps[tower.config.num_hidden_layers]
@@ -177,7 +178,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(seed)
         drawn = self.images.batch(generator)
         maps, captions, true = (part.to(device()) for part in drawn)
-        dropping = self.step < DROPPING * self.steps
+        dropping = self.step < self.dropping * self.steps
         kept = random_tokens(len(maps), generator).to(device()) if dropping else None
         with torch.autocast(device().type, torch.bfloat16, enabled=has_fast_bfloat16()):
             images = embed(self.tower, maps, kept)
@@ -221,7 +222,13 @@ def save_tower(folder: Path, trainer: Trainer) -> None:
 
 
 def pretrain(
-    data: Path, work: Path, name: str, depth: int, width: int, encoder: Encoder
+    data: Path,
+    work: Path,
+    name: str,
+    depth: int,
+    width: int,
+    dropping: float,
+    encoder: Encoder,
 ) -> None:
     """Train one of the two models and write it."""
     regime = REGIMES[name]
@@ -242,7 +249,7 @@ def pretrain(
         images.mean = texts.pop("mean")
         images.std = texts.pop("std")
         text_map.load_state_dict(texts)
-    trainer = Trainer(regime, tower, text_map, images)
+    trainer = Trainer(regime, tower, text_map, images, dropping)
     folder = work / "towers" / f"{name}-{depth}x{width}"
     trainer.run(folder.with_suffix(".pt"))
     save_tower(folder, trainer)
@@ -255,6 +262,12 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder of everything that is computed")
     parser.add_argument("--depth", type=int, choices=(4, 12), default=4)
     parser.add_argument("--width", type=int, choices=(192, 384), default=192)
+    parser.add_argument(
+        "--dropping",
+        type=float,
+        default=0.85,
+        help="share of the steps in which some tokens are dropped",
+    )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
@@ -268,7 +281,7 @@ def main() -> None:
     shape = "x".join(map(str, sizes))
     for name in REGIMES:
         if not (work / "towers" / f"{name}-{shape}" / TEXT_MAP).exists():
-            pretrain(data, work, name, *sizes, encoder)
+            pretrain(data, work, name, *sizes, arguments.dropping, encoder)
         for task in (task for task in arguments.tasks if TASKS[task] == name):
             folder = work / "tasks" / f"{task}-{shape}"
             if not (folder / "class_names.json").exists():

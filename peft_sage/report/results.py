@@ -177,7 +177,11 @@ class RunResults:
             class_counts=counts,
             texts=data.texts,
             method=method,
-            settings={**run, **(settings or {})},
+            settings={
+                **run,
+                "patch_dropout": trainer.patch_dropout,
+                **(settings or {}),
+            },
             data=data.to_dict(),
             labels=labels,
             zero_shot=Evaluation.from_logits(zero_shot, labels, counts),
