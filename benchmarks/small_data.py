@@ -36,8 +36,7 @@ from .markdown import markdown_table
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SCORES = ("overall", "macro", "many", "medium", "few")
-LIFT = ["--method", "adaptformer", "--loss", "la"]
-LIFT += ["--choose-adapter-scale", "false", "--patch-dropout", "0"]
+LIFT = ["--method", "adaptformer", "--loss", "la", "--choose-adapter-scale", "false"]
 TRIED = {"--lr": ("0.0005", "0.002", "0.005"), "--tau": ("0.75", "1", "1.25")}
 DIGITS = [
     "zero",

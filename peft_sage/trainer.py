@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import EvalPrediction, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
+from transformers.utils import logging
 
 from .adapter_scale import AdapterScale, adapter_outputs, choose_adapter_scale
 from .arguments import SageTrainingArguments
@@ -42,6 +43,8 @@ from .training_checks import (
 )
 from .training_defaults import default_collator, fitted_arguments, wrapped_model
 
+
+logger = logging.get_logger(__name__)
 
 #: The text guidance's share of the text prior, chosen on validation images (RESULTS.md).
 GUIDANCE_SHARE = 0.4
@@ -330,7 +333,12 @@ class SageTrainer(ResumableTrainer):
             with self.accelerator.autocast():
                 return classifier(pixel_values=pixels)["logits"]
 
-        return share if cuts_images and can_drop_patches(classifier, answer) else 0.0
+        if cuts_images and can_drop_patches(classifier, answer):
+            return share
+        logger.warning(
+            f"`patch_dropout` {share} is not used: this tower needs all patches of an image."
+        )
+        return 0.0
 
     def _choose_adapter_scale(self) -> None:
         args = self.args

@@ -214,7 +214,6 @@ def make_trainer(folder: Path, batch_size: int, **kwargs) -> SageTrainer:
         learning_rate=0.05,
         optim="sgd",  # Adam makes much of rounding
         text_prior=0.3,
-        patch_dropout=0,  # other patches in each process
         choose_adapter_scale=False,
         use_cpu=True,
         **kwargs,

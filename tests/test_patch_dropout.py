@@ -122,7 +122,7 @@ def test_the_trainer_trains_on_half_of_the_patches_and_evaluates_on_all(tmp_path
     model = sage()
     lengths = Lengths()
     seen = lengths.seen
-    args = arguments(tmp_path)
+    args = arguments(tmp_path, patch_dropout=0.5)
     trainer = SageTrainer(model, args, TRAIN, VALIDATION, callbacks=[lengths])
     trainer.train()
     assert seen == {True: {3}, False: {5}}
@@ -133,8 +133,9 @@ def test_the_trainer_trains_on_half_of_the_patches_and_evaluates_on_all(tmp_path
 
 
 def test_where_nothing_is_won_all_patches_are_seen(tmp_path):
-    head = SageTrainer(classifier(), arguments(tmp_path / "head"), TRAIN)
-    off = SageTrainer(sage(), arguments(tmp_path / "off", patch_dropout=0), TRAIN)
+    args = arguments(tmp_path / "head", patch_dropout=0.5)
+    head = SageTrainer(classifier(), args, TRAIN)
+    off = SageTrainer(sage(), arguments(tmp_path / "off"), TRAIN)
     for trainer in (head, off):
         trainer.train()
         assert trainer.patch_dropout == 0 and "patches" not in trainer._describe()

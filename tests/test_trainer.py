@@ -291,7 +291,6 @@ def test_accumulation_equals_the_whole_batch(loss, as_tensors, tmp_path):
             per_device_train_batch_size=size,
             gradient_accumulation_steps=steps,
             augment="none",
-            patch_dropout=0,
             optim="sgd",
             **own,
         )
@@ -597,8 +596,9 @@ def test_bad_arguments_name_their_field(name, value, message):
 def test_a_tower_of_patches_gets_their_mask_before_training_too(tmp_path):
     ready = Siglip2ImageProcessorPil(patch_size=8, max_num_patches=4)
     model = SageClassifier(naflex(), torch.eye(3, 32), NAMES, image_processor=ready)
-    args = arguments(tmp_path, augment="none", max_steps=1)
-    trainer = SageTrainer(model, args, TRAIN)
+    args = arguments(tmp_path, augment="none", max_steps=1, patch_dropout=0.5)
+    trainer = SageTrainer(get_peft_model(model, SageConfig(r=4)), args, TRAIN)
     trainer.train()
+    assert trainer.patch_dropout == 0  # of several lengths none can be left out
     expected = model.embed(TRAIN)
     torch.testing.assert_close(trainer.base_image_embeds, expected)
